@@ -84,8 +84,8 @@ inline bool known_aggregation(std::string_view name) {
   return name == "max" || name == "sum" || name == "mean" || name == "mean_distance";
 }
 
-inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma, const Tensor& cap,
-                         const Tensor& weight, double eps, std::string_view aggregation) {
+inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma, const std::optional<Tensor>& cap,
+                         const std::optional<Tensor>& weight, double eps, std::string_view aggregation, std::string_view layer_reduction) {
   floating("gap", gap);
   floating("norm", norm);
   TORCH_CHECK_VALUE(gap.dim() == 2 && gap.sym_size(1) >= 1, "gap must have shape [N, k] with k >= 1, got ",
@@ -106,11 +106,13 @@ inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& ga
     TORCH_CHECK_VALUE(!tensor.requires_grad(), name, " must not require grad: it is a hyper-parameter");
   };
   per_layer("gamma", gamma);
-  per_layer("cap", cap);
-  per_layer("weight", weight);
+  if (cap) per_layer("cap", *cap);
+  if (weight) per_layer("weight", *weight);
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and >= 0, got ", eps);
   TORCH_CHECK_VALUE(known_aggregation(aggregation), "aggregation must be one of max, sum, mean, mean_distance, got ",
                     aggregation);
+  TORCH_CHECK_VALUE(layer_reduction == "mean" || layer_reduction == "sum",
+                    "layer_reduction must be one of mean, sum, got ", layer_reduction);
 }
 
 }  // namespace margin_kernels::check

@@ -43,20 +43,22 @@ dual_norm_backward(const Tensor& grad,    // [N, k, L] or [N, L]
                    const Tensor& norms,   // like grad
                    double p, int64_t batch_dims);
 
-// distance = -gap / (eps + norm); loss = sum_l weight_l * over_j min(max(gamma_l - distance, 0), cap_l)
+// distance = -gap / (eps + norm); loss = over_l over_j min(max(gamma_l - distance, 0), cap_l)
+// over l: "sum" = sum_l weight_l t_l, "mean" = sum_l weight_l t_l / sum_l weight_l
 std::tuple<Tensor,                  // loss     [N]        acc
            Tensor>                  // distance [N, k, L]  acc, no gradient
 margin_hinge(const Tensor& gap,     // [N, k]
              const Tensor& norm,    // [N, k, L]
              const Tensor& gamma,   // [L]
-             const Tensor& cap,     // [L]
-             const Tensor& weight,  // [L]
-             double eps, std::string_view aggregation);
+             const std::optional<Tensor>& cap,     // [L], infinity by default
+             const std::optional<Tensor>& weight,  // [L], 1 by default
+             double eps, std::string_view aggregation, std::string_view layer_reduction);
 
 std::tuple<Tensor,                              // grad of gap   [N, k]
            Tensor>                              // grad of norm  [N, k, L], or empty [0] unless norm_grad
 margin_hinge_backward(const Tensor& grad,       // [N]
-                      const Tensor& gap, const Tensor& norm, const Tensor& gamma, const Tensor& cap,
-                      const Tensor& weight, double eps, std::string_view aggregation, bool norm_grad);
+                      const Tensor& gap, const Tensor& norm, const Tensor& gamma, const std::optional<Tensor>& cap,
+                      const std::optional<Tensor>& weight, double eps, std::string_view aggregation,
+                      std::string_view layer_reduction, bool norm_grad);
 
 }  // namespace margin_kernels

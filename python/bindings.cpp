@@ -36,5 +36,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("gradients"), py::arg("p"), py::arg("batch_dims") = 2);
   m.def("margin_hinge", &margin_kernels::margin_hinge, py::arg("gap"), py::arg("norm"), py::arg("gamma"),
-        py::arg("cap"), py::arg("weight"), py::arg("eps"), py::arg("aggregation"));
+        py::arg("cap"), py::arg("weight"), py::arg("eps"), py::arg("aggregation"), py::arg("layer_reduction"));
 }

@@ -112,6 +112,10 @@ struct DualNormBackwardFunction : Function<DualNormBackwardFunction> {
 };
 
 Tensor dual_norm_autograd(TensorList gradients, double p, int64_t batch_dims) {
+  if (!needs_graph(gradients)) {
+    BelowAutograd guard;
+    return dual_norm(gradients, p, batch_dims);
+  }
   return DualNormFunction::apply(gradients, p, batch_dims);
 }
 

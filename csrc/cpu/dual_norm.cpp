@@ -20,7 +20,10 @@ template <class scalar_t>
 struct Rows {
   scalar_t* data;
   int64_t inner, outer_stride, inner_stride, length;
-  scalar_t* at(int64_t r) const { return data + (r / inner) * outer_stride + (r % inner) * inner_stride; }
+  scalar_t* at(int64_t r) const {
+    if (inner == 1) return data + r * outer_stride;
+    return data + (r / inner) * outer_stride + (r % inner) * inner_stride;
+  }
 };
 
 }  // namespace margin_kernels
