@@ -16,9 +16,14 @@ py::dict build_info() {
   info["cuda"] = bool(MARGIN_KERNELS_WITH_CUDA);
   info["compiler"] = __VERSION__;
   switch (margin_kernels::simd::instruction_set()) {
-    case margin_kernels::simd::InstructionSet::AVX512: info["cpu"] = "AVX-512"; break;
-    case margin_kernels::simd::InstructionSet::AVX2: info["cpu"] = "AVX2"; break;
-    default: info["cpu"] = "baseline";
+    case margin_kernels::simd::InstructionSet::AVX512:
+      info["cpu"] = "AVX-512";
+      break;
+    case margin_kernels::simd::InstructionSet::AVX2:
+      info["cpu"] = "AVX2";
+      break;
+    default:
+      info["cpu"] = "baseline";
   }
   return info;
 }

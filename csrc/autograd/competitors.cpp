@@ -59,8 +59,7 @@ struct CompetitorsBackwardFunction : Function<CompetitorsBackwardFunction> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_autograd(const Tensor& logits, const Tensor& target,
-                                                                int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_autograd(const Tensor& logits, const Tensor& target, int64_t k) {
   if (!needs_graph({logits})) {
     BelowAutograd guard;
     return competitors(logits, target, k);

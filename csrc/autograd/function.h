@@ -29,6 +29,8 @@ inline bool needs_graph(TensorList inputs) {
   return false;
 }
 
-inline std::optional<Tensor> if_defined(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
+inline std::optional<Tensor> if_defined(const Tensor& t) {
+  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
+}
 
 }  // namespace margin_kernels

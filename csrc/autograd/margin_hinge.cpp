@@ -15,7 +15,8 @@ namespace {
 
 struct MarginHingeFunction : Function<MarginHingeFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& gap, const Tensor& norm, const Tensor& gamma,
-                               const std::optional<Tensor>& cap, const std::optional<Tensor>& weight, double eps, std::string_view aggregation, std::string_view layer_reduction) {
+                               const std::optional<Tensor>& cap, const std::optional<Tensor>& weight, double eps,
+                               std::string_view aggregation, std::string_view layer_reduction) {
     BelowAutograd guard;
     auto [loss, distance] = margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
     ctx->save_for_backward({gap, norm, gamma, cap.value_or(Tensor()), weight.value_or(Tensor())});
@@ -41,8 +42,9 @@ struct MarginHingeFunction : Function<MarginHingeFunction> {
 
 struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& grad, const Tensor& gap, const Tensor& norm,
-                               const Tensor& gamma, const std::optional<Tensor>& cap, const std::optional<Tensor>& weight, double eps,
-                               std::string_view aggregation, std::string_view layer_reduction, bool norm_grad) {
+                               const Tensor& gamma, const std::optional<Tensor>& cap,
+                               const std::optional<Tensor>& weight, double eps, std::string_view aggregation,
+                               std::string_view layer_reduction, bool norm_grad) {
     BelowAutograd guard;
     ctx->save_for_backward({grad, gap, norm, gamma, cap.value_or(Tensor()), weight.value_or(Tensor())});
     ctx->saved_data["eps"] = eps;
@@ -50,7 +52,8 @@ struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
     ctx->saved_data["layer_reduction"] = std::string(layer_reduction);
     ctx->saved_data["norm_grad"] = norm_grad;
     ctx->set_materialize_grads(false);
-    auto [dgap, dnorm] = margin_hinge_backward(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction, norm_grad);
+    auto [dgap, dnorm] =
+        margin_hinge_backward(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction, norm_grad);
     return {dgap, dnorm};
   }
 
@@ -98,14 +101,16 @@ struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
       const Tensor nearest = distance.argmin(1, /*keepdim=*/true);  // the first of equals
       return at::zeros_like(distance).scatter(1, nearest, active(distance.gather(1, nearest))) * weight;
     }
-    if (aggregation == "mean_distance") return active(distance.mean(1, /*keepdim=*/true)).expand_as(distance) * weight / k;
+    if (aggregation == "mean_distance")
+      return active(distance.mean(1, /*keepdim=*/true)).expand_as(distance) * weight / k;
     return active(distance) * (aggregation == "sum" ? weight : weight / k);
   }
 };
 
 std::tuple<Tensor, Tensor> margin_hinge_autograd(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
-                                                 const std::optional<Tensor>& cap, const std::optional<Tensor>& weight, double eps,
-                                                 std::string_view aggregation, std::string_view layer_reduction) {
+                                                 const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
+                                                 double eps, std::string_view aggregation,
+                                                 std::string_view layer_reduction) {
   // A hyper-parameter that asks for a gradient would get none without a word.
   check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
   if (!needs_graph({gap, norm})) {
@@ -117,9 +122,12 @@ std::tuple<Tensor, Tensor> margin_hinge_autograd(const Tensor& gap, const Tensor
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_backward_autograd(const Tensor& grad, const Tensor& gap, const Tensor& norm,
-                                                          const Tensor& gamma, const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
-                                                          double eps, std::string_view aggregation, std::string_view layer_reduction, bool norm_grad) {
-  auto out = MarginHingeBackwardFunction::apply(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction, norm_grad);
+                                                          const Tensor& gamma, const std::optional<Tensor>& cap,
+                                                          const std::optional<Tensor>& weight, double eps,
+                                                          std::string_view aggregation,
+                                                          std::string_view layer_reduction, bool norm_grad) {
+  auto out = MarginHingeBackwardFunction::apply(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction,
+                                                norm_grad);
   return {out[0], out[1]};
 }
 

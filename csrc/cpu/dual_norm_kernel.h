@@ -285,8 +285,7 @@ MK_FN void row_slope(const scalar_t* g, int64_t n, double q, double value, doubl
     return;
   }
   for (; i < n; ++i) {
-    out[i] = static_cast<scalar_t>(
-        static_cast<acc>(math::slope<norm>(static_cast<double>(g[i]), value, q) * grad));
+    out[i] = static_cast<scalar_t>(static_cast<acc>(math::slope<norm>(static_cast<double>(g[i]), value, q) * grad));
   }
 }
 

@@ -1,4 +1,6 @@
 // Distance, hinge, clip and aggregation on the CPU: one pass over [N, k, L], numbers that fit in a cache line per row.
+#include "../math/margin_hinge.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -11,7 +13,6 @@
 #include <vector>
 
 #include "../check.h"
-#include "../math/margin_hinge.h"
 #include "../ops.h"
 
 namespace margin_kernels {
@@ -37,12 +38,22 @@ struct Inputs {
   Inputs(const Tensor& gap_, const Tensor& norm_, const Tensor& gamma_, const std::optional<Tensor>& cap_,
          const std::optional<Tensor>& weight_, double eps_, std::string_view aggregation_,
          std::string_view layer_reduction)
-      : gap(plain(gap_)), norm(plain(norm_)), gamma(plain(gamma_)), cap(cap_ ? plain(*cap_) : Tensor()),
-        weight(weight_ ? plain(*weight_) : Tensor()), gap_data(gap.const_data_ptr<acc>()),
-        norm_data(norm.const_data_ptr<acc>()), gamma_data(gamma.const_data_ptr<acc>()),
+      : gap(plain(gap_)),
+        norm(plain(norm_)),
+        gamma(plain(gamma_)),
+        cap(cap_ ? plain(*cap_) : Tensor()),
+        weight(weight_ ? plain(*weight_) : Tensor()),
+        gap_data(gap.const_data_ptr<acc>()),
+        norm_data(norm.const_data_ptr<acc>()),
+        gamma_data(gamma.const_data_ptr<acc>()),
         cap_data(cap_ ? cap.const_data_ptr<acc>() : nullptr),
-        weight_data(weight_ ? weight.const_data_ptr<acc>() : nullptr), rows(gap_.size(0)), k(gap_.size(1)),
-        layers(norm_.size(2)), eps(static_cast<acc>(eps_)), scale(1), aggregation(aggregation_of(aggregation_)) {
+        weight_data(weight_ ? weight.const_data_ptr<acc>() : nullptr),
+        rows(gap_.size(0)),
+        k(gap_.size(1)),
+        layers(norm_.size(2)),
+        eps(static_cast<acc>(eps_)),
+        scale(1),
+        aggregation(aggregation_of(aggregation_)) {
     if (layer_reduction == "mean") {
       acc total = 0;
       for (int64_t l = 0; l < layers; ++l) total += weight_data ? weight_data[l] : acc(1);
@@ -112,8 +123,9 @@ at::ScalarType result_type(const Tensor& gap, const Tensor& norm) {
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
-                                            const std::optional<Tensor>& cap, const std::optional<Tensor>& weight, double eps,
-                                            std::string_view aggregation, std::string_view layer_reduction) {
+                                            const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
+                                            double eps, std::string_view aggregation,
+                                            std::string_view layer_reduction) {
   check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
   const auto options = gap.options().dtype(result_type(gap, norm));
   Tensor loss = at::empty({gap.size(0)}, options), distance = at::empty(norm.sizes(), options);
@@ -135,8 +147,10 @@ std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& nor
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_backward_cpu(const Tensor& grad, const Tensor& gap, const Tensor& norm,
-                                                     const Tensor& gamma, const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
-                                                     double eps, std::string_view aggregation, std::string_view layer_reduction, bool norm_grad) {
+                                                     const Tensor& gamma, const std::optional<Tensor>& cap,
+                                                     const std::optional<Tensor>& weight, double eps,
+                                                     std::string_view aggregation, std::string_view layer_reduction,
+                                                     bool norm_grad) {
   const auto type = result_type(gap, norm);
   Tensor gap_out = at::empty(gap.sizes(), gap.options().dtype(type));
   Tensor norm_out = norm_grad ? at::empty(norm.sizes(), norm.options().dtype(type)) : at::empty({0}, norm.options());

@@ -184,7 +184,8 @@ MK_FN f64x8 exp_nonpositive(f64x8 x) {
   return x;
 }
 
-// x^q for x in [0, 1], q > 0, relative error about 1e-12 (|q log2 x| < 1000; 0 below): 2^(q log2 x) in double precision.
+// x^q for x in [0, 1], q > 0, relative error about 1e-12 (|q log2 x| < 1000; 0 below): 2^(q log2 x) in double
+// precision.
 MK_FN f64x8 simd_power(f64x8 x, double q) {
   const i64x8 bits = (i64x8)x;
   i64x8 exponent = (bits - 0x3fe6a09e667f3bcdll) >> 52;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
