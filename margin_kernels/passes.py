@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from margin_kernels import functional
-from margin_kernels.taps import Captured, Tap, same_edge
+from . import functional
+from .taps import Captured, Tap, same_edge
 
 PASSES = ("auto", "loop")
 
