@@ -1,6 +1,6 @@
 """Losses as nn.Module.
 
-    LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),  d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])     (MATH.md section 4)
+LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),  d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])   (MATH.md section 4)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Margins(NamedTuple):
     loss: Tensor
     nll: Tensor
     gap: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
     norm: Tensor
     distance: Tensor
     active: Tensor
@@ -41,7 +41,7 @@ class Margins(NamedTuple):
 class LargeMarginLoss(nn.Module):
     """Large margin loss: hinge on the linearised distance of the sample, at every tap, to the decision boundaries.
 
-        gap[n,j]    = s[n,i] - s[n,y_n]      i = the j-th of the top_k largest logits without the label; s = logits or softmax
+        gap[n,j]    = s[n,i] - s[n,y_n]      i = j-th of the top_k logits without the label; s = logits or softmax
         D[n,j,l]    = || d gap[n,j] / d h_l[n] ||_q            q = p / (p - 1)
         d[n,j,l]    = - gap[n,j] / (eps + D[n,j,l])            distance in the p-norm, positive on the right side
         term[n,j,l] = min( max(gamma_l - d, 0), alpha gamma_l )
@@ -226,7 +226,7 @@ def _number(name: str, value: Any, least: float | None = None, above: float | No
 
 def _numbers(name: str, values: Any, least: float | None = None, above: float | None = None) -> list[float]:
     if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a number or a list of numbers, one for each layer, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a number or a list with one for each layer, got {type(values).__name__}")
     if len(values) == 0:
         raise ValueError(f"{name} must hold one number for each layer, got an empty list")
     return [_number(f"{name}[{i}]", value, least, above) for i, value in enumerate(values)]

@@ -1,9 +1,9 @@
-"""Norms of the class-difference gradients, D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q   (MATH.md sections 2 and 9).
+"""Norms of the class-difference gradients, D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q  (MATH.md 2 and 9).
 
-One backward pass of the DIFFERENCE per competitor gives every tap at once; naming the taps as `inputs` prunes the weight
-gradients. The norms are taken right after each pass and the gradients dropped: at most one set of tap gradients is alive.
-Near the logits z = W h + b no pass is needed. With c the derivative of the difference with respect to z [N,C], which is
-e_i - e_y for logits and s_i (e_i - s) - s_y (e_y - s) for softmax scores s:
+One backward pass of the DIFFERENCE per competitor gives every tap at once; naming the taps as `inputs` prunes the
+weight gradients. The norms are taken right after each pass and the gradients dropped: at most one set of tap gradients
+is alive. Near the logits z = W h + b no pass is needed. With c the derivative of the difference with respect to z
+[N,C], which is e_i - e_y for logits and s_i (e_i - s) - s_y (e_y - s) for softmax scores s:
 
     tap on the logits                                G = c            D = 2^(1/q) for logits
     tap on h                                         G = c W          W_i - W_y for logits
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is measured for each competitor: first the cotangent c and the rows c W if a tap needs them, then `edges`."""
+    """What is measured for each competitor: the cotangent c and the rows c W where a tap needs them, then `taps`."""
 
     sources: list[Source]
     cotangent: bool
@@ -155,8 +155,8 @@ def difference_norms(
     layer_scale   None, or "numel": D divided by the number of elements of h_l[n]
     second_order  True: D is differentiable in the parameters (create_graph), else a constant
     passes        "auto" or "loop": one activation-only backward pass per competitor
-    Returns [N,k,L], fp32 (fp64 for fp64). Raises ValueError for a tap outside the graph of the logits, a tap whose first
-    dimension is not N, and reentrant checkpointing. Source: Elsayed et al. 2018, eq. 7; MATH.md section 2.
+    Returns [N,k,L], fp32 (fp64 for fp64). Raises ValueError for a tap outside the graph of the logits, a tap whose
+    first dimension is not N, and reentrant checkpointing. Source: Elsayed et al. 2018, eq. 7; MATH.md section 2.
     """
     check_passes(passes)
     plan = make_plan(captured, space, dual_exponent(p), layer_scale)
@@ -175,9 +175,10 @@ def difference_norms(
 def _gradients(
     captured: Captured, plan: Plan, seeds: tuple[Tensor | None, Tensor | None], second_order: bool
 ) -> list[Tensor]:
-    """What dual_norm measures for one competitor, each [N,*]: c and c W as far as the plan names them, then the taps."""
+    """What dual_norm measures for one competitor, each [N,*]: c and c W as the plan names them, then the taps."""
     cotangent, rows = seeds
-    measured = [seed for seed, wanted in ((cotangent, plan.cotangent), (rows, plan.rows)) if wanted and seed is not None]
+    named = (cotangent if plan.cotangent else None, rows if plan.rows else None)
+    measured = [seed for seed in named if seed is not None]
     if not plan.taps:
         return measured
     start = captured.logits if captured.head is None else captured.head.input

@@ -1,12 +1,11 @@
-"""Capture of named layers' activations, the points h_l at which the gradients G_l[n,j,:] = d gap[n,j] / d h_l[n] are taken.
+"""Capture of named layers' activations, the points h_l at which G_l[n,j,:] = d gap[n,j] / d h_l[n] is taken.
 
-A tap is not the activation but its edge in the autograd graph: the pair (node, output number) that produced it. The edge
-keeps no activation alive and does not move when a later in-place operation (an in-place ReLU after a convolution, say)
-rewrites the tensor. Three outputs need help, and the hook passes a replacement on:
+A tap is not the activation but its edge in the autograd graph: the pair (node, output number) that produced it. The
+edge keeps no activation alive and does not move when a later in-place operation (an in-place ReLU after a convolution,
+say) rewrites the tensor. Two kinds of output need help, and the hook passes a replacement on:
 
-    a view           in-place operations on a view rewrite the history of its base: a clone is passed on
-    no gradient      frozen stems, and the model's input: an alias with a place in the graph is passed on, without a copy
-    anything else    that is no floating-point tensor: ValueError
+    a view        in-place operations on a view rewrite the history of its base: a clone is passed on
+    no gradient   frozen stems, and the model's input: an alias with a place in the graph is passed on, without a copy
 
 Hooks live for one forward only, so the model stays clean (deepcopy, pickle, state dict), and the recomputation of
 non-reentrant checkpointing, which happens later, runs without them and keeps the first capture.
@@ -95,9 +94,9 @@ def explicit(logits: Tensor, activations: Sequence[Tensor]) -> Captured:
 
 
 def resolve(model: nn.Module, layers: Sequence[str] | str) -> tuple[str, ...]:
-    """Names of taps from names and glob patterns: `*` and `?` stay within one part of a dotted name, `**` crosses dots.
+    """Names of taps from names and glob patterns: `*` and `?` stay within a part of a dotted name, `**` crosses dots.
 
-    "input" and "output" are the model's input and its logits; "name:index" is one call of a module called several times.
+    "input" and "output" are the model's input and its logits; "name:index" is one call of a module called repeatedly.
     Returns the names in the order given, patterns in the order of named_modules(), each once.
     Raises ValueError for an empty selection, and for a name or pattern that no module has, with the close names.
     """
@@ -130,7 +129,7 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 class _InGraph(torch.autograd.Function):
-    """Identity without a copy that gives a tensor a place in the graph; unlike on a leaf, in-place operations stay legal."""
+    """Identity without a copy that gives a tensor a place in the graph; in-place operations stay legal, unlike a leaf's."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ class Taps:
         if not isinstance(logits, Tensor):
             raise ValueError(f"model must return its logits as one tensor [N,C], got {type(logits).__name__}")
         if not logits.requires_grad:
-            raise ValueError("the logits do not require grad: nothing between the taps and the logits is differentiable")
+            raise ValueError("the logits do not require grad: they depend differentiably on no tap and no parameter")
         head = ends.head(logits)
         if self._ends is None:
             self._ends = ends.names

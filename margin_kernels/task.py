@@ -28,13 +28,13 @@ class MarginTask(nn.Module):
         model: nn.Module, model(x) -> logits [N,C]. Not compiled and not wrapped: compile or wrap the task.
         loss: LargeMarginLoss.
         layers: the taps: names of modules as in model.named_modules(), glob patterns (`*` stays within one part of a
-            dotted name, `**` crosses dots), "input" (the model's input), "output" (the logits), "name:index" for one call
-            of a module called several times. Default: the input alone, the margin that input perturbations meet.
+            dotted name, `**` crosses dots), "input" (the model's input), "output" (the logits), "name:index" for one
+            call of a module called several times. Default: the input alone, the margin that input perturbations meet.
             `task.layers` holds the resolved names, in the order of the last dimension of distance and norm.
         passes: "auto" or "loop", how the gradients are obtained (margin_kernels.passes).
-        batchnorm: for models with batch norm in training mode, where samples are coupled and the gradient of a summed gap
-            is not the gradient of each gap. "batch": as the papers, ignore it (a warning, once); "frozen": norms are
-            measured on a second forward pass with running statistics and the same dropout masks.
+        batchnorm: for models with batch norm in training mode, where samples are coupled and the gradient of a summed
+            gap is not the gradient of each gap. "batch": as the papers, ignore it (a warning, once); "frozen": norms
+            are measured on a second forward pass with running statistics and the same dropout masks.
 
     Raises:
         ValueError: unknown layers or options, a compiled model, DataParallel; in forward, taps that cannot be measured.
@@ -105,8 +105,8 @@ class MarginTask(nn.Module):
         if not self._warned:
             self._warned = True
             warnings.warn(
-                "batch norm in training mode couples the samples of a batch, so the margins' gradients are not those of "
-                'single samples; batchnorm="frozen" measures them with running statistics, at the cost of a forward pass',
+                "batch norm in training mode couples the samples of a batch, so the gradients of the margins are not "
+                'those of single samples; batchnorm="frozen" measures them with running statistics, in a second forward',
                 stacklevel=4,
             )
 
