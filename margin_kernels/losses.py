@@ -1,6 +1,6 @@
 """Losses as nn.Module.
 
-LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),  d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])   (MATH.md section 4)
+LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),   d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])   (MATH.md 4)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import functional, taps
 from .passes import difference_norms
 from .reference.margin_hinge import AGGREGATIONS
-from .taps import Captured
+from .taps import Captured, cut_sources
 
 SPACES = ("logit", "probability")
 LAYER_SCALES = (None, "numel")
@@ -146,6 +146,7 @@ class LargeMarginLoss(nn.Module):
         shortfall = gamma - distance
         active = (shortfall > 0) & (shortfall < cap)
         total = self._total(loss, nll)
+        cut_sources(total, captured)
         return Margins(total, nll.detach(), gap.detach(), index, norm.detach(), distance, active)
 
     def gaps(self, logits: Tensor, target: Tensor) -> functional.Competitors:
