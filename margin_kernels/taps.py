@@ -88,6 +88,8 @@ def explicit(logits: Tensor, activations: Sequence[Tensor]) -> Captured:
     """
     if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
         raise TypeError(f"activations must be a list of tensors, got {type(activations).__name__}")
+    if len(activations) == 0:
+        raise ValueError("activations must hold at least one tensor, got an empty list")
     taps = []
     for i, activation in enumerate(activations):
         name = f"activations[{i}]"
