@@ -59,7 +59,8 @@ class LargeMarginLoss(nn.Module):
         layer_weights: None or one weight >= 0 for each layer.
         layer_scale: None, or "numel": D is divided by the number of elements of the layer's activation.
         space: scores s, "logit" or "probability". Probability distances grow like sinh(gap): gamma must be far larger.
-        second_order: False: D is a constant in the backward pass (the paper); True: D is differentiated as well.
+        second_order: False: D is a constant in the backward pass (the paper); True: D is differentiated as well, for
+            which every layer must be twice differentiable (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
         margin_weight, cross_entropy_weight: finite, >= 0.
         layer_reduction: "mean" (weighted) or "sum" (of w_l term) over layers.
         reduction: "mean", "sum" or "none" over samples, of the margin loss and the cross-entropy alike.
