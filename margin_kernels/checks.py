@@ -1,0 +1,113 @@
+"""Argument checks in Python: the same mistakes and the same words as csrc/check.h.
+
+They run before the reference and Triton implementations; the compiled ops check for themselves. Only shapes, dtypes
+and devices are read, plus the targets where they lie on the CPU: nothing here waits for a device.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .reference.margin_hinge import AGGREGATIONS
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _value(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _type(message: str) -> NoReturn:
+    raise TypeError(message)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        _type(f"{name} must be float64, float32, bfloat16 or float16, got {_name(tensor.dtype)}")
+
+
+def check_competitors(logits: Tensor, target: Tensor, k: int) -> None:
+    check_floating("logits", logits)
+    if logits.dim() != 2:
+        _value(f"logits must have shape [N, C], got {list(logits.shape)}")
+    if target.dtype != torch.int64:
+        _type(f"target must be int64 class indices, got {_name(target.dtype)}")
+    rows, classes = logits.shape
+    if target.dim() != 1 or target.shape[0] != rows:
+        _value(f"target must have shape [{rows}] to match logits, got {list(target.shape)}")
+    if target.device != logits.device:
+        _value(f"target must be on the device of logits ({logits.device}), got {target.device}")
+    if classes < 2:
+        _value(f"logits must have at least 2 classes, got {classes}")
+    if not 1 <= k <= classes - 1:
+        _value(f"k must be in [1, {classes - 1}] for {classes} classes, got {k}")
+    if target.device.type == "cpu" and _readable(target):
+        outside = (target < 0) | (target >= classes)
+        if bool(outside.any()):
+            row = int(outside.nonzero()[0, 0])
+            _value(f"target must be in [0, {classes}), got {int(target[row])} at row {row}")
+
+
+def check_dual_norm(gradients: Sequence[Tensor], p: float, batch_dims: int) -> None:
+    check_p(p)
+    if batch_dims not in (1, 2):
+        _value(f"batch_dims must be 1 ([N, *]) or 2 ([N, k, *]), got {batch_dims}")
+    if len(gradients) == 0:
+        _value("gradients must hold at least one tensor, got an empty list")
+    first = gradients[0]
+    for i, g in enumerate(gradients):
+        check_floating(f"gradients[{i}]", g)
+        if g.dim() < batch_dims:
+            _value(f"gradients[{i}] must have at least {batch_dims} dimensions, got shape {list(g.shape)}")
+        if g.shape[:batch_dims] != first.shape[:batch_dims]:
+            _value(
+                f"gradients[{i}] must begin with {list(first.shape[:batch_dims])} like gradients[0], "
+                f"got {list(g.shape)}"
+            )
+        if g.device != first.device:
+            _value(f"gradients[{i}] must be on the device of gradients[0] ({first.device}), got {g.device}")
+
+
+def check_p(p: float) -> None:
+    if not p >= 1:
+        _value(f"p must be >= 1 (or inf), got {p:g}")
+
+
+def check_margin_hinge(
+    gap: Tensor, norm: Tensor, gamma: Tensor, cap: Tensor, weight: Tensor, eps: float, aggregation: str
+) -> None:
+    check_floating("gap", gap)
+    check_floating("norm", norm)
+    if gap.dim() != 2 or gap.shape[1] < 1:
+        _value(f"gap must have shape [N, k] with k >= 1, got {list(gap.shape)}")
+    if norm.dim() != 3 or norm.shape[:2] != gap.shape or norm.shape[2] < 1:
+        _value(f"norm must have shape [{gap.shape[0]}, {gap.shape[1]}, L] to match gap, got {list(norm.shape)}")
+    if norm.device != gap.device:
+        _value(f"norm must be on the device of gap ({gap.device}), got {norm.device}")
+    layers = norm.shape[2]
+    for name, tensor in (("gamma", gamma), ("cap", cap), ("weight", weight)):
+        check_floating(name, tensor)
+        if tensor.dim() != 1 or tensor.shape[0] != layers:
+            _value(f"{name} must have shape [{layers}], one entry per layer, got {list(tensor.shape)}")
+        if tensor.device != gap.device:
+            _value(f"{name} must be on the device of gap ({gap.device}), got {tensor.device}")
+    if not (eps >= 0 and math.isfinite(eps)):
+        _value(f"eps must be finite and >= 0, got {eps:g}")
+    if aggregation not in AGGREGATIONS:
+        _value(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation}")
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether reading values is possible and free: not while a compiler or a torch.func transform traces."""
+    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter) and not _wrapped(tensor)
+
+
+def _wrapped(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
