@@ -157,7 +157,7 @@ def load(name: str, data_dir: Path, verify: bool = True) -> tuple[np.ndarray, np
         labels = parse_labels(_content(labels_path, name, labels_stem, verify), labels_path)
         if len(images) != len(labels):
             raise DataError(
-                f"{labels_path}: {len(labels)} labels found, {len(images)} expected, one for each of {images_path.name}."
+                f"{labels_path}: {len(labels)} labels found, {len(images)} expected, as many as in {images_path.name}."
             )
         arrays += [images[:, None], labels.astype(np.int64)]
     return arrays[0], arrays[1], arrays[2], arrays[3]

@@ -202,7 +202,8 @@ class Trainer:
         kept = f" The last checkpoint (epoch {self.epoch}) is kept." if self.folder is not None and self.epoch else ""
         return (
             f"{self.config.name}: the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}.{kept} "
-            f"Lower --optimiser.lr (now {self.optimiser.param_groups[0]['lr']:g}), set --training.clip_norm 10, lower --loss.gamma, "
+            f"Lower --optimiser.lr (now {self.optimiser.param_groups[0]['lr']:g}), set --training.clip_norm 10, "
+            "lower --loss.gamma, "
             "or train in fp32 where a half precision was used."
         )
 
