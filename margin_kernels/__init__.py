@@ -2,6 +2,8 @@
 
 from . import functional
 from .backends import BackendError
+from .losses import LargeMarginLoss
+from .task import MarginTask
 from .version import __version__
 
-__all__ = ["BackendError", "__version__", "functional"]
+__all__ = ["BackendError", "LargeMarginLoss", "MarginTask", "__version__", "functional"]

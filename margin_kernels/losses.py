@@ -1,0 +1,256 @@
+"""Losses as nn.Module.
+
+LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),  d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])   (MATH.md section 4)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, taps
+from .passes import difference_norms
+from .reference.margin_hinge import AGGREGATIONS
+from .taps import Captured
+
+SPACES = ("logit", "probability")
+LAYER_SCALES = (None, "numel")
+LAYER_REDUCTIONS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Margins(NamedTuple):
+    """What one evaluation of LargeMarginLoss shows; everything but `loss` is detached.
+
+    loss [] or [N];  nll [N];  gap, index [N,k];  norm D, distance d, active 1[0 < gamma - d < cap] (bool) [N,k,L]
+    """
+
+    loss: Tensor
+    nll: Tensor
+    gap: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
+    norm: Tensor
+    distance: Tensor
+    active: Tensor
+
+
+class LargeMarginLoss(nn.Module):
+    """Large margin loss: hinge on the linearised distance of the sample, at every tap, to the decision boundaries.
+
+        gap[n,j]    = s[n,i] - s[n,y_n]      i = j-th of the top_k logits without the label; s = logits or softmax
+        D[n,j,l]    = || d gap[n,j] / d h_l[n] ||_q            q = p / (p - 1)
+        d[n,j,l]    = - gap[n,j] / (eps + D[n,j,l])            distance in the p-norm, positive on the right side
+        term[n,j,l] = min( max(gamma_l - d, 0), alpha gamma_l )
+        loss[n]     = sum_l w_l agg_j term[n,j,l] / sum_l w_l
+        total       = margin_weight * loss + cross_entropy_weight * nll
+
+    Args:
+        gamma: margin that is asked for, > 0, in the units of the activations; one number or one for each layer.
+        p: norm of the distances, in [1, inf]; float("inf") or "inf".
+        top_k: competitors k, 1 <= k <= C - 1. The passes cost k activation-only backward passes.
+        aggregation: over competitors, "max", "sum", "mean", or "mean_distance" (one term of the mean distance).
+        alpha: the terms are clipped at alpha * gamma, > 0; None: no clip.
+        eps: added to D, >= 0.
+        layer_weights: None or one weight >= 0 for each layer.
+        layer_scale: None, or "numel": D is divided by the number of elements of the layer's activation.
+        space: scores s, "logit" or "probability". Probability distances grow like sinh(gap): gamma must be far larger.
+        second_order: False: D is a constant in the backward pass (the paper); True: D is differentiated as well.
+        margin_weight, cross_entropy_weight: finite, >= 0.
+        layer_reduction: "mean" (weighted) or "sum" (of w_l term) over layers.
+        reduction: "mean", "sum" or "none" over samples, of the margin loss and the cross-entropy alike.
+        backend: "auto" or a backend of margin_kernels.backends, for all ops.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value, and what is allowed.
+
+    Source: Elsayed, Krishnan, Mobahi, Regan, Bengio. Large Margin Deep Networks for Classification. NeurIPS 2018.
+    """
+
+    def __init__(
+        self,
+        gamma: float | Sequence[float] = 1.0,
+        p: float | str = 2,
+        top_k: int = 1,
+        aggregation: str = "max",
+        alpha: float | None = None,
+        eps: float = 1e-6,
+        layer_weights: Sequence[float] | None = None,
+        layer_scale: str | None = None,
+        space: str = "logit",
+        second_order: bool = False,
+        margin_weight: float = 1.0,
+        cross_entropy_weight: float = 0.0,
+        layer_reduction: str = "mean",
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.gamma = _number("gamma", gamma, above=0) if _is_number(gamma) else _numbers("gamma", gamma, above=0)
+        self.p = _norm_exponent(p)
+        self.top_k = _count("top_k", top_k)
+        self.aggregation = _choice("aggregation", aggregation, AGGREGATIONS)
+        self.alpha = None if alpha is None else _number("alpha", alpha, above=0)
+        self.eps = _number("eps", eps, least=0)
+        self.layer_weights = None if layer_weights is None else _numbers("layer_weights", layer_weights, least=0)
+        if self.layer_weights is not None and sum(self.layer_weights) == 0:
+            raise ValueError(f"layer_weights must not all be 0, got {layer_weights}")
+        self.layer_scale = _choice("layer_scale", layer_scale, LAYER_SCALES)
+        self.space = _choice("space", space, SPACES)
+        self.second_order = bool(second_order)
+        self.margin_weight = _number("margin_weight", margin_weight, least=0)
+        self.cross_entropy_weight = _number("cross_entropy_weight", cross_entropy_weight, least=0)
+        self.layer_reduction = _choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
+        self.reduction = _choice("reduction", reduction, REDUCTIONS)
+        self.backend = backend
+        # Hyper-parameters as tensors [L] on a device, made once: no buffers, which .half() would round.
+        self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def forward(self, logits: Tensor, target: Tensor, activations: Sequence[Tensor]) -> Tensor:
+        """The loss, [] or [N], of logits [N,C] and target [N] int64 with activations h_l [N,*] from the same forward.
+
+        The activations must require grad and lie in the graph of the logits; the logits themselves may be one of them.
+        """
+        return self.margins(logits, target, taps.explicit(logits, activations)).loss
+
+    def margins(self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "auto") -> Margins:
+        """The loss and all that it measured on the way.
+
+        logits    [N,C], from which gap and cross-entropy are taken
+        target    [N] int64, values in [0, C)
+        captured  the forward pass whose taps are measured; its logits may differ from `logits` (frozen batch norm)
+        passes    how the gradients are obtained, as in passes.difference_norms
+        """
+        index, gap, nll = self.gaps(logits, target)
+        # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
+        label = target.clamp(0, logits.shape[1] - 1)
+        norm = difference_norms(
+            captured, label, index, self.p, self.space, self.layer_scale, self.second_order, passes, self.backend
+        )
+        gamma, cap, weight = self._per_layer(norm)
+        loss, distance = functional.margin_hinge_with_distance(
+            gap,
+            norm,
+            gamma,
+            cap,
+            self.eps,
+            self.aggregation,
+            layer_reduction="sum",
+            reduction=self.reduction,
+            layer_weights=weight,
+            backend=self.backend,
+        )
+        shortfall = gamma - distance
+        active = (shortfall > 0) & (shortfall < cap)
+        total = self._total(loss, nll)
+        return Margins(total, nll.detach(), gap.detach(), index, norm.detach(), distance, active)
+
+    def gaps(self, logits: Tensor, target: Tensor) -> functional.Competitors:
+        """index [N,k], gap [N,k] in the loss's space and nll [N] of logits [N,C]: all that needs no activations."""
+        index, gap, nll = functional.competitors(logits, target, self.top_k, backend=self.backend)
+        if self.space == "probability":
+            wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            scores = torch.softmax(logits, 1, dtype=wide)
+            label = target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
+            gap = scores.gather(1, index) - scores.gather(1, label)
+        return functional.Competitors(index, gap, nll)
+
+    def _total(self, loss: Tensor, nll: Tensor) -> Tensor:
+        if self.margin_weight != 1:
+            loss = loss * self.margin_weight
+        if self.cross_entropy_weight == 0:
+            return loss
+        if self.reduction != "none":
+            nll = nll.mean() if self.reduction == "mean" else nll.sum()
+        return loss + (nll if self.cross_entropy_weight == 1 else nll * self.cross_entropy_weight)
+
+    def _per_layer(self, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """gamma, cap and normalised weight, each [L], in the dtype and on the device of norm [N,k,L]."""
+        layers = norm.shape[2]
+        key = (norm.device, norm.dtype, layers)
+        if key not in self._constants:
+            gamma = self._spread("gamma", self.gamma, layers)
+            cap = [math.inf if self.alpha is None else self.alpha * g for g in gamma]
+            weights = self._spread("layer_weights", 1.0 if self.layer_weights is None else self.layer_weights, layers)
+            total = sum(weights) if self.layer_reduction == "mean" else 1.0
+            rows = torch.tensor([gamma, cap, [w / total for w in weights]], dtype=norm.dtype, device=norm.device)
+            self._constants[key] = rows[0], rows[1], rows[2]
+        return self._constants[key]
+
+    @staticmethod
+    def _spread(name: str, value: float | list[float], layers: int) -> list[float]:
+        values = value if isinstance(value, list) else [value] * layers
+        if len(values) != layers:
+            raise ValueError(f"{name} must be one number or one for each of the {layers} taps, got {len(values)}")
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the tensors made for a device, which another machine may not have."""
+        return {**self.__dict__, "_constants": {}}
+
+    def extra_repr(self) -> str:
+        parts = [f"gamma={self.gamma}", f"p={self.p:g}", f"top_k={self.top_k}", f"aggregation={self.aggregation!r}"]
+        defaults = {
+            "alpha": None,
+            "eps": 1e-6,
+            "layer_weights": None,
+            "layer_scale": None,
+            "space": "logit",
+            "second_order": False,
+            "margin_weight": 1.0,
+            "cross_entropy_weight": 0.0,
+            "layer_reduction": "mean",
+            "reduction": "mean",
+            "backend": "auto",
+        }
+        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
+        return ", ".join(parts)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number(name: str, value: Any, least: float | None = None, above: float | None = None) -> float:
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if above is not None and not (math.isfinite(value) and value > above):
+        raise ValueError(f"{name} must be finite and > {above:g}, got {value}")
+    if least is not None and not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be finite and >= {least:g}, got {value}")
+    return float(value)
+
+
+def _numbers(name: str, values: Any, least: float | None = None, above: float | None = None) -> list[float]:
+    if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a number or a list with one for each layer, got {type(values).__name__}")
+    if len(values) == 0:
+        raise ValueError(f"{name} must hold one number for each layer, got an empty list")
+    return [_number(f"{name}[{i}]", value, least, above) for i, value in enumerate(values)]
+
+
+def _norm_exponent(p: Any) -> float:
+    if p == "inf":
+        return math.inf
+    if not _is_number(p):
+        raise TypeError(f'p must be a number >= 1 or "inf", got {p!r}')
+    if not p >= 1:
+        raise ValueError(f'p must be >= 1 or "inf", got {p}')
+    return float(p)
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1 (and at most the number of classes - 1), got {value}")
+    return value
+
+
+def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value

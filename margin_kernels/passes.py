@@ -1,0 +1,222 @@
+"""Norms of the class-difference gradients, D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q  (MATH.md 2 and 9).
+
+One backward pass of the DIFFERENCE per competitor gives every tap at once; naming the taps as `inputs` prunes the
+weight gradients. The norms are taken right after each pass and the gradients dropped: at most one set of tap gradients
+is alive. Near the logits z = W h + b no pass is needed. With c the derivative of the difference with respect to z
+[N,C], which is e_i - e_y for logits and s_i (e_i - s) - s_y (e_y - s) for softmax scores s:
+
+    tap on the logits                                G = c            D = 2^(1/q) for logits
+    tap on h                                         G = c W          W_i - W_y for logits
+    tap before global average pooling over S         G = c W / S      D = S^(1/q - 1) ||c W||_q
+
+and the pass of deeper taps starts at h with the rows c W, which spares the head's backward and a cotangent [N,C].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import functional
+from .taps import Captured, Tap, same_edge
+
+PASSES = ("auto", "loop")
+
+
+def check_passes(passes: str) -> str:
+    """`passes` where it is a mode that exists; "auto" is "loop" for now. Raises ValueError else."""
+    if passes not in PASSES:
+        raise ValueError(f'passes must be one of "auto", "loop", got {passes!r} ("split" is not available yet)')
+    return passes
+
+
+def dual_exponent(p: float) -> float:
+    """q = p / (p - 1), the exponent of the dual norm; inf for p = 1, 1 for p = inf."""
+    return math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
+
+
+class Source(NamedTuple):
+    """Where D of one tap comes from: the column of the measured norms (None: D is `scale` itself), and its factor."""
+
+    column: int | None
+    scale: float
+
+
+class Plan(NamedTuple):
+    """What is measured for each competitor: the cotangent c and the rows c W where a tap needs them, then `taps`."""
+
+    sources: list[Source]
+    cotangent: bool
+    rows: bool
+    taps: list[Tap]
+
+
+def make_plan(captured: Captured, space: str, q: float, layer_scale: str | None = None) -> Plan:
+    """Closed form or pass for each tap of `captured`. Raises ValueError for a tap whose first dimension is not N."""
+    kinds = [_kind(tap, captured) for tap in captured.taps]
+    cotangent = "logits" in kinds and space == "probability"
+    rows = "head" in kinds or "pooled" in kinds
+    first = cotangent + rows
+    sources: list[Source] = []
+    passed: list[Tap] = []
+    for tap, kind in zip(captured.taps, kinds, strict=True):
+        column: int | None = first - 1
+        scale = 1.0
+        if kind == "logits" and not cotangent:
+            column, scale = None, 2.0 ** (1 / q)
+        elif kind == "logits":
+            column = 0
+        elif kind == "pass":
+            column = first + len(passed)
+            passed.append(tap)
+        elif kind == "pooled" and captured.head is not None:
+            scale = captured.head.positions ** (1 / q - 1)
+        if layer_scale == "numel":
+            scale /= tap.shape[1:].numel()
+        sources.append(Source(column, scale))
+    return Plan(sources, cotangent, rows, passed)
+
+
+def _kind(tap: Tap, captured: Captured) -> str:
+    logits, _, head = captured
+    if tap.shape[:1] != logits.shape[:1]:
+        raise ValueError(
+            f"tap {tap.name!r} has shape {tuple(tap.shape)}; its first dimension must be the batch ({logits.shape[0]})"
+        )
+    if same_edge(tap.edge, torch.autograd.graph.get_gradient_edge(logits)):
+        return "logits"
+    if head is not None and any(same_edge(tap.edge, edge) for edge in head.edges):
+        return "head"
+    if head is not None and head.pooled is not None and same_edge(tap.edge, head.pooled):
+        return "pooled"
+    return "pass"
+
+
+class Cotangents:
+    """c[n,:] = d (s[n,i] - s[n,y]) / d z[n,:] and the rows c W, one competitor i at a time."""
+
+    def __init__(self, captured: Captured, target: Tensor, space: str, second_order: bool) -> None:
+        logits, _, head = captured
+        self._columns = target.unsqueeze(1)
+        self._scores: Tensor | None = None
+        self._weight: Tensor | None = None
+        if head is not None:
+            self._weight = head.weight if second_order else head.weight.detach()
+        if space == "probability":
+            wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            self._scores = torch.softmax(logits if second_order else logits.detach(), 1, dtype=wide)
+            self._own = self._scores.gather(1, self._columns)
+            self._weight = None if self._weight is None else self._weight.to(wide)
+        elif self._weight is not None:
+            self._own = self._weight.index_select(0, target)
+        else:
+            self._own = logits.new_zeros(logits.shape).scatter_(1, self._columns, -1.0)
+
+    def of(self, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """c [N,C] (None where nothing needs it) and c W [N,D] (None without a head) for competitors index [N]."""
+        cotangent = None
+        if self._scores is not None:
+            cotangent = self._softmax(self._scores, index.unsqueeze(1))
+        elif self._weight is None:
+            cotangent = self._own.scatter(1, index.unsqueeze(1), 1.0)
+        if self._weight is None:
+            return cotangent, None
+        if cotangent is None:
+            return None, self._weight.index_select(0, index) - self._own
+        return cotangent, cotangent @ self._weight
+
+    def _softmax(self, scores: Tensor, column: Tensor) -> Tensor:
+        other = scores.gather(1, column)
+        at = torch.cat([column, self._columns], 1)
+        return (scores * (self._own - other)).scatter_add(1, at, torch.cat([other, -self._own], 1))
+
+
+def difference_norms(
+    captured: Captured,
+    target: Tensor,
+    index: Tensor,
+    p: float = 2,
+    space: str = "logit",
+    layer_scale: str | None = None,
+    second_order: bool = False,
+    passes: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q, q dual to p.
+
+    captured      one forward pass: logits z [N,C], L taps h_l [N,*], head
+    target        int64 [N], values in [0, C);  index: competitors I, int64 [N,k]
+    p             norm of the distances, >= 1
+    space         "logit": s = z;  "probability": s = softmax(z)
+    layer_scale   None, or "numel": D divided by the number of elements of h_l[n]
+    second_order  True: D is differentiable in the parameters (create_graph), else a constant
+    passes        "auto" or "loop": one activation-only backward pass per competitor
+    Returns [N,k,L], fp32 (fp64 for fp64). Raises ValueError for a tap outside the graph of the logits, a tap whose
+    first dimension is not N, and reentrant checkpointing. Source: Elsayed et al. 2018, eq. 7; MATH.md section 2.
+    """
+    check_passes(passes)
+    plan = make_plan(captured, space, dual_exponent(p), layer_scale)
+    logits = captured.logits
+    with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
+        norms: list[Tensor] = []
+        if plan.cotangent or plan.rows or plan.taps:
+            cotangents = Cotangents(captured, target, space, second_order)
+            for competitor in index.unbind(1):
+                gradients = _gradients(captured, plan, cotangents.of(competitor), second_order)
+                norms.append(functional.dual_norm(gradients, p, batch_dims=1, backend=backend))
+                del gradients
+        return _columns(norms, plan.sources, index, logits.dtype)
+
+
+def _gradients(
+    captured: Captured, plan: Plan, seeds: tuple[Tensor | None, Tensor | None], second_order: bool
+) -> list[Tensor]:
+    """What dual_norm measures for one competitor, each [N,*]: c and c W as the plan names them, then the taps."""
+    cotangent, rows = seeds
+    named = (cotangent if plan.cotangent else None, rows if plan.rows else None)
+    measured = [seed for seed in named if seed is not None]
+    if not plan.taps:
+        return measured
+    start = captured.logits if captured.head is None else captured.head.input
+    seed = cotangent if rows is None else rows
+    assert seed is not None
+    return measured + _backward(start, seed.to(start.dtype), plan.taps, second_order)
+
+
+def _backward(start: Tensor, seed: Tensor, taps: Sequence[Tap], second_order: bool) -> list[Tensor]:
+    """Gradients of <seed, start> with respect to the taps; no weight gradient is computed."""
+    edges = [tap.edge for tap in taps]
+    try:
+        gradients = torch.autograd.grad(
+            start, edges, seed, retain_graph=True, create_graph=second_order, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "reentrant checkpointing cannot give activation gradients: call torch.utils.checkpoint.checkpoint with "
+            f"use_reentrant=False (taps: {', '.join(tap.name for tap in taps)})"
+        ) from error
+    for tap, gradient in zip(taps, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(f"tap {tap.name!r} is outside the graph of the logits: they do not depend on it")
+    return list(gradients)
+
+
+def _columns(norms: list[Tensor], sources: list[Source], index: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N,k,L] from the measured norms, [N,*] per competitor, and the constants, each times its scale."""
+    measured = torch.stack(norms, 1) if norms else None
+    if measured is not None and sources == [Source(column, 1.0) for column in range(measured.shape[-1])]:
+        return measured
+    columns = []
+    for column, scale in sources:
+        if column is None or measured is None:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            columns.append(torch.full(index.shape, scale, dtype=wide, device=index.device))
+        else:
+            columns.append(measured[..., column] * scale)
+    return torch.stack(columns, -1)

@@ -1,0 +1,143 @@
+"""Model and loss as one module: what is trained, wrapped by DDP and saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .losses import LargeMarginLoss
+from .passes import check_passes
+from .taps import Captured, Taps
+
+BATCHNORM = ("batch", "frozen")
+
+
+class MarginTask(nn.Module):
+    """A classifier together with its margin loss: one forward gives loss, logits and margin statistics.
+
+        task = MarginTask(model, LargeMarginLoss(gamma=1.0), layers=("input", "layer3.*", "output"))
+        task(x, y)["loss"].backward()
+
+    Args:
+        model: nn.Module, model(x) -> logits [N,C]. Not compiled and not wrapped: compile or wrap the task.
+        loss: LargeMarginLoss.
+        layers: the taps: names of modules as in model.named_modules(), glob patterns (`*` stays within one part of a
+            dotted name, `**` crosses dots), "input" (the model's input), "output" (the logits), "name:index" for one
+            call of a module called several times. Default: the input alone, the margin that input perturbations meet.
+            `task.layers` holds the resolved names, in the order of the last dimension of distance and norm.
+        passes: "auto" or "loop", how the gradients are obtained (margin_kernels.passes).
+        batchnorm: for models with batch norm in training mode, where samples are coupled and the gradient of a summed
+            gap is not the gradient of each gap. "batch": as the papers, ignore it (a warning, once); "frozen": norms
+            are measured on a second forward pass with running statistics and the same dropout masks.
+
+    Raises:
+        ValueError: unknown layers or options, a compiled model, DataParallel; in forward, taps that cannot be measured.
+
+    The state dict holds the model under "model.". Hooks exist during a forward only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LargeMarginLoss,
+        layers: Sequence[str] | str = ("input",),
+        passes: str = "auto",
+        batchnorm: str = "batch",
+    ) -> None:
+        super().__init__()
+        if batchnorm not in BATCHNORM:
+            raise ValueError(f'batchnorm must be one of "batch", "frozen", got {batchnorm!r}')
+        _check_model(model)
+        self.model = model
+        self.loss = loss
+        self.passes = check_passes(passes)
+        self.batchnorm = batchnorm
+        self._taps = Taps(model, layers)
+        self._warned = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the taps, in the order of the last dimension of distance and norm."""
+        return self._taps.names
+
+    def forward(self, x: Any, y: Tensor) -> dict[str, Tensor]:
+        """Loss and statistics of inputs x [N,*] with targets y [N] int64.
+
+        Returns a dict: loss [] ([N] for reduction="none") and output (logits [N,C]) with gradient; detached: distance,
+        norm, active (bool) [N,k,L], gap, index [N,k], nll [N]. Under no_grad: output, gap, index and nll only.
+        """
+        if getattr(self, "_is_replica", False):
+            raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
+        if not torch.is_grad_enabled():
+            logits = self.model(x)
+            index, gap, nll = self.loss.gaps(logits, y)
+            return {"output": logits, "nll": nll, "gap": gap, "index": index}
+        logits, captured = self._forward(x)
+        margins = self.loss.margins(logits, y, captured, self.passes)
+        return {"output": logits, **margins._asdict()}
+
+    def _forward(self, x: Any) -> tuple[Tensor, Captured]:
+        """The logits of the ordinary forward pass, and the forward pass whose taps are measured."""
+        training = [module for module in self.model.modules() if isinstance(module, _BatchNorm) and module.training]
+        if not training:
+            captured = self._taps.capture(self.model, x)
+            return captured.logits, captured
+        if self.batchnorm == "frozen":
+            with _running_statistics(training), _same_random_numbers(x):
+                captured = self._taps.capture(self.model, x)
+            return self.model(x), captured
+        self._check_coupling(training)
+        captured = self._taps.capture(self.model, x)
+        return captured.logits, captured
+
+    def _check_coupling(self, training: list[_BatchNorm]) -> None:
+        if self.loss.second_order and any(isinstance(module, nn.SyncBatchNorm) for module in training):
+            raise ValueError(
+                "SyncBatchNorm in training mode cannot be differentiated twice: use second_order=False, or "
+                'batchnorm="frozen"'
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "batch norm in training mode couples the samples of a batch, so the gradients of the margins are not "
+                'those of single samples; batchnorm="frozen" measures them with running statistics, in a second forward',
+                stacklevel=4,
+            )
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
+    for name, module in model.named_modules():
+        # By name: importing torch._dynamo for the class would take seconds.
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"its module {name!r}" if name else "it"
+            raise ValueError(f"model must not be compiled, but {where} is: compile the task, not the model")
+
+
+@contextmanager
+def _running_statistics(modules: list[_BatchNorm]) -> Iterator[None]:
+    """Batch norms in eval mode: running statistics are used and not updated."""
+    if any(module.running_mean is None for module in modules):
+        raise ValueError('batchnorm="frozen" needs running statistics, and a batch norm has track_running_stats=False')
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+@contextmanager
+def _same_random_numbers(x: Any) -> Iterator[None]:
+    """Afterwards the random state is the one before: the next forward pass draws the same dropout masks."""
+    devices = [x.device] if isinstance(x, Tensor) and x.device.type != "cpu" else []
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
+        yield
