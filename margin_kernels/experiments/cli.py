@@ -81,7 +81,8 @@ def train(arguments: list[str]) -> int:
         trainer.resume()
         console.print(f"resuming after epoch {trainer.epoch}", highlight=False)
     start = time.perf_counter()
-    trainer.run()
+    with Meter(trainer.steps_per_epoch * (settings.training.epochs - trainer.epoch), settings.name, console) as meter:
+        trainer.run(tick=meter.advance, say=meter.say)
     console.print(f"done in {time.perf_counter() - start:.0f} s: {folder}", highlight=False, soft_wrap=True)
     console.print(f"next: margin-kernels evaluate {folder}", highlight=False, soft_wrap=True)
     return 0

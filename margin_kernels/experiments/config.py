@@ -69,6 +69,7 @@ class LossConfig:
         alpha: clips each term at alpha * gamma
         eps: added to the gradient norm
         layer_weights: one weight per tap
+        layer_reduction: mean (weighted) or sum over the taps
         layer_scale: numel divides the norm by the number of elements of the layer
         space: logit or probability scores
         second_order: differentiate the gradient norms too
@@ -76,7 +77,7 @@ class LossConfig:
         cross_entropy_weight: factor of the cross-entropy term
         layers: taps; input, output, module names, or hidden for every hidden layer of the network
         batchnorm: batch or frozen statistics in the margin passes
-        passes: loop, split or auto
+        passes: how the margin gradients are obtained, auto or loop
     """
 
     kind: str = "cross_entropy"
@@ -87,6 +88,7 @@ class LossConfig:
     alpha: float | None = None
     eps: float = 1e-6
     layer_weights: list[float] | None = None
+    layer_reduction: Literal["mean", "sum"] = "mean"
     layer_scale: Literal["numel"] | None = None
     space: Literal["logit", "probability"] = "logit"
     second_order: bool = False

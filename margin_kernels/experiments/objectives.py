@@ -61,6 +61,7 @@ def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -
         alpha=config.alpha,
         eps=config.eps,
         layer_weights=config.layer_weights,
+        layer_reduction=config.layer_reduction,
         layer_scale=config.layer_scale,
         space=config.space,
         second_order=config.second_order,

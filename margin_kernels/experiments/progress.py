@@ -15,6 +15,7 @@ from rich.progress import (
     ProgressColumn,
     SpinnerColumn,
     Task,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -34,30 +35,31 @@ class Meter:
     """Counts `total` units of work: `with Meter(total) as meter: meter.advance(); meter.say("...")`.
 
     On a terminal a bar; otherwise a line at most every `interval` seconds with the share done, the rate and the time
-    left.
+    left. `steps` False: the units are of no interest to the reader (estimated seconds, say) and only shares are shown.
     """
 
     def __init__(
-        self, total: float, label: str = "", console: Console | None = None, interval: float = 10.0, quiet: bool = False
-    ):
+        self,
+        total: float,
+        label: str = "",
+        console: Console | None = None,
+        interval: float = 10.0,
+        quiet: bool = False,
+        steps: bool = True,
+    ) -> None:
         self.console = console or Console()
-        self.total, self.done, self.label, self.quiet = total, 0.0, label, quiet
-        self.interval, self.start, self.last = interval, time.monotonic(), time.monotonic()
+        self.total, self.done, self.label = total, 0.0, label
+        self.quiet, self.steps, self.interval = quiet, steps, interval
+        self.start = self.last = time.monotonic()
         self.bar: Progress | None = None
 
     def __enter__(self) -> Meter:
         self.start = self.last = time.monotonic()
         if self.console.is_terminal and not self.quiet:
-            columns: list[Any] = [
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                Rate(),
-            ]
-            self.bar = Progress(
-                *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console
-            )
+            columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
+            columns += [MofNCompleteColumn(), Rate()] if self.steps else [TaskProgressColumn()]
+            columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+            self.bar = Progress(*columns, console=self.console)
             self.bar.start()
             self.task = self.bar.add_task(self.label, total=self.total)
         return self
@@ -82,13 +84,14 @@ class Meter:
         """Share done, rate and time left in words."""
         elapsed = max(time.monotonic() - self.start, 1e-9)
         rate = self.done / elapsed
-        left = (self.total - self.done) / rate if rate > 0 else float("nan")
-        share = f"{self.done:.0f}/{self.total:.0f} ({self.done / max(self.total, 1):.0%})"
-        return f"{self.label}: {share}, {rate:.1f}/s, {left:.0f} s left"
+        left = f"{(self.total - self.done) / rate:.0f} s left" if rate > 0 else "time left unknown"
+        share = f"{self.done / max(self.total, 1e-9):.0%}"
+        if self.steps:
+            share = f"{self.done:.0f}/{self.total:.0f} ({share}), {rate:.1f}/s"
+        return f"{self.label}: {share}, {elapsed:.0f} s, {left}"
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self.quiet:
-            return
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        sys.stdout.flush()
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            sys.stdout.flush()

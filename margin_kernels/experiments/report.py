@@ -33,6 +33,7 @@ tr.section td { font-weight: 600; padding-top: .8rem; }
 td.best { font-weight: 700; }
 tr.chosen td { background: #e8f1f8; font-weight: 600; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+.figures.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #444; }
@@ -76,7 +77,8 @@ def page(results: dict[str, Any], groups: dict[str, list[Figure]]) -> str:
             _tuning_table(results["tuning"]),
         ]
     for heading, figures in groups.items():
-        body += [f"<h2>{html.escape(heading)}</h2>", '<div class="figures">', *map(_figure, figures), "</div>"]
+        kind = "figures wide" if len(figures) in (2, 4) else "figures"  # an even grid, two in a row
+        body += [f"<h2>{html.escape(heading)}</h2>", f'<div class="{kind}">', *map(_figure, figures), "</div>"]
     body += ["<h2>How it was run</h2>", _facts(results["facts"]), *map(_config, results["models"])]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -109,17 +111,19 @@ def _tuning_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         mark = ' class="chosen"' if row["chosen"] else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(tuning_cell(row[c]))}</td>" for c in columns) + "</tr>")
+        lines.append(
+            f"<tr{mark}>" + "".join(f"<td>{html.escape(tuning_cell(c, row[c]))}</td>" for c in columns) + "</tr>"
+        )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def tuning_cell(value: Any) -> str:
-    """A cell of the tuning table: shares as percent, numbers to three digits, lists joined."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
+def tuning_cell(column: str, value: Any) -> str:
+    """A cell of the tuning table: accuracies as percent, other numbers to three digits, lists joined."""
     if isinstance(value, list):
         return ", ".join(f"{item:.3g}" for item in value)
-    return str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:g}" if column == "m" else f"{100 * value:.1f} %"
 
 
 def _figure(figure: Figure) -> str:

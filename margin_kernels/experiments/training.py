@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from .attacks import eval_mode
 from .config import Config, to_dict, to_yaml
 from .data import Dataset, Split
 from .distance import signed_distance, tap_names
-from .progress import Meter
 from .records import flatten, machine, versions, write_csv, write_json, write_text
 
 # What may differ between a run and its resumption without changing what is computed up to the epoch reached.
@@ -72,12 +72,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 class Trainer:
-    """One run: Trainer(config, dataset, folder).run(). `folder` None keeps nothing on disk."""
+    """One run: Trainer(config, dataset, folder).run(); `folder` None keeps nothing on disk."""
 
-    def __init__(
-        self, config: Config, dataset: Dataset, folder: Path | None = None, meter: Meter | None = None
-    ) -> None:
-        self.config, self.dataset, self.folder, self.meter = config, dataset, folder, meter
+    def __init__(self, config: Config, dataset: Dataset, folder: Path | None = None) -> None:
+        self.config, self.dataset, self.folder = config, dataset, folder
         settings = config.training
         if settings.epochs < 0 or settings.batch_size < 1 or settings.accumulate < 1:
             raise ValueError("training.epochs must be >= 0, training.batch_size and training.accumulate >= 1")
@@ -113,35 +111,30 @@ class Trainer:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.dataset.train) / self.config.training.batch_size)
 
-    def run(self, until: int | None = None) -> list[dict[str, Any]]:
-        """Trains up to epoch `until` (default: all) and returns one record per epoch."""
+    def run(
+        self,
+        until: int | None = None,
+        tick: Callable[[int], None] = lambda steps: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> list[dict[str, Any]]:
+        """Trains up to epoch `until` (default: all) and returns one record per epoch; `tick` is told of every step and
+        `say` of every epoch."""
         last = self.config.training.epochs if until is None else min(until, self.config.training.epochs)
-        own = self.meter is None
-        meter = self.meter or Meter(self.steps_per_epoch * (last - self.epoch), self.config.name)
-        self.meter = meter
-        if own:
-            meter.__enter__()
-        try:
-            if self.folder is not None:
-                write_text(self.folder / "config.yaml", to_yaml(self.config))
-            while self.epoch < last:
-                record = self._epoch(meter)
-                self.epoch += 1
-                self.history.append(record)
-                self._keep(record)
-                if own:
-                    meter.say(describe(record, self.config.training.epochs))
-        finally:
-            if own:
-                meter.__exit__(None, None, None)
-                self.meter = None
-            if self.writer is not None:
-                self.writer.flush()
+        if self.folder is not None:
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
+        while self.epoch < last:
+            record = self._epoch(tick)
+            self.epoch += 1
+            self.history.append(record)
+            self._keep(record)
+            say(describe(record, self.config.training.epochs))
+        if self.writer is not None:
+            self.writer.flush()
         if self.folder is not None:
             checkpoint.save_model(self.folder, self.model, self.description)
         return self.history
 
-    def _epoch(self, meter: Meter) -> dict[str, Any]:
+    def _epoch(self, tick: Callable[[int], None]) -> dict[str, Any]:
         start = time.perf_counter()
         self.task.train()
         order = torch.randperm(len(self.dataset.train), generator=self.order)
@@ -155,7 +148,7 @@ class Trainer:
             loss, hits = self.step(order[first : first + size], step)
             loss_sum += loss
             correct += hits
-            meter.advance(1)
+            tick(1)
         seconds = time.perf_counter() - start
         count = len(order)
         record: dict[str, Any] = {
