@@ -1,6 +1,6 @@
 """Losses as nn.Module.
 
-LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),  d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])   (MATH.md section 4)
+LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),   d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])   (MATH.md 4)
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, taps
+from .backends import BACKENDS
 from .passes import difference_norms
 from .reference.margin_hinge import AGGREGATIONS
-from .taps import Captured
+from .taps import Captured, cut_sources
 
 SPACES = ("logit", "probability")
 LAYER_SCALES = (None, "numel")
@@ -100,12 +101,12 @@ class LargeMarginLoss(nn.Module):
             raise ValueError(f"layer_weights must not all be 0, got {layer_weights}")
         self.layer_scale = _choice("layer_scale", layer_scale, LAYER_SCALES)
         self.space = _choice("space", space, SPACES)
-        self.second_order = bool(second_order)
+        self.second_order = _flag("second_order", second_order)
         self.margin_weight = _number("margin_weight", margin_weight, least=0)
         self.cross_entropy_weight = _number("cross_entropy_weight", cross_entropy_weight, least=0)
         self.layer_reduction = _choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
         self.reduction = _choice("reduction", reduction, REDUCTIONS)
-        self.backend = backend
+        self.backend = _choice("backend", backend, ("auto", *BACKENDS))
         # Hyper-parameters as tensors [L] on a device, made once: no buffers, which .half() would round.
         self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -146,6 +147,7 @@ class LargeMarginLoss(nn.Module):
         shortfall = gamma - distance
         active = (shortfall > 0) & (shortfall < cap)
         total = self._total(loss, nll)
+        cut_sources(total, captured)
         return Margins(total, nll.detach(), gap.detach(), index, norm.detach(), distance, active)
 
     def gaps(self, logits: Tensor, target: Tensor) -> functional.Competitors:
@@ -226,7 +228,7 @@ def _number(name: str, value: Any, least: float | None = None, above: float | No
 
 def _numbers(name: str, values: Any, least: float | None = None, above: float | None = None) -> list[float]:
     if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a number or a list with one for each layer, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a list of numbers, one for each layer, got {type(values).__name__}")
     if len(values) == 0:
         raise ValueError(f"{name} must hold one number for each layer, got an empty list")
     return [_number(f"{name}[{i}]", value, least, above) for i, value in enumerate(values)]
@@ -247,6 +249,12 @@ def _count(name: str, value: Any) -> int:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be >= 1 (and at most the number of classes - 1), got {value}")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
     return value
 
 

@@ -82,7 +82,7 @@ def make_plan(captured: Captured, space: str, q: float, layer_scale: str | None 
 
 
 def _kind(tap: Tap, captured: Captured) -> str:
-    logits, _, head = captured
+    logits, head = captured.logits, captured.head
     if tap.shape[:1] != logits.shape[:1]:
         raise ValueError(
             f"tap {tap.name!r} has shape {tuple(tap.shape)}; its first dimension must be the batch ({logits.shape[0]})"
@@ -100,7 +100,7 @@ class Cotangents:
     """c[n,:] = d (s[n,i] - s[n,y]) / d z[n,:] and the rows c W, one competitor i at a time."""
 
     def __init__(self, captured: Captured, target: Tensor, space: str, second_order: bool) -> None:
-        logits, _, head = captured
+        logits, head = captured.logits, captured.head
         self._columns = target.unsqueeze(1)
         self._scores: Tensor | None = None
         self._weight: Tensor | None = None

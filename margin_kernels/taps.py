@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from .backends import EXTENSION
+
 INPUT, OUTPUT = "input", "output"
 
 # Autograd nodes that hand on the values of their first input in unchanged order.
@@ -63,11 +65,15 @@ class Head(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """One forward pass: logits [N,C], the taps in the order of their names, the head where it was found."""
+    """One forward pass: logits [N,C], the taps in the order of their names, the head where it was found.
+
+    `sources` marks the nodes that stand for tensors without gradient, see `cut_sources`.
+    """
 
     logits: Tensor
     taps: list[Tap]
     head: Head | None = None
+    sources: Sequence[Tensor] = ()
 
 
 def same_edge(one: GradientEdge, other: GradientEdge) -> bool:
@@ -82,6 +88,8 @@ def explicit(logits: Tensor, activations: Sequence[Tensor]) -> Captured:
     """
     if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
         raise TypeError(f"activations must be a list of tensors, got {type(activations).__name__}")
+    if len(activations) == 0:
+        raise ValueError("activations must hold at least one tensor, got an empty list")
     taps = []
     for i, activation in enumerate(activations):
         name = f"activations[{i}]"
@@ -129,20 +137,38 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 class _InGraph(torch.autograd.Function):
-    """Identity without a copy that gives a tensor a place in the graph; in-place operations stay legal, unlike a leaf's."""
+    """Identity without a copy that gives a tensor a place in the graph; unlike on a leaf, in-place changes stay legal.
+
+    The second output marks the node: nobody changes it in place, so its grad_fn stays.
+    """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        return x.detach()
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return x.detach(), anchor.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> Any:
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, None]:
         return None, None
 
 
-def _in_graph(x: Tensor) -> Tensor:
-    """x where it requires grad, else an alias of x that does."""
-    return x if x.requires_grad else _InGraph.apply(torch.empty(0, requires_grad=True), x)
+def _in_graph(x: Tensor, sources: list[Tensor]) -> Tensor:
+    """x where it requires grad, else an alias of x that does; `sources` receives the mark of its node."""
+    if x.requires_grad:
+        return x
+    alias, mark = _InGraph.apply(torch.empty(0, requires_grad=True), x)
+    sources.append(mark)
+    return alias
+
+
+def cut_sources(root: Tensor, captured: Captured) -> None:
+    """Spare the backward of root the gradients of the model's input and of frozen stems, which nobody reads.
+
+    A matter of time alone: without the compiled extension these gradients are computed and dropped.
+    """
+    cut_gradients = getattr(EXTENSION, "cut_gradients", None)
+    if captured.sources and cut_gradients is not None and not torch.compiler.is_compiling():
+        cut_gradients(root, captured.sources)
 
 
 class Taps:
@@ -165,11 +191,12 @@ class Taps:
         Raises ValueError for an input that cannot be tapped, and for a layer that was not called, called several times
         without an index, run without gradients, or whose output is not a floating-point tensor.
         """
-        if INPUT in self.names:
-            x = _in_graph(_floating(x))
         calls: dict[str, list[Tap | None]] = defaultdict(list)
+        sources: list[Tensor] = []
         ends = _Ends()
-        with _hooks(self._handles(model, calls, ends)):
+        if INPUT in self.names:
+            x = _in_graph(_floating(x), sources)
+        with _hooks(self._handles(model, calls, sources, ends)):
             logits = model(x)
         if not isinstance(logits, Tensor):
             raise ValueError(f"model must return its logits as one tensor [N,C], got {type(logits).__name__}")
@@ -186,18 +213,22 @@ class Taps:
                 taps.append(Tap(name, get_gradient_edge(logits), logits.shape))
             else:
                 taps.append(_pick(name, calls[name.partition(":")[0]]))
-        return Captured(logits, taps, head)
+        return Captured(logits, taps, head, sources)
 
-    def _handles(self, model: nn.Module, calls: dict[str, list[Tap | None]], ends: _Ends) -> Iterator[RemovableHandle]:
+    def _handles(
+        self, model: nn.Module, calls: dict[str, list[Tap | None]], sources: list[Tensor], ends: _Ends
+    ) -> Iterator[RemovableHandle]:
         for name in self._modules:
-            keep = partial(self._keep, name, calls[name])
+            keep = partial(self._keep, name, calls[name], sources)
             yield model.get_submodule(name).register_forward_hook(keep)
         for name in _end_candidates(model) if self._ends is None else self._ends:
             # First of the module's hooks: it must see what the layer computed, not what other hooks made of it.
             note = partial(ends.note, name)
             yield model.get_submodule(name).register_forward_hook(note, prepend=True)
 
-    def _keep(self, name: str, calls: list[Tap | None], module: nn.Module, args: Any, output: Any) -> Tensor | None:
+    def _keep(
+        self, name: str, calls: list[Tap | None], sources: list[Tensor], module: nn.Module, args: Any, output: Any
+    ) -> Tensor | None:
         if name not in self.names and f"{name}:{len(calls)}" not in self.names:
             calls.append(None)
             return None
@@ -209,7 +240,7 @@ class Taps:
                 f"layer {name!r} runs without gradients, so it cannot be tapped: use non-reentrant checkpointing "
                 "(use_reentrant=False), and freeze layers with requires_grad_(False) and not with torch.no_grad()"
             )
-        kept = output.clone() if output._is_view() and output.requires_grad else _in_graph(output)
+        kept = output.clone() if output._is_view() and output.requires_grad else _in_graph(output, sources)
         calls.append(Tap(name, get_gradient_edge(kept), kept.shape))
         return None if kept is output else kept
 

@@ -106,7 +106,7 @@ class MarginTask(nn.Module):
             self._warned = True
             warnings.warn(
                 "batch norm in training mode couples the samples of a batch, so the gradients of the margins are not "
-                'those of single samples; batchnorm="frozen" measures them with running statistics, in a second forward',
+                'those of single samples; batchnorm="frozen" measures them with running statistics in a second forward',
                 stacklevel=4,
             )
 
