@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -46,10 +47,10 @@ TOLERANCE = 0.005  # validation accuracy a margin network may lose against cross
 INPUT_WEIGHT = 16.0
 
 RULE = (
-    "One network per norm and per multiple m; gamma is m times the median distance of the cross-entropy network at each "
-    "tap. Chosen on the validation split: among the networks whose accuracy is at most "
-    f"{100 * TOLERANCE:g} points below that of cross-entropy (or the most accurate one, if there is none), the one with "
-    f"the best accuracy under IFGSM on the logit gap, eps = {EPS:g}."
+    "One network per norm and per multiple m; gamma is m times the median distance of the cross-entropy network at "
+    "each tap. Chosen on the validation split: among the networks whose accuracy is at most "
+    f"{100 * TOLERANCE:g} points below that of cross-entropy (or the most accurate one, if there is none), the "
+    f"one with the best accuracy under IFGSM on the logit gap, eps = {EPS:g}."
 )
 
 
@@ -135,7 +136,7 @@ class Demo:
             clean, attacked = self.validate(trainer)
             tried.append((trainer, clean, attacked))
             rows.append(
-                {"norm": f"l{norm}", "m": multiple, "gamma per tap": gamma, "clean": clean, "IFGSM, gap": attacked}
+                {"norm": f"l{norm}", "m": multiple, "gamma per tap": gamma, "clean": clean, "IFGSM on gap": attacked}
             )
         chosen = choose([(clean, attacked) for _, clean, attacked in tried], floor)
         for i, row in enumerate(rows):
@@ -179,7 +180,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0, console: Console | Non
         reference = dict.fromkeys(("m", "gamma per tap"), "")
         for label in ("hinge", "cross-entropy"):
             clean, attacked = demo.validate(trainers[label])
-            tuning.insert(0, {"norm": label, **reference, "clean": clean, "IFGSM, gap": attacked, "chosen": False})
+            tuning.insert(0, {"norm": label, **reference, "clean": clean, "IFGSM on gap": attacked, "chosen": False})
         meter.advance(0, "timing")
         configs = {label: trainer.config for label, trainer in trainers.items()}
         timing = time_steps(baseline.config, configs, dataset, plan.evaluation.timing_repeats)
@@ -205,9 +206,9 @@ def run(folder: Path, quick: bool = False, seed: int = 0, console: Console | Non
 
 
 INTRO = [
-    "Small convolutional networks, alike but for the loss. The large margin loss (Elsayed et al., NeurIPS 2018) asks for "
-    "a distance gamma to the decision boundary at the input, at every hidden layer and at the output, in the l1, l2 or "
-    "linf norm. The distances are differentiated to second order here, and the input tap weighs "
+    "Small convolutional networks, alike but for the loss. The large margin loss (Elsayed et al., NeurIPS 2018) asks "
+    "for a distance gamma to the decision boundary at the input, at every hidden layer and at the output, in the l1, l2 "
+    "or linf norm. The distances are differentiated to second order here, and the input tap weighs "
     f"{INPUT_WEIGHT:g} times as much as each other tap.",
     "A large margin loss may scale the logits until cross-entropy has no gradient left to attack with, so every attack "
     "is also run on the logit gap, which has no scale. Bold: the best of a row.",
@@ -252,9 +253,8 @@ def facts(baseline: Trainer, seconds: float, tested: int) -> dict[str, Any]:
 
 def show_tuning(console: Console, rows: list[dict[str, Any]]) -> None:
     """Prints the choice of gamma; the chosen rows in bold."""
-    shown = Table(
-        title="Choice of gamma on the validation split (bold: chosen)", title_justify="left", header_style="bold"
-    )
+    title = "Choice of gamma on the validation split (bold: chosen)"
+    shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [key for key in rows[0] if key != "chosen"]
     for column in columns:
         shown.add_column(column, justify="left" if column == "norm" else "right", no_wrap=True)

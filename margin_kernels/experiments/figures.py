@@ -7,6 +7,7 @@ tell models apart.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+
+from .table import norm_name
 
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7A7A7A")
 STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
@@ -91,32 +94,60 @@ def accuracy_curve(models: list[dict[str, Any]], key: str) -> Figure:
 
 
 def distance_histogram(models: list[dict[str, Any]], tap: str) -> Figure:
-    """Distribution of the signed distance at one tap over the test samples."""
+    """Distribution of the signed distance at one tap over the test samples, a strip per model on one axis."""
 
     def paint(axes: Axes) -> None:
         series = [np.array(model["evaluation"]["distances"][tap]) for model in models]
-        joined = np.concatenate(series)
-        low, high = np.percentile(joined, [0.5, 99.5])
-        edges = np.linspace(min(low, 0), high, 41)
-        for i, (model, values) in enumerate(zip(models, series, strict=True)):
-            inside = np.clip(values, edges[0], edges[-1])  # the outermost bins hold the rest
-            weights = np.full(len(values), 100 / len(values))
-            axes.hist(inside, edges, weights=weights, histtype="step", linewidth=1.6, label=model["label"], **_style(i))
+        low, high = np.percentile(np.concatenate(series), [0.5, 99.5])
+        scale = _scale([float(np.median(np.abs(values))) for values in series])
+        low = min(low, 0.0)
+        edges = np.linspace(low, high, 51) if scale is None else _asinh_edges(low, high, scale, 51)
+        for i, values in enumerate(series):
+            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)  # the outermost bins hold the rest
+            base = len(series) - 1 - i
+            heights = base + 0.85 * counts / counts.max()
+            axes.stairs(heights, edges, baseline=base, fill=True, color=COLOURS[i % 8], alpha=0.35)
+            axes.stairs(heights, edges, baseline=base, color=COLOURS[i % 8], linewidth=1.2)
+            axes.plot([np.mean(values)] * 2, [base, base + 0.85], color=COLOURS[i % 8], linewidth=1.2, linestyle=":")
         axes.axvline(0, color="#555555", linewidth=1)
-        p = models[0]["evaluation"]["distance_p"]
-        name = f"l{p}" if p == "inf" else f"l{p:g}"
-        axes.set(title=f"Distance at {tap}", xlabel=f"signed distance to the boundary ({name})", ylabel="samples, %")
-        _line_legend(axes, models)
+        if scale is not None:
+            axes.set_xscale("asinh", linear_width=scale)
+            axes.set_xticks(*_asinh_ticks(low, high, scale))
+            axes.minorticks_off()
+        axes.set_yticks(range(len(series)), [model["label"] for model in reversed(models)], va="bottom")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        p = norm_name(models[0]["evaluation"]["distance_p"])
+        axes.set(title=f"Distance at {tap}", xlabel=f"signed distance to the boundary, {p}")
 
-    return draw(
-        f"histogram_{tap}", f"Signed distance to the nearest boundary at {tap}; left of 0 is misclassified.", paint
-    )
+    caption = f"Signed distance to the nearest boundary at {tap}; left of 0 is misclassified, dotted: the mean."
+    return draw(f"histogram_{tap}", caption, paint)
 
 
-def _line_legend(axes: Axes, models: list[dict[str, Any]]) -> None:
-    """A legend of lines: histogram outlines would show boxes."""
-    handles = [plt.Line2D([], [], label=model["label"], **_style(i)) for i, model in enumerate(models)]
-    axes.legend(handles=handles)
+def _scale(sizes: list[float]) -> float | None:
+    """Linear width of an asinh axis for models whose distances differ by more than a factor of 8, or None: linear."""
+    positive = [size for size in sizes if size > 0]
+    if not positive or max(positive) < 8 * min(positive):
+        return None
+    return min(positive)
+
+
+def _asinh_edges(low: float, high: float, scale: float, count: int) -> np.ndarray:
+    """Edges that are equally far apart on an asinh axis."""
+    return scale * np.sinh(np.linspace(np.arcsinh(low / scale), np.arcsinh(high / scale), count))
+
+
+def _asinh_ticks(low: float, high: float, scale: float) -> tuple[list[float], list[str]]:
+    """0 and round numbers of an asinh axis, a tenth of the axis apart at least: positions and labels."""
+    span = np.arcsinh(high / scale) - np.arcsinh(low / scale)
+    decades = range(math.floor(math.log10(scale)) - 1, math.ceil(math.log10(max(high, -low))) + 1)
+    candidates = [sign * mantissa * 10.0**k for mantissa in (1, 3) for k in decades for sign in (1, -1)]
+    kept = [0.0]
+    for tick in sorted(candidates, key=lambda t: (-abs(t) if abs(t) in (1, 10) else 0, abs(t))):
+        gaps = [abs(np.arcsinh(tick / scale) - np.arcsinh(other / scale)) for other in kept]
+        if low <= tick <= high and min(gaps) > 0.12 * span:
+            kept.append(tick)
+    return kept, [f"{tick:g}" for tick in kept]
 
 
 def distance_course(models: list[dict[str, Any]], tap: str) -> Figure:
@@ -131,6 +162,12 @@ def distance_course(models: list[dict[str, Any]], tap: str) -> Figure:
         axes.axhline(0, color="#555555", linewidth=1)
         axes.set(title=f"Mean distance at {tap}", xlabel="epoch", ylabel="mean signed distance")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        lasts = [abs(m["history"][-1]["distance"][tap]) for m in models if tap in m["history"][-1].get("distance", {})]
+        scale = _scale(lasts)
+        if scale is not None:
+            axes.set_yscale("asinh", linear_width=scale)
+            axes.set_yticks(*_asinh_ticks(*axes.get_ylim(), scale))
+            axes.minorticks_off()
         axes.legend()
 
     return draw(f"course_{tap}", f"Mean signed distance at {tap} on validation images during training.", paint)

@@ -26,7 +26,7 @@ p { max-width: 46rem; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
 thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
 tbody tr + tr td { border-top: 1px solid #e4e4e4; }
 tr.section td { font-weight: 600; padding-top: .8rem; }
@@ -41,6 +41,11 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; fon
 dt { color: #444; } dd { margin: 0; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .7rem; font-size: .8rem; line-height: 1.35; }
 summary { cursor: pointer; }
+@media (max-width: 40rem) {
+  body { padding: .7rem; font-size: 15px; }
+  table { font-size: .8rem; }
+  th, td { padding: .2rem .45rem; }
+}
 """
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -48,36 +49,47 @@ def _timing(key: str) -> Callable[[Model], float | None]:
 
 
 def sections(models: list[Model]) -> list[Section]:
-    """The rows that these models have, grouped."""
+    """The rows that these models have, grouped; every label fits the first column of an 80-column terminal."""
     first = models[0]["evaluation"]
     taps = list(dict.fromkeys(tap for model in models for tap in model["evaluation"]["distance"]))
-    accuracy = [Row("clean", "clean", _evaluation("clean"), _percent, True)]
     words = {"fgsm": "FGSM", "ifgsm": "IFGSM", "ce": "cross-entropy", "gap": "logit gap"}
-    for method in ("fgsm", "ifgsm"):
-        for objective in ("ce", "gap"):
-            key = f"{method}_{objective}"
-            accuracy.append(Row(key, f"{words[method]}, {words[objective]}", _evaluation(key), _percent, True))
-    accuracy.append(Row("worst", "worst of the four", _evaluation("worst"), _percent, True))
-    zero = [Row(f"zero_{key}", words[key], _evaluation(f"zero_{key}"), _percent) for key in ("ce", "gap")]
+    attacked = [
+        Row(
+            f"{method}_{objective}",
+            f"{words[method]} on {words[objective]}",
+            _evaluation(f"{method}_{objective}"),
+            _percent,
+            True,
+        )
+        for method in ("fgsm", "ifgsm")
+        for objective in ("ce", "gap")
+    ]
+    clean = Row("clean", "clean", _evaluation("clean"), _percent, True)
+    worst = Row("worst", "worst of the four", _evaluation("worst"), _percent, True)
+    zero = [Row(f"zero_{key}", f"of {words[key]}", _evaluation(f"zero_{key}"), _percent) for key in ("ce", "gap")]
     norms = [
-        Row("deepfool", "DeepFool, mean l2 norm", _evaluation("deepfool"), "{:.3f}".format, True),
-        Row("rho_adv", "relative to the image (rho_adv)", _evaluation("rho_adv"), "{:.4f}".format, True),
+        Row("deepfool", "mean l2 norm", _evaluation("deepfool"), "{:.3f}".format, True),
+        Row("rho_adv", "relative to image, rho_adv", _evaluation("rho_adv"), "{:.3f}".format, True),
     ]
     distances = [Row(f"distance.{tap}", tap, _tap(tap), "{:.3g}".format) for tap in taps]
     groups = [
-        Section(f"Accuracy (attacks: l_inf, eps = {first['eps']:g})", accuracy),
-        Section("Samples whose attack gradient is zero", zero),
-        Section("Distance to the boundary", norms),
-        Section(f"Mean signed distance per tap (l{first['distance_p']:g})" if first["distance_p"] != "inf" else
-                "Mean signed distance per tap (linf)", distances),
-    ]  # fmt: skip
+        Section(f"Accuracy (linf, eps = {first['eps']:g})", [clean, *attacked, worst]),
+        Section("Zero attack gradients", zero),
+        Section("DeepFool", norms),
+        Section(f"Mean signed distance, {norm_name(first['distance_p'])}", distances),
+    ]
     if any(model.get("timing") for model in models):
         cost = [
             Row("ms_per_step", "ms per step", _timing("ms_per_step"), "{:.2f}".format),
             Row("ratio", "ratio to cross-entropy", _timing("ratio"), "{:.2f}x".format),
         ]
-        groups.append(Section("Cost of a training step", cost))
+        groups.append(Section("Cost of training", cost))
     return groups
+
+
+def norm_name(p: float | str) -> str:
+    """l1, l2, linf."""
+    return "linf" if p in ("inf", float("inf")) else f"l{p:g}"
 
 
 def best(row: Row, models: list[Model]) -> set[int]:
@@ -93,20 +105,19 @@ def best(row: Row, models: list[Model]) -> set[int]:
 
 def show(console: Console, models: list[Model], title: str) -> None:
     """Prints the table; the best value of a row in bold."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for model in models:
-        table.add_column(model["label"], justify="right", no_wrap=True)
-    for section in sections(models):
-        table.add_section()
+        # a word a line keeps columns as narrow as their numbers
+        table.add_column(model["label"].replace(" ", "\n").replace("-", "-\n"), justify="right", vertical="bottom")
+    for i, section in enumerate(sections(models)):
+        if i:
+            table.add_row()
         table.add_row(f"[italic]{section.title}[/italic]")
         for row in section.rows:
             winners = best(row, models)
-            cells = []
-            for i, model in enumerate(models):
-                text = cell(row, model)
-                cells.append(f"[bold]{text}[/bold]" if i in winners else text)
-            table.add_row("  " + row.label, *cells)
+            texts = [cell(row, model) for model in models]
+            table.add_row("  " + row.label, *(f"[bold]{t}[/bold]" if i in winners else t for i, t in enumerate(texts)))
     console.print(table)
 
 
