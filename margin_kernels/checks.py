@@ -98,6 +98,8 @@ def check_margin_hinge(
             _value(f"{name} must have shape [{layers}], one entry per layer, got {list(tensor.shape)}")
         if tensor.device != gap.device:
             _value(f"{name} must be on the device of gap ({gap.device}), got {tensor.device}")
+        if tensor.requires_grad:
+            _value(f"{name} must not require grad: it is a hyper-parameter")
     if not (eps >= 0 and math.isfinite(eps)):
         _value(f"eps must be finite and >= 0, got {eps:g}")
     if aggregation not in AGGREGATIONS:

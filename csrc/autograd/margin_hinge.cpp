@@ -1,0 +1,119 @@
+// With c[n,j,l] the weight of an active term in the loss (0 where it is not active) and e = eps + norm:
+//   dloss/dgap_j = sum_l c / e,    dloss/dnorm = -c gap / e^2
+#include <ATen/ops/argmin.h>
+#include <ATen/ops/logical_or.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "function.h"
+
+namespace margin_kernels {
+namespace {
+
+struct MarginHingeFunction : Function<MarginHingeFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& gap, const Tensor& norm, const Tensor& gamma,
+                               const Tensor& cap, const Tensor& weight, double eps, std::string_view aggregation) {
+    BelowAutograd guard;
+    auto [loss, distance] = margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation);
+    ctx->save_for_backward({gap, norm, gamma, cap, weight});
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["aggregation"] = std::string(aggregation);
+    ctx->mark_non_differentiable({distance});
+    return {loss, distance};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto s = ctx->get_saved_variables();
+    const bool norm_grad = ctx->needs_input_grad(1);
+    auto [dgap, dnorm] = margin_hinge_backward(grads[0], s[0], s[1], s[2], s[3], s[4], ctx->saved_data["eps"].toDouble(),
+                                               ctx->saved_data["aggregation"].toStringRef(), norm_grad);
+    variable_list result(7);
+    result[0] = dgap;
+    if (norm_grad) result[1] = dnorm;
+    return result;
+  }
+};
+
+struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& grad, const Tensor& gap, const Tensor& norm,
+                               const Tensor& gamma, const Tensor& cap, const Tensor& weight, double eps,
+                               std::string_view aggregation, bool norm_grad) {
+    BelowAutograd guard;
+    ctx->save_for_backward({grad, gap, norm, gamma, cap, weight});
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["aggregation"] = std::string(aggregation);
+    ctx->saved_data["norm_grad"] = norm_grad;
+    ctx->set_materialize_grads(false);
+    auto [dgap, dnorm] = margin_hinge_backward(grad, gap, norm, gamma, cap, weight, eps, aggregation, norm_grad);
+    return {dgap, dnorm};
+  }
+
+  // Plain ATen, so it can be differentiated again. va, vb: what arrives at dgap [N,k] and dnorm [N,k,L].
+  static variable_list backward(AutogradContext* ctx, const variable_list& v) {
+    const auto s = ctx->get_saved_variables();
+    const auto type = s[1].scalar_type() == at::kDouble || s[2].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const Tensor grad = s[0].to(type).unsqueeze(-1).unsqueeze(-1);  // [N, 1, 1]
+    const Tensor gap = s[1].to(type).unsqueeze(-1);                 // [N, k, 1]
+    const Tensor e = s[2].to(type) + ctx->saved_data["eps"].toDouble();
+    const Tensor c = coefficients(-gap / e, s[3].to(type), s[4].to(type), s[5].to(type),
+                                  ctx->saved_data["aggregation"].toStringRef());
+    Tensor d_grad = at::zeros_like(e), d_gap, d_norm = at::zeros_like(e);
+    if (v[0].defined()) {
+      const Tensor va = v[0].to(type).unsqueeze(-1);
+      d_grad = d_grad + va * c / e;
+      d_norm = d_norm - va * grad * c / (e * e);
+    }
+    if (v[1].defined() && ctx->saved_data["norm_grad"].toBool()) {
+      const Tensor vb = v[1].to(type);
+      d_grad = d_grad - vb * c * gap / (e * e);
+      d_gap = (-vb * grad * c / (e * e)).sum(-1).to(s[1].scalar_type());
+      d_norm = d_norm + 2 * vb * grad * c * gap / (e * e * e);
+    }
+    variable_list result(9);
+    result[0] = d_grad.sum({1, 2}).to(s[0].scalar_type());
+    result[1] = d_gap;
+    result[2] = d_norm.to(s[2].scalar_type());
+    return result;
+  }
+
+  // c[n,j,l], piecewise constant: no gradient flows through it.
+  static Tensor coefficients(const Tensor& distance_, const Tensor& gamma, const Tensor& cap, const Tensor& weight,
+                             std::string_view aggregation) {
+    const Tensor distance = distance_.detach();
+    const auto active = [&](const Tensor& d) {
+      const Tensor shortfall = gamma - d;
+      return at::logical_or(shortfall <= 0, shortfall >= cap).logical_not().to(d.scalar_type());
+    };
+    const double k = static_cast<double>(distance.size(1));
+    if (aggregation == "max") {
+      const Tensor nearest = distance.argmin(1, /*keepdim=*/true);  // the first of equals
+      return at::zeros_like(distance).scatter(1, nearest, active(distance.gather(1, nearest))) * weight;
+    }
+    if (aggregation == "mean_distance") return active(distance.mean(1, /*keepdim=*/true)).expand_as(distance) * weight / k;
+    return active(distance) * (aggregation == "sum" ? weight : weight / k);
+  }
+};
+
+std::tuple<Tensor, Tensor> margin_hinge_autograd(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
+                                                 const Tensor& cap, const Tensor& weight, double eps,
+                                                 std::string_view aggregation) {
+  // A hyper-parameter that asks for a gradient would get none without a word.
+  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation);
+  auto out = MarginHingeFunction::apply(gap, norm, gamma, cap, weight, eps, aggregation);
+  return {out[0], out[1]};
+}
+
+std::tuple<Tensor, Tensor> margin_hinge_backward_autograd(const Tensor& grad, const Tensor& gap, const Tensor& norm,
+                                                          const Tensor& gamma, const Tensor& cap, const Tensor& weight,
+                                                          double eps, std::string_view aggregation, bool norm_grad) {
+  auto out = MarginHingeBackwardFunction::apply(grad, gap, norm, gamma, cap, weight, eps, aggregation, norm_grad);
+  return {out[0], out[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(margin_kernels, Autograd, m) {
+  m.impl("margin_hinge", margin_hinge_autograd);
+  m.impl("margin_hinge_backward", margin_hinge_backward_autograd);
+}
+
+}  // namespace margin_kernels

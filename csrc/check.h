@@ -1,0 +1,116 @@
+// Argument checks: one wording for one mistake, the same as in margin_kernels/checks.py.
+// Only shapes, dtypes and devices are read here, through symbolic sizes, so that the same checks serve the kernels and
+// the shape functions; targets are checked where the kernel reads them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <string_view>
+
+namespace margin_kernels::check {
+
+using at::Tensor;
+
+inline const char* name_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble: return "float64";
+    case at::kFloat: return "float32";
+    case at::kBFloat16: return "bfloat16";
+    case at::kHalf: return "float16";
+    case at::kLong: return "int64";
+    case at::kInt: return "int32";
+    case at::kShort: return "int16";
+    case at::kChar: return "int8";
+    case at::kByte: return "uint8";
+    case at::kBool: return "bool";
+    case at::kComplexFloat: return "complex64";
+    case at::kComplexDouble: return "complex128";
+    default: return c10::toString(type);
+  }
+}
+
+inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+inline bool is_floating(const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+template <class Name>
+void floating(const Name& name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(is_floating(tensor), name, " must be float64, float32, bfloat16 or float16, got ",
+                   name_of(tensor.scalar_type()));
+}
+
+inline void competitors(const Tensor& logits, const Tensor& target, int64_t k) {
+  floating("logits", logits);
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape [N, C], got ", logits.sym_sizes());
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target must be int64 class indices, got ",
+                   name_of(target.scalar_type()));
+  const auto rows = logits.sym_size(0), classes = logits.sym_size(1);
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.sym_size(0) == rows, "target must have shape [", rows,
+                    "] to match logits, got ", target.sym_sizes());
+  TORCH_CHECK_VALUE(target.device() == logits.device(), "target must be on the device of logits (", logits.device(),
+                    "), got ", target.device());
+  TORCH_CHECK_VALUE(classes >= 2, "logits must have at least 2 classes, got ", classes);
+  TORCH_CHECK_VALUE(k >= 1 && classes - 1 >= k, "k must be in [1, ", classes - 1, "] for ", classes,
+                    " classes, got ", k);
+}
+
+inline void p(double p) { TORCH_CHECK_VALUE(p >= 1, "p must be >= 1 (or inf), got ", p); }
+
+inline void dual_norm(at::TensorList gradients, double p, int64_t batch_dims) {
+  check::p(p);
+  TORCH_CHECK_VALUE(batch_dims == 1 || batch_dims == 2, "batch_dims must be 1 ([N, *]) or 2 ([N, k, *]), got ",
+                    batch_dims);
+  TORCH_CHECK_VALUE(!gradients.empty(), "gradients must hold at least one tensor, got an empty list");
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Tensor &g = gradients[i], &first = gradients[0];
+    TORCH_CHECK_TYPE(is_floating(g), "gradients[", i, "] must be float64, float32, bfloat16 or float16, got ",
+                     name_of(g.scalar_type()));
+    TORCH_CHECK_VALUE(g.dim() >= batch_dims, "gradients[", i, "] must have at least ", batch_dims,
+                      " dimensions, got shape ", g.sym_sizes());
+    const auto lead = first.sym_sizes().slice(0, batch_dims);
+    TORCH_CHECK_VALUE(g.sym_sizes().slice(0, batch_dims).equals(lead), "gradients[", i, "] must begin with ", lead,
+                      " like gradients[0], got ", g.sym_sizes());
+    TORCH_CHECK_VALUE(g.device() == first.device(), "gradients[", i, "] must be on the device of gradients[0] (",
+                      first.device(), "), got ", g.device());
+  }
+}
+
+inline bool known_aggregation(std::string_view name) {
+  return name == "max" || name == "sum" || name == "mean" || name == "mean_distance";
+}
+
+inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma, const Tensor& cap,
+                         const Tensor& weight, double eps, std::string_view aggregation) {
+  floating("gap", gap);
+  floating("norm", norm);
+  TORCH_CHECK_VALUE(gap.dim() == 2 && gap.sym_size(1) >= 1, "gap must have shape [N, k] with k >= 1, got ",
+                    gap.sym_sizes());
+  TORCH_CHECK_VALUE(norm.dim() == 3 && norm.sym_size(0) == gap.sym_size(0) && norm.sym_size(1) == gap.sym_size(1) &&
+                        norm.sym_size(2) >= 1,
+                    "norm must have shape [", gap.sym_size(0), ", ", gap.sym_size(1), ", L] to match gap, got ",
+                    norm.sym_sizes());
+  TORCH_CHECK_VALUE(norm.device() == gap.device(), "norm must be on the device of gap (", gap.device(), "), got ",
+                    norm.device());
+  const auto layers = norm.sym_size(2);
+  const auto per_layer = [&](const char* name, const Tensor& tensor) {
+    floating(name, tensor);
+    TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == layers, name, " must have shape [", layers,
+                      "], one entry per layer, got ", tensor.sym_sizes());
+    TORCH_CHECK_VALUE(tensor.device() == gap.device(), name, " must be on the device of gap (", gap.device(),
+                      "), got ", tensor.device());
+    TORCH_CHECK_VALUE(!tensor.requires_grad(), name, " must not require grad: it is a hyper-parameter");
+  };
+  per_layer("gamma", gamma);
+  per_layer("cap", cap);
+  per_layer("weight", weight);
+  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and >= 0, got ", eps);
+  TORCH_CHECK_VALUE(known_aggregation(aggregation), "aggregation must be one of max, sum, mean, mean_distance, got ",
+                    aggregation);
+}
+
+}  // namespace margin_kernels::check

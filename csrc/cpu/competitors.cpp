@@ -1,0 +1,137 @@
+// Competitors, gaps and cross-entropy on the CPU. Forward reads logits once from memory; backward reads them once more
+// and writes dlogits once. Nothing else of size [N, C] is allocated.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "../check.h"
+#include "../math/competitors.h"
+#include "../ops.h"
+#include "fresh_pages.h"
+
+namespace margin_kernels {
+
+template <class scalar_t>
+struct CompetitorsForward {
+  using acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+  const scalar_t* logits;  // [N, C]
+  int64_t row_stride, classes, k;
+  const int64_t* target;  // [N]
+  int64_t target_stride;
+  int64_t* index;   // [N, k]
+  acc* gap;         // [N, k]
+  acc* nll;         // [N]
+  acc* normalizer;  // [N, 2]
+};
+
+template <class scalar_t>
+struct CompetitorsBackward {
+  using acc = typename CompetitorsForward<scalar_t>::acc;
+  const scalar_t* logits;  // [N, C]
+  int64_t row_stride, classes, k;
+  const int64_t* target;  // [N]
+  int64_t target_stride;
+  const int64_t* index;    // [N, k]
+  const acc* normalizer;   // [N, 2]
+  const acc* grad_gap;     // [N, k] or null
+  int64_t gap_strides[2];
+  const acc* grad_nll;  // [N] or null
+  int64_t nll_stride;
+  scalar_t* dlogits;  // [N, C] contiguous
+};
+
+}  // namespace margin_kernels
+
+#define MK_KERNEL "competitors_kernel.h"
+#include "foreach_isa.h"
+
+namespace margin_kernels {
+namespace {
+
+// Rows per task: about 32k logits each, so that small problems stay on one thread.
+int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / classes); }
+
+Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits, const Tensor& target, int64_t k) {
+  check::competitors(logits, target, k);
+  const int64_t n = logits.size(0), classes = logits.size(1);
+  const Tensor z = unit_stride_rows(logits);
+  const auto options = logits.options().dtype(check::accumulate_type(logits.scalar_type()));
+  Tensor index = at::empty({n, k}, target.options()), gap = at::empty({n, k}, options);
+  Tensor nll = at::empty({n}, options), normalizer = at::empty({n, 2}, options);
+  std::atomic<int64_t> bad{-1};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, z.scalar_type(), "competitors", [&] {
+    using acc = typename CompetitorsForward<scalar_t>::acc;
+    const CompetitorsForward<scalar_t> at{z.const_data_ptr<scalar_t>(), z.stride(0), classes, k,
+                                          target.const_data_ptr<int64_t>(), target.stride(0),
+                                          index.data_ptr<int64_t>(), gap.data_ptr<acc>(), nll.data_ptr<acc>(),
+                                          normalizer.data_ptr<acc>()};
+    at::parallel_for(0, n, grain(classes), [&](int64_t begin, int64_t end) {
+      MK_DISPATCH(forward_rows<scalar_t>(at, begin, end, &bad));
+    });
+  });
+  if (const int64_t row = bad.load(); row >= 0) {
+    TORCH_CHECK_VALUE(false, "target must be in [0, ", classes, "), got ",
+                      target.const_data_ptr<int64_t>()[row * target.stride(0)], " at row ", row);
+  }
+  return {index, gap, nll, normalizer};
+}
+
+Tensor competitors_backward_cpu(const std::optional<Tensor>& grad_gap, const std::optional<Tensor>& grad_nll,
+                                const Tensor& logits, const Tensor& target, const Tensor& index,
+                                const Tensor& normalizer) {
+  const int64_t n = logits.size(0), classes = logits.size(1);
+  const Tensor z = unit_stride_rows(logits);
+  Tensor dlogits = at::empty_like(logits, at::MemoryFormat::Contiguous);
+  advise_large_pages(dlogits);
+  const auto as_acc = [&](const std::optional<Tensor>& t) {
+    return t && t->defined() ? t->to(normalizer.scalar_type()) : Tensor();
+  };
+  const Tensor from_gap = as_acc(grad_gap), from_nll = as_acc(grad_nll);
+  const Tensor places = index.contiguous(), scale = normalizer.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, z.scalar_type(), "competitors_backward", [&] {
+    using acc = typename CompetitorsForward<scalar_t>::acc;
+    CompetitorsBackward<scalar_t> at{};
+    at.logits = z.const_data_ptr<scalar_t>();
+    at.row_stride = z.stride(0);
+    at.classes = classes;
+    at.k = index.size(1);
+    at.target = target.const_data_ptr<int64_t>();
+    at.target_stride = target.stride(0);
+    at.index = places.const_data_ptr<int64_t>();
+    at.normalizer = scale.const_data_ptr<acc>();
+    if (from_gap.defined()) {
+      at.grad_gap = from_gap.const_data_ptr<acc>();
+      at.gap_strides[0] = from_gap.stride(0);
+      at.gap_strides[1] = from_gap.stride(1);
+    }
+    if (from_nll.defined()) {
+      at.grad_nll = from_nll.const_data_ptr<acc>();
+      at.nll_stride = from_nll.stride(0);
+    }
+    at.dlogits = dlogits.data_ptr<scalar_t>();
+    at::parallel_for(0, n, grain(classes), [&](int64_t begin, int64_t end) {
+      MK_DISPATCH(backward_rows<scalar_t>(at, begin, end));
+    });
+  });
+  return dlogits;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(margin_kernels, CPU, m) {
+  m.impl("competitors", competitors_cpu);
+  m.impl("competitors_backward", competitors_backward_cpu);
+}
+
+}  // namespace margin_kernels

@@ -1,0 +1,240 @@
+// One row of the dual norm and of its derivative. g: [n] contiguous. Included once per instruction set.
+//
+// Order of summation: blocks of 4096 elements; in a block four vectors of lanes in float32; block lanes are added in
+// float64. It depends on n only. Squares and 3/2 powers that leave the range of float32 show in the total, and the row
+// is then done again in float64 after division by its largest entry.
+
+namespace margin_kernels::MK_ISA {
+
+using math::Norm;
+
+constexpr int64_t kBlock = 4096;
+
+template <Norm norm>
+MK_FN f32x16 power_lanes(f32x16 m) {
+  if constexpr (norm == Norm::SUM) return m;
+  if constexpr (norm == Norm::SQUARE) return m * m;
+  return m * simd_sqrt(m);
+}
+
+MK_FN f64x8 widen_low(f32x16 v) {
+  f32x8 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return __builtin_convertvector(half[0], f64x8);
+}
+MK_FN f64x8 widen_high(f32x16 v) {
+  f32x8 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return __builtin_convertvector(half[1], f64x8);
+}
+
+// sum of power(|g_i|) for SUM, SQUARE, THREE_HALVES
+template <Norm norm, class scalar_t>
+MK_FN double row_total(const scalar_t* g, int64_t n) {
+  constexpr int64_t W = 16;
+  f64x8 total{};
+  int64_t i = 0;
+  while (n - i >= W) {
+    const int64_t block_end = i + (n - i < kBlock ? (n - i) / W * W : kBlock);
+    f32x16 a{}, b{}, c{}, d{};
+    for (; i + 4 * W <= block_end; i += 4 * W) {
+      a += power_lanes<norm>(abs(load(g + i)));
+      b += power_lanes<norm>(abs(load(g + i + W)));
+      c += power_lanes<norm>(abs(load(g + i + 2 * W)));
+      d += power_lanes<norm>(abs(load(g + i + 3 * W)));
+    }
+    for (; i < block_end; i += W) a += power_lanes<norm>(abs(load(g + i)));
+    total += (fold(a) + fold(b)) + (fold(c) + fold(d));
+  }
+  if (i < n) total += fold(power_lanes<norm>(abs(load_part(g + i, n - i, 0.0f))));
+  return sum(total);
+}
+
+template <Norm norm>
+MK_FN double row_total(const double* g, int64_t n) {
+  f64x8 a{}, b{};
+  int64_t i = 0;
+  const auto term = [](f64x8 m) MK_TARGET { return norm == Norm::SUM ? m : m * m; };
+  for (; i + 16 <= n; i += 16) {
+    a += term(abs(load(g + i)));
+    b += term(abs(load(g + i + 8)));
+  }
+  for (; i + 8 <= n; i += 8) a += term(abs(load(g + i)));
+  if (i < n) b += term(abs(load_part(g + i, n - i, 0.0)));
+  return sum(a + b);
+}
+
+// max |g_i|, NaN if any is NaN. The bit patterns of magnitudes order like the magnitudes, NaN above infinity.
+template <class scalar_t>
+MK_FN double row_max_half(const scalar_t* g, int64_t n) {
+  u16x32 a{}, b{};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    const u16x32 x = read<u16x32>(g + i) & uint16_t(0x7fff), y = read<u16x32>(g + i + 32) & uint16_t(0x7fff);
+    a = x > a ? x : a;
+    b = y > b ? y : b;
+  }
+  a = a > b ? a : b;
+  uint16_t lanes[32], best = 0;
+  std::memcpy(lanes, &a, sizeof(a));
+  for (int j = 0; j < 32; ++j) best = lanes[j] > best ? lanes[j] : best;
+  for (; i < n; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, g + i, sizeof(bits));
+    bits &= 0x7fff;
+    best = bits > best ? bits : best;
+  }
+  scalar_t value;
+  std::memcpy(static_cast<void*>(&value), &best, sizeof(best));
+  return static_cast<float>(value);
+}
+MK_FN double row_max(const c10::BFloat16* g, int64_t n) { return row_max_half(g, n); }
+MK_FN double row_max(const c10::Half* g, int64_t n) { return row_max_half(g, n); }
+
+MK_FN double row_max(const float* g, int64_t n) {
+  i32x16 a{}, b{}, c{}, d{};
+  int64_t i = 0;
+  const auto magnitude = [](const float* from) MK_TARGET { return read<i32x16>(from) & 0x7fffffff; };
+  for (; i + 64 <= n; i += 64) {
+    const i32x16 w = magnitude(g + i), x = magnitude(g + i + 16), y = magnitude(g + i + 32), z = magnitude(g + i + 48);
+    a = w > a ? w : a;
+    b = x > b ? x : b;
+    c = y > c ? y : c;
+    d = z > d ? z : d;
+  }
+  a = a > b ? a : b;
+  c = c > d ? c : d;
+  a = a > c ? a : c;
+  int32_t best = 0;
+  for (int j = 0; j < 16; ++j) best = a[j] > best ? a[j] : best;
+  for (; i < n; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, g + i, sizeof(bits));
+    bits &= 0x7fffffff;
+    best = bits > best ? bits : best;
+  }
+  float value;
+  std::memcpy(&value, &best, sizeof(best));
+  return value;
+}
+
+MK_FN double row_max(const double* g, int64_t n) {
+  double best = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double m = std::fabs(g[i]);
+    best = m > best || std::isnan(m) ? m : best;
+    if (std::isnan(best)) break;
+  }
+  return best;
+}
+
+// max * (sum of (|g_i| / max)^q)^(1/q) in float64: no entry leaves its range.
+template <Norm norm, class scalar_t>
+MK_FN double row_norm_scaled(const scalar_t* g, int64_t n, double q) {
+  const double max = row_max(g, n);
+  if (max == 0 || !std::isfinite(max)) return max;
+  double total = 0;
+  if constexpr (norm == Norm::GENERAL && !std::is_same_v<scalar_t, double>) {
+    f64x8 lanes{};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+      const f32x16 m = abs(load(g + i));
+      lanes += simd_power(widen_low(m) / max, q) + simd_power(widen_high(m) / max, q);
+    }
+    if (i < n) {
+      const f32x16 m = abs(load_part(g + i, n - i, 0.0f));
+      lanes += simd_power(widen_low(m) / max, q) + simd_power(widen_high(m) / max, q);
+    }
+    total = sum(lanes);
+  } else {
+    for (int64_t i = 0; i < n; ++i) total += math::power<norm>(std::fabs(static_cast<double>(g[i])) / max, q);
+  }
+  return max * math::root<norm>(total, q);
+}
+
+// Does a total in float32 lanes (float64 for double) prove that no term overflowed and that what was flushed to zero,
+// at most n * 1e-38 (n * 1e-308), does not matter?
+template <class scalar_t>
+MK_FN bool trustworthy(double total) {
+  return std::is_same_v<scalar_t, double> ? total > 1e-280 && total < 1e300 : total > 1e-20 && total < 1e300;
+}
+
+template <Norm norm, class scalar_t>
+MK_FN double row_norm(const scalar_t* g, int64_t n, double q) {
+  if constexpr (norm == Norm::MAX) return row_max(g, n);
+  if constexpr (norm == Norm::SUM) return row_total<norm>(g, n);
+  constexpr bool direct = norm == Norm::SQUARE || (norm == Norm::THREE_HALVES && !std::is_same_v<scalar_t, double>);
+  if constexpr (direct) {
+    const double total = row_total<norm>(g, n);
+    if (trustworthy<scalar_t>(total)) return math::root<norm>(total, q);
+  }
+  return row_norm_scaled<norm>(g, n, q);
+}
+
+// norms[r * norm_stride] for rows r in [begin, end) of one layer
+template <Norm norm, class scalar_t>
+MK_TARGET void norm_rows(const Rows<const scalar_t>& rows, int64_t begin, int64_t end, double q,
+                         typename Lane<scalar_t>::acc* norms, int64_t norm_stride) {
+  for (int64_t r = begin; r < end; ++r) {
+    norms[r * norm_stride] = static_cast<typename Lane<scalar_t>::acc>(row_norm<norm>(rows.at(r), rows.length, q));
+  }
+}
+
+// out_i = grad * d norm / d g_i
+template <Norm norm, class scalar_t>
+MK_FN void row_slope(const scalar_t* g, int64_t n, double q, double value, double grad, scalar_t* out) {
+  using L = Lane<scalar_t>;
+  using acc = typename L::acc;
+  if (value == 0) {
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(acc(0));
+    return;
+  }
+  if constexpr (norm == Norm::MAX) {
+    int64_t ties = 0;
+    for (int64_t i = 0; i < n; ++i) ties += std::fabs(static_cast<acc>(g[i])) == static_cast<acc>(value);
+    const acc share = std::isnan(value) ? static_cast<acc>(value) : static_cast<acc>(grad / ties);
+    for (int64_t i = 0; i < n; ++i) {
+      const acc x = static_cast<acc>(g[i]);
+      const bool tie = std::fabs(x) == static_cast<acc>(value) || std::isnan(value);
+      out[i] = static_cast<scalar_t>(tie ? (x < 0 ? -share : share) : acc(0));
+    }
+    return;
+  }
+  // |g| <= norm, so the ratio stays in [0, 1] whatever the scale; its reciprocal is exact enough only in double.
+  const double inverse = 1 / value;
+  int64_t i = 0;
+  if constexpr (!std::is_same_v<scalar_t, double> && norm != Norm::GENERAL) {
+    const float up = value < 1e-20 ? 0x1p64f : (value > 1e20 ? 0x1p-64f : 1.0f);
+    const f32x16 reciprocal = splat(static_cast<float>(inverse / up)), scale = splat(up);
+    const f32x16 c = splat(static_cast<float>(grad));
+    const auto slope = [&](f32x16 x) MK_TARGET {
+      const u32x16 sign = float_to_bits(x) & 0x80000000u;
+      f32x16 m;
+      if constexpr (norm == Norm::SUM) {
+        m = x != x ? x : (x == 0.0f ? f32x16{} : splat(1.0f));
+      } else {
+        m = abs(x) * scale * reciprocal;
+        if constexpr (norm == Norm::THREE_HALVES) m = simd_sqrt(m);
+      }
+      return bits_to_float(float_to_bits(m) | sign) * c;
+    };
+    for (; i + 16 <= n; i += 16) store(out + i, slope(load(g + i)));
+    if (i < n) store_part(out + i, slope(load_part(g + i, n - i, 0.0f)), n - i);
+    return;
+  }
+  for (; i < n; ++i) {
+    out[i] = static_cast<scalar_t>(
+        static_cast<acc>(math::slope<norm>(static_cast<double>(g[i]), value, q) * grad));
+  }
+}
+
+template <Norm norm, class scalar_t>
+MK_TARGET void slope_rows(const Rows<const scalar_t>& rows, const Rows<scalar_t>& out, int64_t begin, int64_t end,
+                          double q, const typename Lane<scalar_t>::acc* norms,
+                          const typename Lane<scalar_t>::acc* grads, int64_t norm_stride) {
+  for (int64_t r = begin; r < end; ++r) {
+    row_slope<norm>(rows.at(r), rows.length, q, norms[r * norm_stride], grads[r * norm_stride], out.at(r));
+  }
+}
+
+}  // namespace margin_kernels::MK_ISA

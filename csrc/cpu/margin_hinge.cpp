@@ -1,0 +1,164 @@
+// Distance, hinge, clip and aggregation on the CPU: one pass over [N, k, L], numbers that fit in a cache line per row.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <vector>
+
+#include "../check.h"
+#include "../math/margin_hinge.h"
+#include "../ops.h"
+
+namespace margin_kernels {
+namespace {
+
+using math::Aggregation;
+
+Aggregation aggregation_of(std::string_view name) {
+  if (name == "max") return Aggregation::MAX;
+  if (name == "sum") return Aggregation::SUM;
+  return name == "mean" ? Aggregation::MEAN : Aggregation::MEAN_DISTANCE;
+}
+
+// The inputs in one type, contiguous; copies only where they are not so already.
+template <class acc>
+struct Inputs {
+  Tensor gap, norm, gamma, cap, weight;
+  const acc *gap_data, *norm_data, *gamma_data, *cap_data, *weight_data;
+  int64_t rows, k, layers;
+  acc eps;
+  Aggregation aggregation;
+
+  Inputs(const Tensor& gap_, const Tensor& norm_, const Tensor& gamma_, const Tensor& cap_, const Tensor& weight_,
+         double eps_, std::string_view name)
+      : gap(plain(gap_)), norm(plain(norm_)), gamma(plain(gamma_)), cap(plain(cap_)), weight(plain(weight_)),
+        gap_data(gap.const_data_ptr<acc>()), norm_data(norm.const_data_ptr<acc>()),
+        gamma_data(gamma.const_data_ptr<acc>()), cap_data(cap.const_data_ptr<acc>()),
+        weight_data(weight.const_data_ptr<acc>()), rows(gap_.size(0)), k(gap_.size(1)), layers(norm_.size(2)),
+        eps(static_cast<acc>(eps_)), aggregation(aggregation_of(name)) {}
+
+  static Tensor plain(const Tensor& t) { return t.to(c10::CppTypeToScalarType<acc>::value).contiguous(); }
+
+  acc distance(int64_t n, int64_t j, int64_t l) const {
+    return math::signed_distance(gap_data[n * k + j], norm_data[(n * k + j) * layers + l], eps);
+  }
+
+  // The competitor with the smallest distance at layer l, the first of equals; the first NaN where there is one.
+  int64_t nearest(int64_t n, int64_t l) const {
+    int64_t best = 0;
+    for (int64_t j = 0; j < k; ++j) {
+      const acc d = distance(n, j, l);
+      if (std::isnan(d)) return j;
+      if (d < distance(n, best, l)) best = j;
+    }
+    return best;
+  }
+
+  acc mean_distance(int64_t n, int64_t l) const {
+    acc total = 0;
+    for (int64_t j = 0; j < k; ++j) total += distance(n, j, l);
+    return total / k;
+  }
+
+  acc term(acc distance, int64_t l) const { return math::term(distance, gamma_data[l], cap_data[l]); }
+
+  acc layer_term(int64_t n, int64_t l) const {
+    if (aggregation == Aggregation::MAX) return term(distance(n, nearest(n, l), l), l);
+    if (aggregation == Aggregation::MEAN_DISTANCE) return term(mean_distance(n, l), l);
+    acc total = 0;
+    for (int64_t j = 0; j < k; ++j) total += term(distance(n, j, l), l);
+    return aggregation == Aggregation::SUM ? total : total / k;
+  }
+
+  // d loss[n] / d (-distance[n,j,l]) for every j, at coefficients[j]
+  void coefficients(int64_t n, int64_t l, acc* result) const {
+    const acc weight = weight_data[l], gamma = gamma_data[l], cap = cap_data[l];
+    if (aggregation == Aggregation::MAX) {
+      std::fill_n(result, k, acc(0));
+      const int64_t j = nearest(n, l);
+      if (math::active(distance(n, j, l), gamma, cap)) result[j] = weight;
+    } else if (aggregation == Aggregation::MEAN_DISTANCE) {
+      std::fill_n(result, k, math::active(mean_distance(n, l), gamma, cap) ? weight / k : acc(0));
+    } else {
+      const acc share = aggregation == Aggregation::SUM ? weight : weight / k;
+      for (int64_t j = 0; j < k; ++j) result[j] = math::active(distance(n, j, l), gamma, cap) ? share : acc(0);
+    }
+  }
+
+  int64_t grain() const { return std::max<int64_t>(1, 8192 / (k * layers)); }
+};
+
+at::ScalarType result_type(const Tensor& gap, const Tensor& norm) {
+  return gap.scalar_type() == at::kDouble || norm.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
+                                            const Tensor& cap, const Tensor& weight, double eps,
+                                            std::string_view aggregation) {
+  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation);
+  const auto options = gap.options().dtype(result_type(gap, norm));
+  Tensor loss = at::empty({gap.size(0)}, options), distance = at::empty(norm.sizes(), options);
+  AT_DISPATCH_FLOATING_TYPES(loss.scalar_type(), "margin_hinge", [&] {
+    const Inputs<scalar_t> in(gap, norm, gamma, cap, weight, eps, aggregation);
+    auto *loss_data = loss.data_ptr<scalar_t>(), *distance_data = distance.data_ptr<scalar_t>();
+    at::parallel_for(0, in.rows, in.grain(), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t j = 0; j < in.k; ++j) {
+          for (int64_t l = 0; l < in.layers; ++l) distance_data[(n * in.k + j) * in.layers + l] = in.distance(n, j, l);
+        }
+        scalar_t total = 0;
+        for (int64_t l = 0; l < in.layers; ++l) total += in.weight_data[l] * in.layer_term(n, l);
+        loss_data[n] = total;
+      }
+    });
+  });
+  return {loss, distance};
+}
+
+std::tuple<Tensor, Tensor> margin_hinge_backward_cpu(const Tensor& grad, const Tensor& gap, const Tensor& norm,
+                                                     const Tensor& gamma, const Tensor& cap, const Tensor& weight,
+                                                     double eps, std::string_view aggregation, bool norm_grad) {
+  const auto type = result_type(gap, norm);
+  Tensor gap_out = at::empty(gap.sizes(), gap.options().dtype(type));
+  Tensor norm_out = norm_grad ? at::empty(norm.sizes(), norm.options().dtype(type)) : at::empty({0}, norm.options());
+  const Tensor grads = grad.to(type).contiguous();
+  AT_DISPATCH_FLOATING_TYPES(type, "margin_hinge_backward", [&] {
+    const Inputs<scalar_t> in(gap, norm, gamma, cap, weight, eps, aggregation);
+    const auto* grad_data = grads.const_data_ptr<scalar_t>();
+    auto* dgap = gap_out.data_ptr<scalar_t>();
+    auto* dnorm = norm_grad ? norm_out.data_ptr<scalar_t>() : nullptr;
+    at::parallel_for(0, in.rows, in.grain(), [&](int64_t begin, int64_t end) {
+      std::vector<scalar_t> c(in.k);
+      for (int64_t n = begin; n < end; ++n) {
+        std::fill_n(dgap + n * in.k, in.k, scalar_t(0));
+        for (int64_t l = 0; l < in.layers; ++l) {
+          in.coefficients(n, l, c.data());
+          for (int64_t j = 0; j < in.k; ++j) {
+            const int64_t at = (n * in.k + j) * in.layers + l;
+            // An inactive term has slope 0 even where the norm is 0 or NaN.
+            const bool zero = c[j] == 0;
+            const scalar_t coefficient = grad_data[n] * c[j];
+            if (!zero) dgap[n * in.k + j] += math::gap_slope(coefficient, in.norm_data[at], in.eps);
+            if (norm_grad) {
+              dnorm[at] = zero ? scalar_t(0)
+                               : math::norm_slope(coefficient, in.gap_data[n * in.k + j], in.norm_data[at], in.eps);
+            }
+          }
+        }
+      }
+    });
+  });
+  return {gap_out.to(gap.scalar_type()), norm_grad ? norm_out.to(norm.scalar_type()) : norm_out};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(margin_kernels, CPU, m) {
+  m.impl("margin_hinge", margin_hinge_cpu);
+  m.impl("margin_hinge_backward", margin_hinge_backward_cpu);
+}
+
+}  // namespace margin_kernels

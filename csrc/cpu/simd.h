@@ -1,0 +1,192 @@
+// Loads, stores and elementary functions for one instruction set. Included by foreach_isa.h, once per set.
+//
+// Lane<scalar_t>::type is the vector in which scalar_t is computed: f64x8 for double, f32x16 for all others.
+
+namespace margin_kernels::MK_ISA {
+
+using namespace margin_kernels::simd;
+
+#define MK_FN MK_TARGET __attribute__((always_inline)) inline
+
+template <class scalar_t>
+struct Lane {
+  using vector = f32x16;
+  using acc = float;
+  using integers = i32x16;
+  static constexpr int64_t width = 16;
+};
+template <>
+struct Lane<double> {
+  using vector = f64x8;
+  using acc = double;
+  using integers = i64x8;
+  static constexpr int64_t width = 8;
+};
+
+template <class vector>
+MK_FN vector read(const void* from) {
+  vector v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+MK_FN f32x16 bits_to_float(u32x16 bits) { return (f32x16)bits; }
+MK_FN u32x16 float_to_bits(f32x16 v) { return (u32x16)v; }
+
+MK_FN f32x16 load(const float* from) { return read<f32x16>(from); }
+MK_FN f64x8 load(const double* from) { return read<f64x8>(from); }
+
+MK_FN f32x16 load(const c10::BFloat16* from) {
+  return bits_to_float(__builtin_convertvector(read<u16x16>(from), u32x16) << 16);
+}
+
+#if MK_HAS_F16C
+MK_FN f32x16 load(const c10::Half* from) {
+#if MK_HAS_AVX512
+  return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  const __m256 half[2] = {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
+                          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + 1))};
+  return read<f32x16>(half);
+#endif
+}
+#else
+// Shift the exponent and mantissa into place and rebias by a product with 2^112 (exact, subnormals too).
+MK_FN f32x16 load(const c10::Half* from) {
+  const u32x16 h = __builtin_convertvector(read<u16x16>(from), u32x16);
+  const u32x16 magnitude = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
+  const f32x16 finite = bits_to_float(magnitude) * 0x1p112f;
+  const i32x16 is_special = (i32x16)((h & 0x7c00u) == 0x7c00u);
+  return bits_to_float(sign | (is_special ? magnitude | 0x7f800000u : float_to_bits(finite)));
+}
+#endif
+
+MK_FN void store(float* to, f32x16 v) { std::memcpy(to, &v, sizeof(v)); }
+MK_FN void store(double* to, f64x8 v) { std::memcpy(to, &v, sizeof(v)); }
+
+// Round to nearest even; NaN keeps its sign and becomes quiet.
+MK_FN void store(c10::BFloat16* to, f32x16 v) {
+  const u32x16 bits = float_to_bits(v);
+  const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const i32x16 is_nan = (i32x16)((bits & 0x7fffffffu) > 0x7f800000u);
+  const u32x16 quiet = (bits >> 16) | 0x40u;
+  const u16x16 half = __builtin_convertvector(is_nan ? quiet : rounded, u16x16);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+MK_FN void store(c10::Half* to, f32x16 v) {
+#if MK_HAS_F16C
+  __m256 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(half[0], _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + 1, _mm256_cvtps_ph(half[1], _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < 16; ++i) to[i] = c10::Half(v[i]);
+#endif
+}
+
+// The first n < width elements; the others hold `fill`.
+template <class scalar_t>
+MK_FN typename Lane<scalar_t>::vector load_part(const scalar_t* from, int64_t n, typename Lane<scalar_t>::acc fill) {
+  using L = Lane<scalar_t>;
+  typename L::acc lanes[L::width];
+  for (int64_t i = 0; i < L::width; ++i) lanes[i] = i < n ? static_cast<typename L::acc>(from[i]) : fill;
+  return read<typename L::vector>(lanes);
+}
+
+template <class scalar_t>
+MK_FN void store_part(scalar_t* to, typename Lane<scalar_t>::vector v, int64_t n) {
+  using L = Lane<scalar_t>;
+  typename L::acc lanes[L::width];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<scalar_t>(lanes[i]);
+}
+
+MK_FN f32x16 splat(float x) { return f32x16{} + x; }
+MK_FN f64x8 splat(double x) { return f64x8{} + x; }
+MK_FN f32x16 abs(f32x16 v) { return bits_to_float(float_to_bits(v) & 0x7fffffffu); }
+MK_FN f64x8 abs(f64x8 v) { return (f64x8)((i64x8)v & 0x7fffffffffffffffll); }
+
+// Larger of two, the second where the first is NaN: callers look for NaN elsewhere.
+template <class vector>
+MK_FN vector larger(vector a, vector b) {
+  return a > b ? a : b;
+}
+
+MK_FN bool any(i32x16 mask) {
+#if MK_HAS_AVX512
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  i64x8 m = (i64x8)mask;
+  int64_t all = 0;
+  for (int i = 0; i < 8; ++i) all |= m[i];
+  return all != 0;
+#endif
+}
+MK_FN bool any(i64x8 mask) { return any((i32x16)mask); }
+
+// The lower and upper half of 16 floats in double precision, added: the first step of every sum over lanes.
+MK_FN f64x8 fold(f32x16 v) {
+  f32x8 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return __builtin_convertvector(half[0], f64x8) + __builtin_convertvector(half[1], f64x8);
+}
+MK_FN f64x8 fold(f64x8 v) { return v; }
+
+MK_FN double sum(f64x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+MK_FN double sum(f32x16 v) { return sum(fold(v)); }
+
+MK_FN f32x16 simd_sqrt(f32x16 v) {
+#if MK_HAS_AVX512
+  return (f32x16)_mm512_sqrt_ps((__m512)v);
+#else
+  for (int i = 0; i < 16; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// exp(x) for finite x <= 0, relative error below 2 ulp; 0 below -87.3, where the true value leaves the normal range.
+// x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) by its Taylor polynomial of degree 7 (error 6e-9 of the last step).
+MK_FN f32x16 exp_nonpositive(f32x16 x) {
+  const f32x16 shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x16 t = x * 1.44269504088896341f + shift;
+  const i32x16 n = (i32x16)t - (i32x16)shift;
+  const f32x16 nf = t - shift;
+  const f32x16 r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;
+  f32x16 y = splat(1.0f / 5040);
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const f32x16 result = (f32x16)((i32x16)y + (n << 23));
+  return x < -87.3f ? f32x16{} : result;
+}
+MK_FN f64x8 exp_nonpositive(f64x8 x) {
+  for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// x^q for x in [0, 1], q > 0, relative error about 1e-12 (|q log2 x| < 1000; 0 below): 2^(q log2 x) in double precision.
+MK_FN f64x8 simd_power(f64x8 x, double q) {
+  const i64x8 bits = (i64x8)x;
+  i64x8 exponent = (bits - 0x3fe6a09e667f3bcdll) >> 52;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  const f64x8 m = (f64x8)(bits - (exponent << 52));
+  const f64x8 s = (m - 1.0) / (m + 1.0), s2 = s * s;
+  f64x8 series = splat(1.0 / 19);
+  for (int k = 17; k >= 1; k -= 2) series = series * s2 + 1.0 / k;
+  const f64x8 log2 = __builtin_convertvector(exponent, f64x8) + series * s * 2.88539008177792681;
+  const f64x8 y = log2 * q;
+  const f64x8 shift = splat(6755399441055744.0);
+  const f64x8 t = y + shift;
+  const i64x8 n = (i64x8)t - (i64x8)shift;
+  const f64x8 r = (y - (t - shift)) * 0.693147180559945309;
+  f64x8 e = splat(1.0);
+  for (int k = 12; k >= 1; --k) e = e * r * (1.0 / k) + 1.0;
+  const f64x8 result = (f64x8)((i64x8)e + (n << 52));
+  return (y > -1000.0) & (x > 0.0) ? result : f64x8{};
+}
+
+}  // namespace margin_kernels::MK_ISA

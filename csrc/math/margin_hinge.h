@@ -1,0 +1,43 @@
+// Signed distance d = -gap / (eps + norm), the clipped hinge on it, and the derivatives of both.
+#pragma once
+
+#include "host_device.h"
+
+namespace margin_kernels::math {
+
+enum class Aggregation { MAX, SUM, MEAN, MEAN_DISTANCE };
+
+template <class T>
+MK_HOST_DEVICE T signed_distance(T gap, T norm, T eps) {
+  return -gap / (eps + norm);
+}
+
+// Strict at both kinks; NaN counts as active, so that it stays NaN in value and gradient.
+template <class T>
+MK_HOST_DEVICE bool active(T distance, T gamma, T cap) {
+  const T shortfall = gamma - distance;
+  return !(shortfall <= T(0) || shortfall >= cap);
+}
+
+// min(max(gamma - d, 0), cap);   d term / d d = -1 where active, else 0
+template <class T>
+MK_HOST_DEVICE T term(T distance, T gamma, T cap) {
+  const T shortfall = gamma - distance;
+  if (shortfall <= T(0)) return T(0);
+  return shortfall >= cap ? cap : shortfall;
+}
+
+// c d term / d gap = c / (eps + norm)           where active, with c the weight of the term in the loss
+template <class T>
+MK_HOST_DEVICE T gap_slope(T coefficient, T norm, T eps) {
+  return coefficient / (eps + norm);
+}
+
+// c d term / d norm = -c gap / (eps + norm)^2   where active
+template <class T>
+MK_HOST_DEVICE T norm_slope(T coefficient, T gap, T norm, T eps) {
+  const T inverse = T(1) / (eps + norm);
+  return -coefficient * gap * inverse * inverse;
+}
+
+}  // namespace margin_kernels::math

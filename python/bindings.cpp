@@ -1,0 +1,40 @@
+// margin_kernels._C: importing it registers the ops; its functions call the same dispatcher stubs as torch.ops, so what
+// they return is differentiable. The only file that includes Python.h.
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "../csrc/cpu/simd_types.h"
+#include "../csrc/ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = MARGIN_KERNELS_TORCH_VERSION;
+  info["cuda"] = bool(MARGIN_KERNELS_WITH_CUDA);
+  info["compiler"] = __VERSION__;
+  switch (margin_kernels::simd::instruction_set()) {
+    case margin_kernels::simd::InstructionSet::AVX512: info["cpu"] = "AVX-512"; break;
+    case margin_kernels::simd::InstructionSet::AVX2: info["cpu"] = "AVX2"; break;
+    default: info["cpu"] = "baseline";
+  }
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled ops of margin_kernels.";
+  m.def("build_info", &build_info, "What this extension was built for and which instruction set it uses here.");
+  m.def("competitors", &margin_kernels::competitors, py::arg("logits"), py::arg("target"), py::arg("k"));
+  m.def(
+      "dual_norm",
+      [](const std::vector<at::Tensor>& gradients, double p, int64_t batch_dims) {
+        return margin_kernels::dual_norm(gradients, p, batch_dims);
+      },
+      py::arg("gradients"), py::arg("p"), py::arg("batch_dims") = 2);
+  m.def("margin_hinge", &margin_kernels::margin_hinge, py::arg("gap"), py::arg("norm"), py::arg("gamma"),
+        py::arg("cap"), py::arg("weight"), py::arg("eps"), py::arg("aggregation"));
+}

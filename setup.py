@@ -1,0 +1,69 @@
+"""Builds margin_kernels._C from csrc/ and python/.
+
+MARGIN_KERNELS_NO_EXT=1       build nothing: reference and Triton backends only
+MARGIN_KERNELS_CUDA=auto|0|1  CUDA kernels; auto: where torch has CUDA, a toolkit is found and csrc/cuda has kernels
+TORCH_CUDA_ARCH_LIST          default 8.0;9.0+PTX
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def sources(*patterns: str) -> list[str]:
+    """The folders are globbed, as in CMakeLists.txt: no list of files can drift."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def wants_cuda(torch_has_cuda: bool, cuda_home: str | None) -> bool:
+    setting = os.environ.get("MARGIN_KERNELS_CUDA", "auto")
+    if setting not in ("auto", "0", "1"):
+        sys.exit(f"MARGIN_KERNELS_CUDA must be auto, 0 or 1, got {setting!r}")
+    possible = torch_has_cuda and cuda_home is not None and bool(sources("csrc/cuda/*.cu"))
+    if setting == "1" and not possible:
+        sys.exit(
+            "MARGIN_KERNELS_CUDA=1, but CUDA kernels cannot be built: "
+            f"torch has CUDA: {torch_has_cuda}, CUDA_HOME: {cuda_home}, kernels: {len(sources('csrc/cuda/*.cu'))}"
+        )
+    return possible and setting != "0"
+
+
+def extension() -> dict:
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        sys.exit(
+            "margin_kernels is built against the torch that is installed, and none was found here. Install torch, then "
+            "run: pip install --no-build-isolation .   (MARGIN_KERNELS_NO_EXT=1 installs without the compiled kernels)"
+        )
+    cuda = wants_cuda(torch.version.cuda is not None, cpp_extension.CUDA_HOME)
+    version = torch.__version__.split("+")[0]
+    (ROOT / "margin_kernels" / "_build.py").write_text(
+        f'"""Written by setup.py: the torch that _C was built for."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
+    )
+    # -fno-math-errno lets sqrt become an instruction; nothing here relaxes the arithmetic itself.
+    flags = ["-O3", "-fno-math-errno", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden"]
+    macros = [("MARGIN_KERNELS_WITH_CUDA", "1" if cuda else "0"), ("MARGIN_KERNELS_TORCH_VERSION", f'"{version}"')]
+    files = sources("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "python/*.cpp")
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        module = cpp_extension.CUDAExtension(
+            "margin_kernels._C",
+            files + sources("csrc/cuda/*.cu"),
+            define_macros=macros,
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo"]},
+        )
+    else:
+        module = cpp_extension.CppExtension(
+            "margin_kernels._C", files, define_macros=macros, extra_compile_args=flags
+        )
+    module.depends = sources("csrc/**/*.h", "csrc/**/*.cuh")
+    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
+setup(**({} if os.environ.get("MARGIN_KERNELS_NO_EXT") == "1" else extension()))
