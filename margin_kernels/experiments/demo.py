@@ -207,8 +207,8 @@ def run(folder: Path, quick: bool = False, seed: int = 0, console: Console | Non
 
 INTRO = [
     "Small convolutional networks, alike but for the loss. The large margin loss (Elsayed et al., NeurIPS 2018) asks "
-    "for a distance gamma to the decision boundary at the input, at every hidden layer and at the output, in the l1, l2 "
-    "or linf norm. The distances are differentiated to second order here, and the input tap weighs "
+    "for a distance gamma to the decision boundary at the input, at every hidden layer and at the output, in the l1, "
+    "l2 or linf norm. The distances are differentiated to second order here, and the input tap weighs "
     f"{INPUT_WEIGHT:g} times as much as each other tap.",
     "A large margin loss may scale the logits until cross-entropy has no gradient left to attack with, so every attack "
     "is also run on the logit gap, which has no scale. Bold: the best of a row.",
