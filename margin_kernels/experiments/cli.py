@@ -176,13 +176,14 @@ def make_report(arguments: list[str]) -> int:
     for model in compared[1:]:
         model.pop("run")
     names = {model["config"]["data"]["name"] for model in compared}
-    results = {
-        "title": options.title or f"Large-margin training on {', '.join(sorted(names))}",
+    title = options.title or f"Large-margin training on {', '.join(sorted(names))}"
+    results: dict[str, Any] = {
+        "title": title,
         "models": compared,
         "facts": facts(first, sum(r["seconds"] for model in compared for r in model["history"])),
     }
     console = Console()
-    table.show(console, compared, results["title"])
+    table.show(console, compared, title)
     page = report.write(options.out, results)
     console.print(f"open {page}", highlight=False, soft_wrap=True)
     return 0

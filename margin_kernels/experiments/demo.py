@@ -136,7 +136,7 @@ class Demo:
             clean, attacked = self.validate(trainer)
             tried.append((trainer, clean, attacked))
             rows.append(
-                {"norm": f"l{norm}", "m": multiple, "gamma per tap": gamma, "clean": clean, "IFGSM on gap": attacked}
+                {"norm": f"l{norm}", "m": multiple, "gamma per tap": gamma, "clean": clean, "IFGSM gap": attacked}
             )
         chosen = choose([(clean, attacked) for _, clean, attacked in tried], floor)
         for i, row in enumerate(rows):
@@ -180,7 +180,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0, console: Console | Non
         reference = dict.fromkeys(("m", "gamma per tap"), "")
         for label in ("hinge", "cross-entropy"):
             clean, attacked = demo.validate(trainers[label])
-            tuning.insert(0, {"norm": label, **reference, "clean": clean, "IFGSM on gap": attacked, "chosen": False})
+            tuning.insert(0, {"norm": label, **reference, "clean": clean, "IFGSM gap": attacked, "chosen": False})
         meter.advance(0, "timing")
         configs = {label: trainer.config for label, trainer in trainers.items()}
         timing = time_steps(baseline.config, configs, dataset, plan.evaluation.timing_repeats)

@@ -19,6 +19,7 @@ matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from .table import norm_name
 
@@ -26,7 +27,7 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "figure.figsize": (5.0, 3.5),
     "figure.dpi": 110,
     "font.size": 10,
@@ -161,7 +162,7 @@ def distance_course(models: list[dict[str, Any]], tap: str) -> Figure:
                 axes.plot(epochs, [r["distance"][tap] for r in records], label=model["label"], **_style(i))
         axes.axhline(0, color="#555555", linewidth=1)
         axes.set(title=f"Mean distance at {tap}", xlabel="epoch", ylabel="mean signed distance")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         lasts = [abs(m["history"][-1]["distance"][tap]) for m in models if tap in m["history"][-1].get("distance", {})]
         scale = _scale(lasts)
         if scale is not None:

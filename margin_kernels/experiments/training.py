@@ -97,7 +97,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = models.build(config.model.name, dataset.shape, dataset.num_classes, **options).to(self.device)
         if settings.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         self.task = objectives.build(self.model, config.loss, self.hidden)
         self.step_module: Any = torch.compile(self.task) if settings.compile else self.task
         self.optimiser = build_optimiser(config, self.model.parameters())
