@@ -91,7 +91,8 @@ def deepfool(
             predicted = output.detach().argmax(1)
             label[rows] = predicted
             done = torch.where(toward[rows], predicted == goal[rows], predicted != goal[rows])
-            active[rows] &= ~done & ~output.detach().isnan().any(1)
+            finite[rows] &= ~output.detach().isnan().any(1)
+            active[rows] &= ~done & finite[rows]
             if step == max_iter:
                 break
             delta = _nearest_step(

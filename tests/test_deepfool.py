@@ -124,6 +124,15 @@ def test_nan_logits_give_nan_distance_and_no_success(images):
     assert result.success[others].all() and not result.distance[others].isnan().any()
 
 
+def test_logits_that_turn_nan_on_the_way_are_no_success(images):
+    def model(x):
+        logits = x.flatten(1)[:, :5] * 3
+        return torch.where((x - images[: len(x)]).flatten(1).abs().amax(1)[:, None] > 0, math.nan, logits)
+
+    result = deepfool(model, images)
+    assert not result.success.any() and result.distance.isnan().all()
+
+
 def test_a_constant_model_has_no_boundary(images):
     class Constant(nn.Module):
         def forward(self, x):

@@ -228,6 +228,8 @@ def test_layer_names_are_expanded_and_losses_chosen_by_name():
 def test_settings_that_cannot_run_here_say_so(digits):
     with pytest.raises(ValueError, match=r"fp16, which needs a CUDA device"):
         Trainer(settings("--training.precision", "fp16"), digits)
+    with pytest.raises(ValueError, match=r"training.compile is set, but torch.compile cannot follow"):
+        Trainer(settings(*MARGIN, "--training.compile", "true"), digits)
     with pytest.raises(ValueError, match=r"optimiser.name is 'lion'"):
         build_optimiser(replace(config.Config(), optimiser=config.OptimiserConfig(name="lion")), [torch.zeros(1)])
     if not torch.cuda.is_available():

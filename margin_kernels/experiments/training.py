@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import margin_kernels as mk
+
 from . import checkpoint, models, objectives
 from .attacks import eval_mode
 from .config import Config, to_dict, to_yaml
@@ -99,6 +101,11 @@ class Trainer:
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         self.task = objectives.build(self.model, config.loss, self.hidden)
+        if settings.compile and isinstance(self.task, mk.MarginTask):
+            raise ValueError(
+                "training.compile is set, but torch.compile cannot follow the activation gradients of loss.kind "
+                f"{config.loss.kind} (a backward pass inside the forward): leave it off"
+            )
         self.step_module: Any = torch.compile(self.task) if settings.compile else self.task
         self.optimiser = build_optimiser(config, self.model.parameters())
         self.scaler = torch.amp.GradScaler("cuda", enabled=settings.precision == "fp16")
