@@ -59,9 +59,7 @@ def extension() -> dict:
             extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo"]},
         )
     else:
-        module = cpp_extension.CppExtension(
-            "margin_kernels._C", files, define_macros=macros, extra_compile_args=flags
-        )
+        module = cpp_extension.CppExtension("margin_kernels._C", files, define_macros=macros, extra_compile_args=flags)
     module.depends = sources("csrc/**/*.h", "csrc/**/*.cuh")
     return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 

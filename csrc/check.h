@@ -15,19 +15,32 @@ using at::Tensor;
 
 inline const char* name_of(at::ScalarType type) {
   switch (type) {
-    case at::kDouble: return "float64";
-    case at::kFloat: return "float32";
-    case at::kBFloat16: return "bfloat16";
-    case at::kHalf: return "float16";
-    case at::kLong: return "int64";
-    case at::kInt: return "int32";
-    case at::kShort: return "int16";
-    case at::kChar: return "int8";
-    case at::kByte: return "uint8";
-    case at::kBool: return "bool";
-    case at::kComplexFloat: return "complex64";
-    case at::kComplexDouble: return "complex128";
-    default: return c10::toString(type);
+    case at::kDouble:
+      return "float64";
+    case at::kFloat:
+      return "float32";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kHalf:
+      return "float16";
+    case at::kLong:
+      return "int64";
+    case at::kInt:
+      return "int32";
+    case at::kShort:
+      return "int16";
+    case at::kChar:
+      return "int8";
+    case at::kByte:
+      return "uint8";
+    case at::kBool:
+      return "bool";
+    case at::kComplexFloat:
+      return "complex64";
+    case at::kComplexDouble:
+      return "complex128";
+    default:
+      return c10::toString(type);
   }
 }
 
@@ -55,8 +68,8 @@ inline void competitors(const Tensor& logits, const Tensor& target, int64_t k) {
   TORCH_CHECK_VALUE(target.device() == logits.device(), "target must be on the device of logits (", logits.device(),
                     "), got ", target.device());
   TORCH_CHECK_VALUE(classes >= 2, "logits must have at least 2 classes, got ", classes);
-  TORCH_CHECK_VALUE(k >= 1 && classes - 1 >= k, "k must be in [1, ", classes - 1, "] for ", classes,
-                    " classes, got ", k);
+  TORCH_CHECK_VALUE(k >= 1 && classes - 1 >= k, "k must be in [1, ", classes - 1, "] for ", classes, " classes, got ",
+                    k);
 }
 
 inline void p(double p) { TORCH_CHECK_VALUE(p >= 1, "p must be >= 1 (or inf), got ", p); }
@@ -84,8 +97,9 @@ inline bool known_aggregation(std::string_view name) {
   return name == "max" || name == "sum" || name == "mean" || name == "mean_distance";
 }
 
-inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma, const Tensor& cap,
-                         const Tensor& weight, double eps, std::string_view aggregation) {
+inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma, const std::optional<Tensor>& cap,
+                         const std::optional<Tensor>& weight, double eps, std::string_view aggregation,
+                         std::string_view layer_reduction) {
   floating("gap", gap);
   floating("norm", norm);
   TORCH_CHECK_VALUE(gap.dim() == 2 && gap.sym_size(1) >= 1, "gap must have shape [N, k] with k >= 1, got ",
@@ -101,16 +115,18 @@ inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& ga
     floating(name, tensor);
     TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == layers, name, " must have shape [", layers,
                       "], one entry per layer, got ", tensor.sym_sizes());
-    TORCH_CHECK_VALUE(tensor.device() == gap.device(), name, " must be on the device of gap (", gap.device(),
-                      "), got ", tensor.device());
+    TORCH_CHECK_VALUE(tensor.device() == gap.device(), name, " must be on the device of gap (", gap.device(), "), got ",
+                      tensor.device());
     TORCH_CHECK_VALUE(!tensor.requires_grad(), name, " must not require grad: it is a hyper-parameter");
   };
   per_layer("gamma", gamma);
-  per_layer("cap", cap);
-  per_layer("weight", weight);
+  if (cap) per_layer("cap", *cap);
+  if (weight) per_layer("weight", *weight);
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and >= 0, got ", eps);
   TORCH_CHECK_VALUE(known_aggregation(aggregation), "aggregation must be one of max, sum, mean, mean_distance, got ",
                     aggregation);
+  TORCH_CHECK_VALUE(layer_reduction == "mean" || layer_reduction == "sum",
+                    "layer_reduction must be one of mean, sum, got ", layer_reduction);
 }
 
 }  // namespace margin_kernels::check

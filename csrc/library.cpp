@@ -5,15 +5,19 @@
 #include "ops.h"
 
 TORCH_LIBRARY(margin_kernels, m) {
-  m.def("competitors(Tensor logits, Tensor target, int k) -> (Tensor index, Tensor gap, Tensor nll, Tensor normalizer)");
-  m.def("competitors_backward(Tensor? grad_gap, Tensor? grad_nll, Tensor logits, Tensor target, Tensor index, "
-        "Tensor normalizer) -> Tensor");
+  m.def(
+      "competitors(Tensor logits, Tensor target, int k) -> (Tensor index, Tensor gap, Tensor nll, Tensor normalizer)");
+  m.def(
+      "competitors_backward(Tensor? grad_gap, Tensor? grad_nll, Tensor logits, Tensor target, Tensor index, "
+      "Tensor normalizer) -> Tensor");
   m.def("dual_norm(Tensor[] gradients, float p, int batch_dims) -> Tensor");
   m.def("dual_norm_backward(Tensor grad, Tensor[] gradients, Tensor norms, float p, int batch_dims) -> Tensor[]");
-  m.def("margin_hinge(Tensor gap, Tensor norm, Tensor gamma, Tensor cap, Tensor weight, float eps, str aggregation) "
-        "-> (Tensor loss, Tensor distance)");
-  m.def("margin_hinge_backward(Tensor grad, Tensor gap, Tensor norm, Tensor gamma, Tensor cap, Tensor weight, "
-        "float eps, str aggregation, bool norm_grad) -> (Tensor, Tensor)");
+  m.def(
+      "margin_hinge(Tensor gap, Tensor norm, Tensor gamma, Tensor? cap, Tensor? weight, float eps, str aggregation, "
+      "str layer_reduction) -> (Tensor loss, Tensor distance)");
+  m.def(
+      "margin_hinge_backward(Tensor grad, Tensor gap, Tensor norm, Tensor gamma, Tensor? cap, "
+      "Tensor? weight, float eps, str aggregation, str layer_reduction, bool norm_grad) -> (Tensor, Tensor)");
 }
 
 namespace margin_kernels {
@@ -32,8 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> competitors(const Tensor& logits, con
 }
 
 Tensor competitors_backward(const std::optional<Tensor>& grad_gap, const std::optional<Tensor>& grad_nll,
-                            const Tensor& logits, const Tensor& target, const Tensor& index,
-                            const Tensor& normalizer) {
+                            const Tensor& logits, const Tensor& target, const Tensor& index, const Tensor& normalizer) {
   static auto op = find<decltype(competitors_backward)>("margin_kernels::competitors_backward");
   return op.call(grad_gap, grad_nll, logits, target, index, normalizer);
 }
@@ -49,17 +52,20 @@ std::vector<Tensor> dual_norm_backward(const Tensor& grad, TensorList gradients,
   return op.call(grad, gradients, norms, p, batch_dims);
 }
 
-std::tuple<Tensor, Tensor> margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma, const Tensor& cap,
-                                        const Tensor& weight, double eps, std::string_view aggregation) {
+std::tuple<Tensor, Tensor> margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
+                                        const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
+                                        double eps, std::string_view aggregation, std::string_view layer_reduction) {
   static auto op = find<decltype(margin_hinge)>("margin_kernels::margin_hinge");
-  return op.call(gap, norm, gamma, cap, weight, eps, aggregation);
+  return op.call(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_backward(const Tensor& grad, const Tensor& gap, const Tensor& norm,
-                                                 const Tensor& gamma, const Tensor& cap, const Tensor& weight,
-                                                 double eps, std::string_view aggregation, bool norm_grad) {
+                                                 const Tensor& gamma, const std::optional<Tensor>& cap,
+                                                 const std::optional<Tensor>& weight, double eps,
+                                                 std::string_view aggregation, std::string_view layer_reduction,
+                                                 bool norm_grad) {
   static auto op = find<decltype(margin_hinge_backward)>("margin_kernels::margin_hinge_backward");
-  return op.call(grad, gap, norm, gamma, cap, weight, eps, aggregation, norm_grad);
+  return op.call(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction, norm_grad);
 }
 
 }  // namespace margin_kernels

@@ -44,19 +44,21 @@ std::vector<Tensor> dual_norm_backward_meta(const Tensor&, TensorList gradients,
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_meta(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
-                                             const Tensor& cap, const Tensor& weight, double eps,
-                                             std::string_view aggregation) {
-  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation);
+                                             const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
+                                             double eps, std::string_view aggregation,
+                                             std::string_view layer_reduction) {
+  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
   const auto acc = gap.scalar_type() == at::kDouble ? accumulate_options(gap) : accumulate_options(norm);
   return {at::empty_symint({gap.sym_size(0)}, acc), at::empty_symint(norm.sym_sizes(), acc)};
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_backward_meta(const Tensor&, const Tensor& gap, const Tensor& norm,
-                                                      const Tensor&, const Tensor&, const Tensor&, double,
+                                                      const Tensor&, const std::optional<Tensor>&,
+                                                      const std::optional<Tensor>&, double, std::string_view,
                                                       std::string_view, bool norm_grad) {
-  return {at::empty_like(gap, at::MemoryFormat::Contiguous),
-          norm_grad ? at::empty_like(norm, at::MemoryFormat::Contiguous)
-                    : at::empty_symint({c10::SymInt(0)}, norm.options())};
+  return {at::empty_like(gap, at::MemoryFormat::Contiguous), norm_grad
+                                                                 ? at::empty_like(norm, at::MemoryFormat::Contiguous)
+                                                                 : at::empty_symint({c10::SymInt(0)}, norm.options())};
 }
 
 }  // namespace

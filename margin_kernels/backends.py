@@ -106,6 +106,12 @@ def _implementation(backend: str, op: str) -> Callable[..., Any]:
     return getattr(torch.ops.margin_kernels, op).default
 
 
+@cache
+def _compiled_eager(op: str) -> Callable[..., Any]:
+    """The pybind11 function: the same dispatcher call as torch.ops with two microseconds less of argument parsing."""
+    return getattr(EXTENSION, op)
+
+
 def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> tuple[str, Callable[..., Any]]:
     """The name of the backend that runs this call, and its implementation of `op`.
 
@@ -115,11 +121,20 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> tuple[s
         backend = os.environ.get("MARGIN_KERNELS_BACKEND", "auto")
     if backend == "auto":
         order = ("cuda", "triton", "reference") if tensors[0].is_cuda else ("cpu", "reference")
-        backend = next(name for name in order if why_not(name, op, tensors) is None)
-        return backend, _implementation(backend, op)
+        for name in order:
+            if _WHY_NOT[name](op, tensors) is None:
+                backend = name
+                break
+    else:
+        _require(op, tensors, backend)
+    if backend in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        return backend, _compiled_eager(op)
+    return backend, _implementation(backend, op)
+
+
+def _require(op: str, tensors: Sequence[Tensor], backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reason = why_not(backend, op, tensors)
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run {op}: {reason}")
-    return backend, _implementation(backend, op)

@@ -81,7 +81,14 @@ def check_p(p: float) -> None:
 
 
 def check_margin_hinge(
-    gap: Tensor, norm: Tensor, gamma: Tensor, cap: Tensor, weight: Tensor, eps: float, aggregation: str
+    gap: Tensor,
+    norm: Tensor,
+    gamma: Tensor,
+    cap: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    aggregation: str,
+    layer_reduction: str,
 ) -> None:
     check_floating("gap", gap)
     check_floating("norm", norm)
@@ -93,6 +100,8 @@ def check_margin_hinge(
         _value(f"norm must be on the device of gap ({gap.device}), got {norm.device}")
     layers = norm.shape[2]
     for name, tensor in (("gamma", gamma), ("cap", cap), ("weight", weight)):
+        if tensor is None:
+            continue
         check_floating(name, tensor)
         if tensor.dim() != 1 or tensor.shape[0] != layers:
             _value(f"{name} must have shape [{layers}], one entry per layer, got {list(tensor.shape)}")
@@ -104,6 +113,8 @@ def check_margin_hinge(
         _value(f"eps must be finite and >= 0, got {eps:g}")
     if aggregation not in AGGREGATIONS:
         _value(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation}")
+    if layer_reduction not in ("mean", "sum"):
+        _value(f"layer_reduction must be one of mean, sum, got {layer_reduction}")
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -142,20 +142,13 @@ def margin_hinge_with_distance(
         raise ValueError(f"norm must have shape [N, k, L], got {list(norm.shape)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be one of mean, sum, none, got {reduction}")
-    if layer_reduction not in ("mean", "sum"):
-        raise ValueError(f"layer_reduction must be one of mean, sum, got {layer_reduction}")
     gamma = per_layer(gamma, norm)
-    cap = per_layer(float("inf") if cap is None else cap, norm)
-    if layer_weights is None:
-        weight = per_layer(1.0 / norm.shape[2] if layer_reduction == "mean" else 1.0, norm)
-    else:
-        weight = per_layer(layer_weights, norm)
-        if layer_reduction == "mean":
-            weight = weight / weight.sum()
+    cap = None if cap is None else per_layer(cap, norm)
+    weight = None if layer_weights is None else per_layer(layer_weights, norm)
     name, op = choose("margin_hinge", (gap, norm), backend)
     if name not in _COMPILED:
-        checks.check_margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation)
-    loss, distance = op(gap, norm, gamma, cap, weight, eps, aggregation)
+        checks.check_margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction)
+    loss, distance = op(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction)
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     return loss, distance

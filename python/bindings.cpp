@@ -16,9 +16,14 @@ py::dict build_info() {
   info["cuda"] = bool(MARGIN_KERNELS_WITH_CUDA);
   info["compiler"] = __VERSION__;
   switch (margin_kernels::simd::instruction_set()) {
-    case margin_kernels::simd::InstructionSet::AVX512: info["cpu"] = "AVX-512"; break;
-    case margin_kernels::simd::InstructionSet::AVX2: info["cpu"] = "AVX2"; break;
-    default: info["cpu"] = "baseline";
+    case margin_kernels::simd::InstructionSet::AVX512:
+      info["cpu"] = "AVX-512";
+      break;
+    case margin_kernels::simd::InstructionSet::AVX2:
+      info["cpu"] = "AVX2";
+      break;
+    default:
+      info["cpu"] = "baseline";
   }
   return info;
 }
@@ -36,5 +41,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("gradients"), py::arg("p"), py::arg("batch_dims") = 2);
   m.def("margin_hinge", &margin_kernels::margin_hinge, py::arg("gap"), py::arg("norm"), py::arg("gamma"),
-        py::arg("cap"), py::arg("weight"), py::arg("eps"), py::arg("aggregation"));
+        py::arg("cap"), py::arg("weight"), py::arg("eps"), py::arg("aggregation"), py::arg("layer_reduction"));
 }

@@ -59,8 +59,11 @@ struct CompetitorsBackwardFunction : Function<CompetitorsBackwardFunction> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_autograd(const Tensor& logits, const Tensor& target,
-                                                                int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_autograd(const Tensor& logits, const Tensor& target, int64_t k) {
+  if (!needs_graph({logits})) {
+    BelowAutograd guard;
+    return competitors(logits, target, k);
+  }
   auto out = CompetitorsFunction::apply(logits, target, k);
   return {out[0], out[1], out[2], out[3]};
 }

@@ -1,10 +1,11 @@
 // D = ||G||_q,  u = dD/dG = sign(G) (|G| / D)^(q-1),  du/dG v = (q-1)/D [ (|G|/D)^(q-2) v - u <u, v> ]
+#include "../math/dual_norm.h"
+
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "../math/dual_norm.h"
 #include "function.h"
 
 namespace margin_kernels {
@@ -112,11 +113,15 @@ struct DualNormBackwardFunction : Function<DualNormBackwardFunction> {
 };
 
 Tensor dual_norm_autograd(TensorList gradients, double p, int64_t batch_dims) {
+  if (!needs_graph(gradients)) {
+    BelowAutograd guard;
+    return dual_norm(gradients, p, batch_dims);
+  }
   return DualNormFunction::apply(gradients, p, batch_dims);
 }
 
-std::vector<Tensor> dual_norm_backward_autograd(const Tensor& grad, TensorList gradients, const Tensor& norms,
-                                                double p, int64_t batch_dims) {
+std::vector<Tensor> dual_norm_backward_autograd(const Tensor& grad, TensorList gradients, const Tensor& norms, double p,
+                                                int64_t batch_dims) {
   return DualNormBackwardFunction::apply(grad, gradients, norms, p, batch_dims);
 }
 

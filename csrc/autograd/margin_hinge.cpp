@@ -1,8 +1,12 @@
 // With c[n,j,l] the weight of an active term in the loss (0 where it is not active) and e = eps + norm:
 //   dloss/dgap_j = sum_l c / e,    dloss/dnorm = -c gap / e^2
 #include <ATen/ops/argmin.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/logical_or.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros_like.h>
+
+#include <limits>
 
 #include "function.h"
 
@@ -11,12 +15,14 @@ namespace {
 
 struct MarginHingeFunction : Function<MarginHingeFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& gap, const Tensor& norm, const Tensor& gamma,
-                               const Tensor& cap, const Tensor& weight, double eps, std::string_view aggregation) {
+                               const std::optional<Tensor>& cap, const std::optional<Tensor>& weight, double eps,
+                               std::string_view aggregation, std::string_view layer_reduction) {
     BelowAutograd guard;
-    auto [loss, distance] = margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation);
-    ctx->save_for_backward({gap, norm, gamma, cap, weight});
+    auto [loss, distance] = margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
+    ctx->save_for_backward({gap, norm, gamma, cap.value_or(Tensor()), weight.value_or(Tensor())});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["aggregation"] = std::string(aggregation);
+    ctx->saved_data["layer_reduction"] = std::string(layer_reduction);
     ctx->mark_non_differentiable({distance});
     return {loss, distance};
   }
@@ -24,9 +30,10 @@ struct MarginHingeFunction : Function<MarginHingeFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
     const bool norm_grad = ctx->needs_input_grad(1);
-    auto [dgap, dnorm] = margin_hinge_backward(grads[0], s[0], s[1], s[2], s[3], s[4], ctx->saved_data["eps"].toDouble(),
-                                               ctx->saved_data["aggregation"].toStringRef(), norm_grad);
-    variable_list result(7);
+    auto [dgap, dnorm] = margin_hinge_backward(
+        grads[0], s[0], s[1], s[2], if_defined(s[3]), if_defined(s[4]), ctx->saved_data["eps"].toDouble(),
+        ctx->saved_data["aggregation"].toStringRef(), ctx->saved_data["layer_reduction"].toStringRef(), norm_grad);
+    variable_list result(8);
     result[0] = dgap;
     if (norm_grad) result[1] = dnorm;
     return result;
@@ -35,15 +42,18 @@ struct MarginHingeFunction : Function<MarginHingeFunction> {
 
 struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& grad, const Tensor& gap, const Tensor& norm,
-                               const Tensor& gamma, const Tensor& cap, const Tensor& weight, double eps,
-                               std::string_view aggregation, bool norm_grad) {
+                               const Tensor& gamma, const std::optional<Tensor>& cap,
+                               const std::optional<Tensor>& weight, double eps, std::string_view aggregation,
+                               std::string_view layer_reduction, bool norm_grad) {
     BelowAutograd guard;
-    ctx->save_for_backward({grad, gap, norm, gamma, cap, weight});
+    ctx->save_for_backward({grad, gap, norm, gamma, cap.value_or(Tensor()), weight.value_or(Tensor())});
     ctx->saved_data["eps"] = eps;
     ctx->saved_data["aggregation"] = std::string(aggregation);
+    ctx->saved_data["layer_reduction"] = std::string(layer_reduction);
     ctx->saved_data["norm_grad"] = norm_grad;
     ctx->set_materialize_grads(false);
-    auto [dgap, dnorm] = margin_hinge_backward(grad, gap, norm, gamma, cap, weight, eps, aggregation, norm_grad);
+    auto [dgap, dnorm] =
+        margin_hinge_backward(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction, norm_grad);
     return {dgap, dnorm};
   }
 
@@ -54,8 +64,11 @@ struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
     const Tensor grad = s[0].to(type).unsqueeze(-1).unsqueeze(-1);  // [N, 1, 1]
     const Tensor gap = s[1].to(type).unsqueeze(-1);                 // [N, k, 1]
     const Tensor e = s[2].to(type) + ctx->saved_data["eps"].toDouble();
-    const Tensor c = coefficients(-gap / e, s[3].to(type), s[4].to(type), s[5].to(type),
-                                  ctx->saved_data["aggregation"].toStringRef());
+    const Tensor gamma = s[3].to(type);
+    const Tensor cap = s[4].defined() ? s[4].to(type) : at::full_like(gamma, std::numeric_limits<double>::infinity());
+    Tensor weight = s[5].defined() ? s[5].to(type) : at::ones_like(gamma);
+    if (ctx->saved_data["layer_reduction"].toStringRef() == "mean") weight = weight / weight.sum();
+    const Tensor c = coefficients(-gap / e, gamma, cap, weight, ctx->saved_data["aggregation"].toStringRef());
     Tensor d_grad = at::zeros_like(e), d_gap, d_norm = at::zeros_like(e);
     if (v[0].defined()) {
       const Tensor va = v[0].to(type).unsqueeze(-1);
@@ -68,7 +81,7 @@ struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
       d_gap = (-vb * grad * c / (e * e)).sum(-1).to(s[1].scalar_type());
       d_norm = d_norm + 2 * vb * grad * c * gap / (e * e * e);
     }
-    variable_list result(9);
+    variable_list result(10);
     result[0] = d_grad.sum({1, 2}).to(s[0].scalar_type());
     result[1] = d_gap;
     result[2] = d_norm.to(s[2].scalar_type());
@@ -88,24 +101,33 @@ struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
       const Tensor nearest = distance.argmin(1, /*keepdim=*/true);  // the first of equals
       return at::zeros_like(distance).scatter(1, nearest, active(distance.gather(1, nearest))) * weight;
     }
-    if (aggregation == "mean_distance") return active(distance.mean(1, /*keepdim=*/true)).expand_as(distance) * weight / k;
+    if (aggregation == "mean_distance")
+      return active(distance.mean(1, /*keepdim=*/true)).expand_as(distance) * weight / k;
     return active(distance) * (aggregation == "sum" ? weight : weight / k);
   }
 };
 
 std::tuple<Tensor, Tensor> margin_hinge_autograd(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
-                                                 const Tensor& cap, const Tensor& weight, double eps,
-                                                 std::string_view aggregation) {
+                                                 const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
+                                                 double eps, std::string_view aggregation,
+                                                 std::string_view layer_reduction) {
   // A hyper-parameter that asks for a gradient would get none without a word.
-  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation);
-  auto out = MarginHingeFunction::apply(gap, norm, gamma, cap, weight, eps, aggregation);
+  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
+  if (!needs_graph({gap, norm})) {
+    BelowAutograd guard;
+    return margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
+  }
+  auto out = MarginHingeFunction::apply(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
   return {out[0], out[1]};
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_backward_autograd(const Tensor& grad, const Tensor& gap, const Tensor& norm,
-                                                          const Tensor& gamma, const Tensor& cap, const Tensor& weight,
-                                                          double eps, std::string_view aggregation, bool norm_grad) {
-  auto out = MarginHingeBackwardFunction::apply(grad, gap, norm, gamma, cap, weight, eps, aggregation, norm_grad);
+                                                          const Tensor& gamma, const std::optional<Tensor>& cap,
+                                                          const std::optional<Tensor>& weight, double eps,
+                                                          std::string_view aggregation,
+                                                          std::string_view layer_reduction, bool norm_grad) {
+  auto out = MarginHingeBackwardFunction::apply(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction,
+                                                norm_grad);
   return {out[0], out[1]};
 }
 

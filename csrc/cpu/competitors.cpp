@@ -1,5 +1,7 @@
 // Competitors, gaps and cross-entropy on the CPU. Forward reads logits once from memory; backward reads them once more
 // and writes dlogits once. Nothing else of size [N, C] is allocated.
+#include "../math/competitors.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -14,7 +16,6 @@
 #include <vector>
 
 #include "../check.h"
-#include "../math/competitors.h"
 #include "../ops.h"
 #include "fresh_pages.h"
 
@@ -40,9 +41,9 @@ struct CompetitorsBackward {
   int64_t row_stride, classes, k;
   const int64_t* target;  // [N]
   int64_t target_stride;
-  const int64_t* index;    // [N, k]
-  const acc* normalizer;   // [N, 2]
-  const acc* grad_gap;     // [N, k] or null
+  const int64_t* index;   // [N, k]
+  const acc* normalizer;  // [N, 2]
+  const acc* grad_gap;    // [N, k] or null
   int64_t gap_strides[2];
   const acc* grad_nll;  // [N] or null
   int64_t nll_stride;
@@ -72,13 +73,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits,
   std::atomic<int64_t> bad{-1};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, z.scalar_type(), "competitors", [&] {
     using acc = typename CompetitorsForward<scalar_t>::acc;
-    const CompetitorsForward<scalar_t> at{z.const_data_ptr<scalar_t>(), z.stride(0), classes, k,
-                                          target.const_data_ptr<int64_t>(), target.stride(0),
-                                          index.data_ptr<int64_t>(), gap.data_ptr<acc>(), nll.data_ptr<acc>(),
+    const CompetitorsForward<scalar_t> at{z.const_data_ptr<scalar_t>(),
+                                          z.stride(0),
+                                          classes,
+                                          k,
+                                          target.const_data_ptr<int64_t>(),
+                                          target.stride(0),
+                                          index.data_ptr<int64_t>(),
+                                          gap.data_ptr<acc>(),
+                                          nll.data_ptr<acc>(),
                                           normalizer.data_ptr<acc>()};
-    at::parallel_for(0, n, grain(classes), [&](int64_t begin, int64_t end) {
-      MK_DISPATCH(forward_rows<scalar_t>(at, begin, end, &bad));
-    });
+    at::parallel_for(0, n, grain(classes),
+                     [&](int64_t begin, int64_t end) { MK_DISPATCH(forward_rows<scalar_t>(at, begin, end, &bad)); });
   });
   if (const int64_t row = bad.load(); row >= 0) {
     TORCH_CHECK_VALUE(false, "target must be in [0, ", classes, "), got ",
@@ -120,9 +126,8 @@ Tensor competitors_backward_cpu(const std::optional<Tensor>& grad_gap, const std
       at.nll_stride = from_nll.stride(0);
     }
     at.dlogits = dlogits.data_ptr<scalar_t>();
-    at::parallel_for(0, n, grain(classes), [&](int64_t begin, int64_t end) {
-      MK_DISPATCH(backward_rows<scalar_t>(at, begin, end));
-    });
+    at::parallel_for(0, n, grain(classes),
+                     [&](int64_t begin, int64_t end) { MK_DISPATCH(backward_rows<scalar_t>(at, begin, end)); });
   });
   return dlogits;
 }

@@ -122,7 +122,8 @@ MK_FN double sum_exp(const scalar_t* z, int64_t classes, typename Lane<scalar_t>
 }
 
 template <class scalar_t>
-MK_TARGET void forward_rows(const CompetitorsForward<scalar_t>& at, int64_t begin, int64_t end, std::atomic<int64_t>* bad) {
+MK_TARGET void forward_rows(const CompetitorsForward<scalar_t>& at, int64_t begin, int64_t end,
+                            std::atomic<int64_t>* bad) {
   using acc = typename Lane<scalar_t>::acc;
   constexpr acc lowest = -std::numeric_limits<acc>::infinity(), nan = std::numeric_limits<acc>::quiet_NaN();
   const int64_t classes = at.classes, k = at.k;

@@ -1,4 +1,6 @@
 // Dual norms of gradient rows on the CPU: reads every gradient once, writes one number per row.
+#include "../math/dual_norm.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -10,7 +12,6 @@
 #include <type_traits>
 
 #include "../check.h"
-#include "../math/dual_norm.h"
 #include "../ops.h"
 
 namespace margin_kernels {
@@ -20,7 +21,10 @@ template <class scalar_t>
 struct Rows {
   scalar_t* data;
   int64_t inner, outer_stride, inner_stride, length;
-  scalar_t* at(int64_t r) const { return data + (r / inner) * outer_stride + (r % inner) * inner_stride; }
+  scalar_t* at(int64_t r) const {
+    if (inner == 1) return data + r * outer_stride;
+    return data + (r / inner) * outer_stride + (r % inner) * inner_stride;
+  }
 };
 
 }  // namespace margin_kernels
@@ -70,11 +74,16 @@ template <class Body>
 void with_norm(double p, const Body& body) {
   using math::Norm;
   switch (math::norm_of(p)) {
-    case Norm::MAX: return body(std::integral_constant<Norm, Norm::MAX>());
-    case Norm::SUM: return body(std::integral_constant<Norm, Norm::SUM>());
-    case Norm::SQUARE: return body(std::integral_constant<Norm, Norm::SQUARE>());
-    case Norm::THREE_HALVES: return body(std::integral_constant<Norm, Norm::THREE_HALVES>());
-    case Norm::GENERAL: return body(std::integral_constant<Norm, Norm::GENERAL>());
+    case Norm::MAX:
+      return body(std::integral_constant<Norm, Norm::MAX>());
+    case Norm::SUM:
+      return body(std::integral_constant<Norm, Norm::SUM>());
+    case Norm::SQUARE:
+      return body(std::integral_constant<Norm, Norm::SQUARE>());
+    case Norm::THREE_HALVES:
+      return body(std::integral_constant<Norm, Norm::THREE_HALVES>());
+    case Norm::GENERAL:
+      return body(std::integral_constant<Norm, Norm::GENERAL>());
   }
 }
 

@@ -17,6 +17,51 @@ MK_FN f32x16 power_lanes(f32x16 m) {
   return m * simd_sqrt(m);
 }
 
+// |g_i| for 32 elements, in an order of its own: a sum sees no order.
+template <class scalar_t>
+MK_FN void load_magnitudes(const scalar_t* g, f32x16& a, f32x16& b) {
+  a = abs(load(g));
+  b = abs(load(g + 16));
+}
+MK_FN void load_magnitudes(const c10::BFloat16* g, f32x16& a, f32x16& b) {
+  const u32x16 pairs = read<u32x16>(g);
+  a = bits_to_float(pairs & 0x7fff0000u);
+  b = bits_to_float((pairs << 16) & 0x7fff0000u);
+}
+
+// Four sums of lanes, so that the additions of neighbouring vectors do not wait for each other.
+template <Norm norm>
+struct Sums {
+  f32x16 lanes[4] = {};
+  MK_FN void add(int which, f32x16 m) { lanes[which] += power_lanes<norm>(m); }
+  MK_FN f64x8 folded() const { return fold((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])); }
+};
+
+#if MK_HAS_AVX512
+// m^(3/2) = m y with y = sqrt(m). The unit for square roots takes one vector in nine cycles, so three of four vectors
+// start from r = 1/sqrt(m) (1 + 6e-5) and one Newton step: m^(3/2) = v (3/2 - u/2), v = m (m r), u = (m r) r,
+// relative error 6e-9 before rounding. The two sums are kept apart, which makes the step one addition and one FMA.
+template <>
+struct Sums<Norm::THREE_HALVES> {
+  f32x16 exact{}, v[3] = {}, uv[3] = {};
+  MK_FN void add(int which, f32x16 m) {
+    if (which == 3) {
+      exact += m * simd_sqrt(m);
+      return;
+    }
+    // 1e-25 stands for all below it, 0 too: 3e-38 in a total that is trusted above 1e-20. NaN passes.
+    m = (f32x16)_mm512_max_ps(_mm512_set1_ps(1e-25f), (__m512)m);
+    const f32x16 r = (f32x16)_mm512_rsqrt14_ps((__m512)m), root = m * r, w = m * root;
+    v[which] += w;
+    uv[which] += w * (root * r);
+  }
+  MK_FN f64x8 folded() const {
+    const f32x16 sum_v = v[0] + v[1] + v[2], sum_uv = uv[0] + uv[1] + uv[2];
+    return fold(exact + (sum_v * 1.5f - sum_uv * 0.5f));
+  }
+};
+#endif
+
 MK_FN f64x8 widen_low(f32x16 v) {
   f32x8 half[2];
   std::memcpy(half, &v, sizeof(v));
@@ -36,15 +81,15 @@ MK_FN double row_total(const scalar_t* g, int64_t n) {
   int64_t i = 0;
   while (n - i >= W) {
     const int64_t block_end = i + (n - i < kBlock ? (n - i) / W * W : kBlock);
-    f32x16 a{}, b{}, c{}, d{};
+    Sums<norm> sums;
     for (; i + 4 * W <= block_end; i += 4 * W) {
-      a += power_lanes<norm>(abs(load(g + i)));
-      b += power_lanes<norm>(abs(load(g + i + W)));
-      c += power_lanes<norm>(abs(load(g + i + 2 * W)));
-      d += power_lanes<norm>(abs(load(g + i + 3 * W)));
+      f32x16 m[4];
+      load_magnitudes(g + i, m[0], m[1]);
+      load_magnitudes(g + i + 2 * W, m[2], m[3]);
+      for (int j = 0; j < 4; ++j) sums.add(j, m[j]);
     }
-    for (; i < block_end; i += W) a += power_lanes<norm>(abs(load(g + i)));
-    total += (fold(a) + fold(b)) + (fold(c) + fold(d));
+    for (; i < block_end; i += W) sums.add(0, abs(load(g + i)));
+    total += sums.folded();
   }
   if (i < n) total += fold(power_lanes<norm>(abs(load_part(g + i, n - i, 0.0f))));
   return sum(total);
@@ -152,6 +197,21 @@ MK_FN double row_norm_scaled(const scalar_t* g, int64_t n, double q) {
   return max * math::root<norm>(total, q);
 }
 
+// x^(2/3) for 1e-20 < x < 1e300, relative error below 1e-12, in a fourth of the time of cbrt: a guess from the exponent
+// bits (5 %), then two Halley steps, each of which cubes the error.
+MK_FN double two_thirds_power(double x) {
+  int64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits = bits / 3 + 0x2a9f7893782da1ceLL;
+  double t;
+  std::memcpy(&t, &bits, sizeof(t));
+  for (int i = 0; i < 2; ++i) {
+    const double cube = t * t * t;
+    t *= (cube + 2 * x) / (2 * cube + x);
+  }
+  return t * t;
+}
+
 // Does a total in float32 lanes (float64 for double) prove that no term overflowed and that what was flushed to zero,
 // at most n * 1e-38 (n * 1e-308), does not matter?
 template <class scalar_t>
@@ -166,7 +226,9 @@ MK_FN double row_norm(const scalar_t* g, int64_t n, double q) {
   constexpr bool direct = norm == Norm::SQUARE || (norm == Norm::THREE_HALVES && !std::is_same_v<scalar_t, double>);
   if constexpr (direct) {
     const double total = row_total<norm>(g, n);
-    if (trustworthy<scalar_t>(total)) return math::root<norm>(total, q);
+    if (trustworthy<scalar_t>(total)) {
+      return norm == Norm::THREE_HALVES ? two_thirds_power(total) : math::root<norm>(total, q);
+    }
   }
   return row_norm_scaled<norm>(g, n, q);
 }
@@ -223,8 +285,7 @@ MK_FN void row_slope(const scalar_t* g, int64_t n, double q, double value, doubl
     return;
   }
   for (; i < n; ++i) {
-    out[i] = static_cast<scalar_t>(
-        static_cast<acc>(math::slope<norm>(static_cast<double>(g[i]), value, q) * grad));
+    out[i] = static_cast<scalar_t>(static_cast<acc>(math::slope<norm>(static_cast<double>(g[i]), value, q) * grad));
   }
 }
 

@@ -50,18 +50,18 @@
 #undef MK_TARGET
 
 #if MK_X86
-#define MK_DISPATCH(...)                                             \
-  do {                                                               \
-    switch (::margin_kernels::simd::instruction_set()) {             \
-      case ::margin_kernels::simd::InstructionSet::AVX512:           \
-        avx512::__VA_ARGS__;                                         \
-        break;                                                       \
-      case ::margin_kernels::simd::InstructionSet::AVX2:             \
-        avx2::__VA_ARGS__;                                           \
-        break;                                                       \
-      default:                                                       \
-        baseline::__VA_ARGS__;                                       \
-    }                                                                \
+#define MK_DISPATCH(...)                                   \
+  do {                                                     \
+    switch (::margin_kernels::simd::instruction_set()) {   \
+      case ::margin_kernels::simd::InstructionSet::AVX512: \
+        avx512::__VA_ARGS__;                               \
+        break;                                             \
+      case ::margin_kernels::simd::InstructionSet::AVX2:   \
+        avx2::__VA_ARGS__;                                 \
+        break;                                             \
+      default:                                             \
+        baseline::__VA_ARGS__;                             \
+    }                                                      \
   } while (0)
 #else
 #define MK_DISPATCH(...) baseline::__VA_ARGS__

@@ -1,15 +1,18 @@
 // Distance, hinge, clip and aggregation on the CPU: one pass over [N, k, L], numbers that fit in a cache line per row.
+#include "../math/margin_hinge.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "../check.h"
-#include "../math/margin_hinge.h"
 #include "../ops.h"
 
 namespace margin_kernels {
@@ -29,18 +32,42 @@ struct Inputs {
   Tensor gap, norm, gamma, cap, weight;
   const acc *gap_data, *norm_data, *gamma_data, *cap_data, *weight_data;
   int64_t rows, k, layers;
-  acc eps;
+  acc eps, scale;  // scale: 1 / sum of the weights for the mean over layers
   Aggregation aggregation;
 
-  Inputs(const Tensor& gap_, const Tensor& norm_, const Tensor& gamma_, const Tensor& cap_, const Tensor& weight_,
-         double eps_, std::string_view name)
-      : gap(plain(gap_)), norm(plain(norm_)), gamma(plain(gamma_)), cap(plain(cap_)), weight(plain(weight_)),
-        gap_data(gap.const_data_ptr<acc>()), norm_data(norm.const_data_ptr<acc>()),
-        gamma_data(gamma.const_data_ptr<acc>()), cap_data(cap.const_data_ptr<acc>()),
-        weight_data(weight.const_data_ptr<acc>()), rows(gap_.size(0)), k(gap_.size(1)), layers(norm_.size(2)),
-        eps(static_cast<acc>(eps_)), aggregation(aggregation_of(name)) {}
+  Inputs(const Tensor& gap_, const Tensor& norm_, const Tensor& gamma_, const std::optional<Tensor>& cap_,
+         const std::optional<Tensor>& weight_, double eps_, std::string_view aggregation_,
+         std::string_view layer_reduction)
+      : gap(plain(gap_)),
+        norm(plain(norm_)),
+        gamma(plain(gamma_)),
+        cap(cap_ ? plain(*cap_) : Tensor()),
+        weight(weight_ ? plain(*weight_) : Tensor()),
+        gap_data(gap.const_data_ptr<acc>()),
+        norm_data(norm.const_data_ptr<acc>()),
+        gamma_data(gamma.const_data_ptr<acc>()),
+        cap_data(cap_ ? cap.const_data_ptr<acc>() : nullptr),
+        weight_data(weight_ ? weight.const_data_ptr<acc>() : nullptr),
+        rows(gap_.size(0)),
+        k(gap_.size(1)),
+        layers(norm_.size(2)),
+        eps(static_cast<acc>(eps_)),
+        scale(1),
+        aggregation(aggregation_of(aggregation_)) {
+    if (layer_reduction == "mean") {
+      acc total = 0;
+      for (int64_t l = 0; l < layers; ++l) total += weight_data ? weight_data[l] : acc(1);
+      scale = 1 / total;
+    }
+  }
 
-  static Tensor plain(const Tensor& t) { return t.to(c10::CppTypeToScalarType<acc>::value).contiguous(); }
+  static Tensor plain(const Tensor& t) {
+    constexpr auto type = c10::CppTypeToScalarType<acc>::value;
+    return t.scalar_type() == type && t.is_contiguous() ? t : t.to(type).contiguous();
+  }
+
+  acc layer_weight(int64_t l) const { return weight_data ? weight_data[l] * scale : scale; }
+  acc layer_cap(int64_t l) const { return cap_data ? cap_data[l] : std::numeric_limits<acc>::infinity(); }
 
   acc distance(int64_t n, int64_t j, int64_t l) const {
     return math::signed_distance(gap_data[n * k + j], norm_data[(n * k + j) * layers + l], eps);
@@ -63,7 +90,7 @@ struct Inputs {
     return total / k;
   }
 
-  acc term(acc distance, int64_t l) const { return math::term(distance, gamma_data[l], cap_data[l]); }
+  acc term(acc distance, int64_t l) const { return math::term(distance, gamma_data[l], layer_cap(l)); }
 
   acc layer_term(int64_t n, int64_t l) const {
     if (aggregation == Aggregation::MAX) return term(distance(n, nearest(n, l), l), l);
@@ -75,7 +102,7 @@ struct Inputs {
 
   // d loss[n] / d (-distance[n,j,l]) for every j, at coefficients[j]
   void coefficients(int64_t n, int64_t l, acc* result) const {
-    const acc weight = weight_data[l], gamma = gamma_data[l], cap = cap_data[l];
+    const acc weight = layer_weight(l), gamma = gamma_data[l], cap = layer_cap(l);
     if (aggregation == Aggregation::MAX) {
       std::fill_n(result, k, acc(0));
       const int64_t j = nearest(n, l);
@@ -96,13 +123,14 @@ at::ScalarType result_type(const Tensor& gap, const Tensor& norm) {
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
-                                            const Tensor& cap, const Tensor& weight, double eps,
-                                            std::string_view aggregation) {
-  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation);
+                                            const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
+                                            double eps, std::string_view aggregation,
+                                            std::string_view layer_reduction) {
+  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
   const auto options = gap.options().dtype(result_type(gap, norm));
   Tensor loss = at::empty({gap.size(0)}, options), distance = at::empty(norm.sizes(), options);
   AT_DISPATCH_FLOATING_TYPES(loss.scalar_type(), "margin_hinge", [&] {
-    const Inputs<scalar_t> in(gap, norm, gamma, cap, weight, eps, aggregation);
+    const Inputs<scalar_t> in(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
     auto *loss_data = loss.data_ptr<scalar_t>(), *distance_data = distance.data_ptr<scalar_t>();
     at::parallel_for(0, in.rows, in.grain(), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
@@ -110,7 +138,7 @@ std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& nor
           for (int64_t l = 0; l < in.layers; ++l) distance_data[(n * in.k + j) * in.layers + l] = in.distance(n, j, l);
         }
         scalar_t total = 0;
-        for (int64_t l = 0; l < in.layers; ++l) total += in.weight_data[l] * in.layer_term(n, l);
+        for (int64_t l = 0; l < in.layers; ++l) total += in.layer_weight(l) * in.layer_term(n, l);
         loss_data[n] = total;
       }
     });
@@ -119,14 +147,16 @@ std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& nor
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_backward_cpu(const Tensor& grad, const Tensor& gap, const Tensor& norm,
-                                                     const Tensor& gamma, const Tensor& cap, const Tensor& weight,
-                                                     double eps, std::string_view aggregation, bool norm_grad) {
+                                                     const Tensor& gamma, const std::optional<Tensor>& cap,
+                                                     const std::optional<Tensor>& weight, double eps,
+                                                     std::string_view aggregation, std::string_view layer_reduction,
+                                                     bool norm_grad) {
   const auto type = result_type(gap, norm);
   Tensor gap_out = at::empty(gap.sizes(), gap.options().dtype(type));
   Tensor norm_out = norm_grad ? at::empty(norm.sizes(), norm.options().dtype(type)) : at::empty({0}, norm.options());
   const Tensor grads = grad.to(type).contiguous();
   AT_DISPATCH_FLOATING_TYPES(type, "margin_hinge_backward", [&] {
-    const Inputs<scalar_t> in(gap, norm, gamma, cap, weight, eps, aggregation);
+    const Inputs<scalar_t> in(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
     const auto* grad_data = grads.const_data_ptr<scalar_t>();
     auto* dgap = gap_out.data_ptr<scalar_t>();
     auto* dnorm = norm_grad ? norm_out.data_ptr<scalar_t>() : nullptr;

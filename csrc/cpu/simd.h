@@ -89,6 +89,16 @@ MK_FN void store(c10::Half* to, f32x16 v) {
 template <class scalar_t>
 MK_FN typename Lane<scalar_t>::vector load_part(const scalar_t* from, int64_t n, typename Lane<scalar_t>::acc fill) {
   using L = Lane<scalar_t>;
+#if MK_HAS_AVX512
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    const auto mask = static_cast<__mmask16>((1u << n) - 1);
+    return (f32x16)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, from);
+  } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    const auto mask = static_cast<__mmask16>((1u << n) - 1);
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    return (f32x16)_mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+  }
+#endif
   typename L::acc lanes[L::width];
   for (int64_t i = 0; i < L::width; ++i) lanes[i] = i < n ? static_cast<typename L::acc>(from[i]) : fill;
   return read<typename L::vector>(lanes);
@@ -97,6 +107,11 @@ MK_FN typename Lane<scalar_t>::vector load_part(const scalar_t* from, int64_t n,
 template <class scalar_t>
 MK_FN void store_part(scalar_t* to, typename Lane<scalar_t>::vector v, int64_t n) {
   using L = Lane<scalar_t>;
+#if MK_HAS_AVX512
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  }
+#endif
   typename L::acc lanes[L::width];
   std::memcpy(lanes, &v, sizeof(v));
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<scalar_t>(lanes[i]);
@@ -169,7 +184,8 @@ MK_FN f64x8 exp_nonpositive(f64x8 x) {
   return x;
 }
 
-// x^q for x in [0, 1], q > 0, relative error about 1e-12 (|q log2 x| < 1000; 0 below): 2^(q log2 x) in double precision.
+// x^q for x in [0, 1], q > 0, relative error about 1e-12 (|q log2 x| < 1000; 0 below): 2^(q log2 x) in double
+// precision.
 MK_FN f64x8 simd_power(f64x8 x, double q) {
   const i64x8 bits = (i64x8)x;
   i64x8 exponent = (bits - 0x3fe6a09e667f3bcdll) >> 52;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))

@@ -28,4 +28,6 @@ def competitors(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor,
     # A factor, not a mask: the gradient of an unusable row is NaN as well, in every entry.
     z = z * torch.where(usable, 1.0, float("nan")).to(z.dtype).unsqueeze(1)
     z_label = z.gather(1, y)
-    return index, z.gather(1, index) - z_label, torch.logsumexp(z, dim=1) - z_label.squeeze(1)
+    # log_softmax subtracts the largest logit before anything is rounded away.
+    nll = -torch.log_softmax(z, dim=1).gather(1, y).squeeze(1)
+    return index, z.gather(1, index) - z_label, nll

@@ -50,4 +50,4 @@ def _row_norm(g: Tensor, q: float) -> Tensor:
     total = power.sum(dim=-1)
     empty = total == 0
     root = torch.where(empty, torch.ones_like(total), total).pow(1 / q)
-    return torch.where(empty, total, root * scale.squeeze(-1))
+    return torch.where(empty, torch.zeros_like(total), root * scale.squeeze(-1))
