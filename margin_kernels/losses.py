@@ -59,7 +59,8 @@ class LargeMarginLoss(nn.Module):
         layer_weights: None or one weight >= 0 for each layer.
         layer_scale: None, or "numel": D is divided by the number of elements of the layer's activation.
         space: scores s, "logit" or "probability". Probability distances grow like sinh(gap): gamma must be far larger.
-        second_order: False: D is a constant in the backward pass (the paper); True: D is differentiated as well.
+        second_order: False: D is a constant in the backward pass (the paper); True: D is differentiated as well, for
+            which every layer must be twice differentiable (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
         margin_weight, cross_entropy_weight: finite, >= 0.
         layer_reduction: "mean" (weighted) or "sum" (of w_l term) over layers.
         reduction: "mean", "sum" or "none" over samples, of the margin loss and the cross-entropy alike.
@@ -108,7 +109,7 @@ class LargeMarginLoss(nn.Module):
         self.reduction = _choice("reduction", reduction, REDUCTIONS)
         self.backend = _choice("backend", backend, ("auto", *BACKENDS))
         # Hyper-parameters as tensors [L] on a device, made once: no buffers, which .half() would round.
-        self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
     def forward(self, logits: Tensor, target: Tensor, activations: Sequence[Tensor]) -> Tensor:
         """The loss, [] or [N], of logits [N,C] and target [N] int64 with activations h_l [N,*] from the same forward.
@@ -131,7 +132,7 @@ class LargeMarginLoss(nn.Module):
         norm = difference_norms(
             captured, label, index, self.p, self.space, self.layer_scale, self.second_order, passes, self.backend
         )
-        gamma, cap, weight = self._per_layer(norm)
+        gamma, cap, layer_weights = self._per_layer(norm)
         loss, distance = functional.margin_hinge_with_distance(
             gap,
             norm,
@@ -139,13 +140,13 @@ class LargeMarginLoss(nn.Module):
             cap,
             self.eps,
             self.aggregation,
-            layer_reduction="sum",
-            reduction=self.reduction,
-            layer_weights=weight,
-            backend=self.backend,
+            self.layer_reduction,
+            self.reduction,
+            layer_weights,
+            self.backend,
         )
         shortfall = gamma - distance
-        active = (shortfall > 0) & (shortfall < cap)
+        active = shortfall > 0 if cap is None else (shortfall > 0) & (shortfall < cap)
         total = self._total(loss, nll)
         cut_sources(total, captured)
         return Margins(total, nll.detach(), gap.detach(), index, norm.detach(), distance, active)
@@ -169,17 +170,18 @@ class LargeMarginLoss(nn.Module):
             nll = nll.mean() if self.reduction == "mean" else nll.sum()
         return loss + (nll if self.cross_entropy_weight == 1 else nll * self.cross_entropy_weight)
 
-    def _per_layer(self, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """gamma, cap and normalised weight, each [L], in the dtype and on the device of norm [N,k,L]."""
+    def _per_layer(self, norm: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """gamma, cap and layer weights, each [L] or None, in the dtype and on the device of norm [N,k,L]."""
         layers = norm.shape[2]
         key = (norm.device, norm.dtype, layers)
         if key not in self._constants:
-            gamma = self._spread("gamma", self.gamma, layers)
-            cap = [math.inf if self.alpha is None else self.alpha * g for g in gamma]
-            weights = self._spread("layer_weights", 1.0 if self.layer_weights is None else self.layer_weights, layers)
-            total = sum(weights) if self.layer_reduction == "mean" else 1.0
-            rows = torch.tensor([gamma, cap, [w / total for w in weights]], dtype=norm.dtype, device=norm.device)
-            self._constants[key] = rows[0], rows[1], rows[2]
+            gamma = torch.tensor(self._spread("gamma", self.gamma, layers), dtype=norm.dtype)
+            cap = None if self.alpha is None else (self.alpha * gamma).to(norm.device)
+            weights = None
+            if self.layer_weights is not None:
+                spread = self._spread("layer_weights", self.layer_weights, layers)
+                weights = torch.tensor(spread, dtype=norm.dtype, device=norm.device)
+            self._constants[key] = gamma.to(norm.device), cap, weights
         return self._constants[key]
 
     @staticmethod

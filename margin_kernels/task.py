@@ -54,6 +54,8 @@ class MarginTask(nn.Module):
         if batchnorm not in BATCHNORM:
             raise ValueError(f'batchnorm must be one of "batch", "frozen", got {batchnorm!r}')
         _check_model(model)
+        if not isinstance(loss, LargeMarginLoss):
+            raise TypeError(f"loss must be a LargeMarginLoss, got {type(loss).__name__}")
         self.model = model
         self.loss = loss
         self.passes = check_passes(passes)
@@ -112,6 +114,8 @@ class MarginTask(nn.Module):
 
 
 def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
         raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
     for name, module in model.named_modules():
@@ -123,16 +127,25 @@ def _check_model(model: nn.Module) -> None:
 
 @contextmanager
 def _running_statistics(modules: list[_BatchNorm]) -> Iterator[None]:
-    """Batch norms in eval mode: running statistics are used and not updated."""
-    if any(module.running_mean is None for module in modules):
-        raise ValueError('batchnorm="frozen" needs running statistics, and a batch norm has track_running_stats=False')
+    """Batch norms in eval mode, on copies of their statistics.
+
+    Copies, because the backward reads the statistics again and the next forward changes them in place, which autograd
+    does not notice.
+    """
+    kept: list[tuple[_BatchNorm, Tensor, Tensor]] = []
+    for module in modules:
+        if module.running_mean is None or module.running_var is None:
+            raise ValueError('batchnorm="frozen" needs running statistics, and one has track_running_stats=False')
+        kept.append((module, module.running_mean, module.running_var))
     try:
-        for module in modules:
+        for module, mean, variance in kept:
             module.training = False
+            module.running_mean, module.running_var = mean.clone(), variance.clone()
         yield
     finally:
-        for module in modules:
+        for module, mean, variance in kept:
             module.training = True
+            module.running_mean, module.running_var = mean, variance
 
 
 @contextmanager

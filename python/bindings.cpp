@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "../csrc/cpu/simd_types.h"
+#include "../csrc/cut_gradients.h"
 #include "../csrc/ops.h"
 
 namespace py = pybind11;
@@ -42,4 +43,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("gradients"), py::arg("p"), py::arg("batch_dims") = 2);
   m.def("margin_hinge", &margin_kernels::margin_hinge, py::arg("gap"), py::arg("norm"), py::arg("gamma"),
         py::arg("cap"), py::arg("weight"), py::arg("eps"), py::arg("aggregation"), py::arg("layer_reduction"));
+  m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
 }

@@ -68,7 +68,7 @@ class TestNames:
         [
             (["convl"], r"layers has 'convl', which names no module of ModuleDict; close names: conv[12], conv[12]"),
             (["zzz*"], "layers has 'zzz\\*', which names no module of ModuleDict; known: input, output, layer3"),
-            (["conv1:x"], 'layers has \'conv1:x\': a call of a reused module is written "name:index"'),
+            (["conv1:x"], "layers has 'conv1:x': a call of a reused module is written \"name:index\""),
             ([], "layers must name at least one tap"),
         ],
     )
@@ -277,7 +277,9 @@ class TestErrors:
     def test_token_ids_cannot_be_tapped(self) -> None:
         model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 3))
         tokens = torch.randint(7, (3, 2))
-        with pytest.raises(ValueError, match='"input" needs a floating-point input, got torch.int64: tap the embedding'):
+        with pytest.raises(
+            ValueError, match=r'"input" needs a floating-point input, got torch\.int64: tap the embedding'
+        ):
             measure(model, ("input",), tokens)
         assert measure(model, ("0",), tokens)["norm"].shape == (3, 2, 1)
 
@@ -300,7 +302,9 @@ class TestErrors:
             def forward(self, x: Tensor) -> Tensor:
                 return self.head(self.body(x.transpose(0, 1)).mean(0))
 
-        with pytest.raises(ValueError, match=r"tap 'body' has shape \(5, 3, 4\); its first dimension must be the batch"):
+        with pytest.raises(
+            ValueError, match=r"tap 'body' has shape \(5, 3, 4\); its first dimension must be the batch"
+        ):
             measure(TimeFirst(), ("body",), torch.randn(3, 5, 4))
 
     def test_no_hook_stays_behind_after_an_error(self) -> None:
