@@ -6,7 +6,7 @@
 
 TORCH_LIBRARY(margin_kernels, m) {
   m.def(
-      "competitors(Tensor logits, Tensor target, int k) -> (Tensor index, Tensor gap, Tensor nll, Tensor normalizer)");
+      "competitors(Tensor logits, Tensor target, int k) -> (Tensor gap, Tensor nll, Tensor index, Tensor normalizer)");
   m.def(
       "competitors_backward(Tensor? grad_gap, Tensor? grad_nll, Tensor logits, Tensor target, Tensor index, "
       "Tensor normalizer) -> Tensor");

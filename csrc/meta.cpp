@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_meta(const Tensor& logits
   check::competitors(logits, target, k);
   const auto n = logits.sym_size(0);
   const auto acc = accumulate_options(logits);
-  return {at::empty_symint({n, k}, logits.options().dtype(at::kLong)), at::empty_symint({n, k}, acc),
-          at::empty_symint({n}, acc), at::empty_symint({n, 2}, acc)};
+  return {at::empty_symint({n, k}, acc), at::empty_symint({n}, acc),
+          at::empty_symint({n, k}, logits.options().dtype(at::kLong)), at::empty_symint({n, 2}, acc)};
 }
 
 Tensor competitors_backward_meta(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor& logits,

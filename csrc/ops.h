@@ -14,9 +14,9 @@ using at::Tensor;
 using at::TensorList;
 
 // index = top-k classes without the label, gap = z[index] - z[target], nll = cross-entropy
-std::tuple<Tensor,                 // index      [N, k]  int64
-           Tensor,                 // gap        [N, k]  acc
+std::tuple<Tensor,                 // gap        [N, k]  acc
            Tensor,                 // nll        [N]     acc
+           Tensor,                 // index      [N, k]  int64
            Tensor>                 // normalizer [N, 2]  acc: max_i z_i, log sum_i exp(z_i - max); kept for backward
 competitors(const Tensor& logits,  // [N, C]
             const Tensor& target,  // [N]  int64

@@ -8,7 +8,6 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -76,7 +75,7 @@ def _why_not_compiled(op: str, tensors: Sequence[Tensor], device: str) -> str | 
     found = tensors[0].device.type
     if found != device and found != "meta":
         return f"the {device} backend runs on {device.upper()} tensors and got one on {found}: move it, or use 'auto'"
-    if is_functorch_wrapped(tensors[0]):
+    if not torch.compiler.is_compiling() and is_functorch_wrapped(tensors[0]):
         return "the compiled ops do not run under torch.func transforms: pass backend='reference'"
     return None
 
@@ -97,18 +96,14 @@ _WHY_NOT: dict[str, Callable[[str, Sequence[Tensor]], str | None]] = {
 }
 
 
-@cache
 def _implementation(backend: str, op: str) -> Callable[..., Any]:
     if backend == "reference":
         return getattr(reference, op)
     if backend == "triton":
         return getattr(triton_backend, op)
-    return getattr(torch.ops.margin_kernels, op).default
-
-
-@cache
-def _compiled_eager(op: str) -> Callable[..., Any]:
-    """The pybind11 function: the same dispatcher call as torch.ops with two microseconds less of argument parsing."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.margin_kernels, op).default
+    # The pybind11 function: the same dispatcher call with two microseconds less of argument parsing.
     return getattr(EXTENSION, op)
 
 
@@ -127,8 +122,6 @@ def choose(op: str, tensors: Sequence[Tensor], backend: str = "auto") -> tuple[s
                 break
     else:
         _require(op, tensors, backend)
-    if backend in ("cpu", "cuda") and not torch.compiler.is_compiling():
-        return backend, _compiled_eager(op)
     return backend, _implementation(backend, op)
 
 

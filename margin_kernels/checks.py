@@ -109,7 +109,7 @@ def check_margin_hinge(
             _value(f"{name} must be on the device of gap ({gap.device}), got {tensor.device}")
         if tensor.requires_grad:
             _value(f"{name} must not require grad: it is a hyper-parameter")
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         _value(f"eps must be finite and >= 0, got {eps:g}")
     if aggregation not in AGGREGATIONS:
         _value(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation}")

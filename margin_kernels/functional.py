@@ -48,7 +48,7 @@ def competitors(logits: Tensor, target: Tensor, k: int = 1, backend: str = "auto
     """
     name, op = choose("competitors", (logits,), backend)
     if name in _COMPILED:
-        index, gap, nll, _ = op(logits, target, k)
+        gap, nll, index, _ = op(logits, target, k)
     else:
         checks.check_competitors(logits, target, k)
         index, gap, nll = op(logits, target, k)

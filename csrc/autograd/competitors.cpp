@@ -11,15 +11,15 @@ namespace {
 struct CompetitorsFunction : Function<CompetitorsFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target, int64_t k) {
     BelowAutograd guard;
-    auto [index, gap, nll, normalizer] = competitors(logits, target, k);
+    auto [gap, nll, index, normalizer] = competitors(logits, target, k);
     ctx->save_for_backward({logits, target, index, normalizer});
     ctx->mark_non_differentiable({index, normalizer});
     ctx->set_materialize_grads(false);
-    return {index, gap, nll, normalizer};
+    return {gap, nll, index, normalizer};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Tensor &grad_gap = grads[1], &grad_nll = grads[2];
+    const Tensor &grad_gap = grads[0], &grad_nll = grads[1];
     if (!grad_gap.defined() && !grad_nll.defined()) return {Tensor(), Tensor(), Tensor()};
     const auto saved = ctx->get_saved_variables();
     return {competitors_backward(if_defined(grad_gap), if_defined(grad_nll), saved[0], saved[1], saved[2], saved[3]),

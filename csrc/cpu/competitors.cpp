@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits,
     TORCH_CHECK_VALUE(false, "target must be in [0, ", classes, "), got ",
                       target.const_data_ptr<int64_t>()[row * target.stride(0)], " at row ", row);
   }
-  return {index, gap, nll, normalizer};
+  return {gap, nll, index, normalizer};
 }
 
 Tensor competitors_backward_cpu(const std::optional<Tensor>& grad_gap, const std::optional<Tensor>& grad_nll,

@@ -1,0 +1,72 @@
+// The ops from C++, without Python: values, derivatives to second order, and the words of an error.
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <limits>
+#include <string>
+
+#include "check.h"
+#include "ops.h"
+
+using at::Tensor;
+namespace mk = margin_kernels;
+
+namespace {
+
+Tensor gradient(const Tensor& output, const Tensor& input, bool create_graph = false) {
+  return torch::autograd::grad({output}, {input}, {}, /*retain_graph=*/true, create_graph)[0];
+}
+
+void competitors_select_and_differentiate() {
+  const Tensor logits = at::tensor({1.0, 4.0, 2.0, 3.0}, at::kDouble).reshape({1, 4}).requires_grad_();
+  const Tensor target = at::tensor({int64_t{1}});
+  const auto [gap, nll, index, normalizer] = mk::competitors(logits, target, 2);
+  EXPECT(index[0][0].item<int64_t>() == 3 && index[0][1].item<int64_t>() == 2);
+  EXPECT_NEAR(gap[0][0].item<double>(), -1.0, 1e-15);
+  EXPECT_NEAR(nll[0].item<double>(), std::log(std::exp(-3) + 1 + std::exp(-2) + std::exp(-1)), 1e-14);
+  const Tensor slope = gradient(nll.sum(), logits, true);
+  EXPECT_NEAR(slope[0][1].item<double>(), at::softmax(logits, 1)[0][1].item<double>() - 1, 1e-13);
+  // d/dz_1 of softmax_1 is softmax_1 (1 - softmax_1)
+  const double s = at::softmax(logits, 1)[0][1].item<double>();
+  EXPECT_NEAR(gradient(slope[0][1], logits)[0][1].item<double>(), s * (1 - s), 1e-12);
+}
+
+void norms_are_dual() {
+  const Tensor g = at::tensor({3.0, -4.0}, at::kDouble).reshape({1, 2}).requires_grad_();
+  EXPECT_NEAR(mk::dual_norm({g}, 2, 1).item<double>(), 5, 1e-15);
+  EXPECT_NEAR(mk::dual_norm({g}, std::numeric_limits<double>::infinity(), 1).item<double>(), 7, 1e-15);
+  EXPECT_NEAR(mk::dual_norm({g}, 1, 1).item<double>(), 4, 1e-15);
+  const Tensor slope = gradient(mk::dual_norm({g}, 2, 1).sum(), g, true);
+  EXPECT_NEAR(slope[0][0].item<double>(), 0.6, 1e-15);
+  // d2 ||g|| / dg_0^2 = (1 - u_0^2) / ||g||
+  EXPECT_NEAR(gradient(slope[0][0], g)[0][0].item<double>(), (1 - 0.36) / 5, 1e-13);
+}
+
+void a_hinge_on_the_distance() {
+  const Tensor gap = at::tensor({-1.0}, at::kDouble).reshape({1, 1}).requires_grad_();
+  const Tensor norm = at::full({1, 1, 1}, 2.0, at::kDouble), gamma = at::ones({1}, at::kDouble);
+  const auto [loss, distance] = mk::margin_hinge(gap, norm, gamma, {}, {}, 0, "max", "mean");
+  EXPECT_NEAR(distance.item<double>(), 0.5, 1e-15);
+  EXPECT_NEAR(loss.item<double>(), 0.5, 1e-15);
+  EXPECT_NEAR(gradient(loss.sum(), gap).item<double>(), 0.5, 1e-15);
+}
+
+void a_target_outside_the_classes_is_named() {
+  std::string words;
+  try {
+    mk::competitors(at::zeros({2, 3}), at::tensor({int64_t{0}, int64_t{7}}), 1);
+  } catch (const c10::ValueError& error) {
+    words = error.what_without_backtrace();
+  }
+  EXPECT(words == "target must be in [0, 3), got 7 at row 1");
+}
+
+}  // namespace
+
+int main() {
+  competitors_select_and_differentiate();
+  norms_are_dual();
+  a_hinge_on_the_distance();
+  a_target_outside_the_classes_is_named();
+  return report("ops");
+}

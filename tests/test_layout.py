@@ -1,0 +1,66 @@
+"""Each op has its room in every layer, under the same stem, and no layer has a room of no op."""
+
+from pathlib import Path
+
+import pytest
+
+from margin_kernels import reference
+from margin_kernels import triton as triton_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = sorted(reference.__all__)
+
+ROOMS = [
+    "csrc/math/{}.h",
+    "csrc/autograd/{}.cpp",
+    "csrc/cpu/{}.cpp",
+    "margin_kernels/reference/{}.py",
+    "tests/test_{}.py",
+    "benchmarks/bench_{}.py",
+]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_its_room(op, room):
+    assert (ROOT / room.format(op)).is_file()
+
+
+@pytest.mark.parametrize("folder,suffix", [("csrc/autograd", ".cpp"), ("csrc/cpu", ".cpp"), ("csrc/cuda", ".cu")])
+def test_no_source_stands_for_something_that_is_not_an_op(folder, suffix):
+    assert {path.stem for path in (ROOT / folder).glob(f"*{suffix}")} <= set(OPS)
+
+
+def test_every_op_has_a_schema_and_a_shape_function():
+    library, meta, declared = ((ROOT / "csrc" / f).read_text() for f in ("library.cpp", "meta.cpp", "ops.h"))
+    for op in OPS:
+        for name in (op, f"{op}_backward"):
+            assert f'm.def("{name}(' in library.replace("\n      ", "") and f'm.impl("{name}",' in meta
+            assert f"{name}(" in declared
+
+
+def test_triton_ops_are_ops():
+    assert set(triton_backend.OPS) <= set(OPS)
+
+
+def test_both_build_files_glob_the_same_folders():
+    setup, cmake = (ROOT / "setup.py").read_text(), (ROOT / "CMakeLists.txt").read_text()
+    for pattern in ("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"):
+        assert pattern in setup and pattern in cmake
+    assert "python/*.cpp" in setup and "python/*.cpp" not in cmake  # the library knows no Python
+
+
+def test_only_the_bindings_know_python():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            text = path.read_text()
+            assert "Python.h" not in text and "pybind" not in text and "torch/extension.h" not in text, path
+
+
+def test_nothing_above_the_experiments_imports_them():
+    package = ROOT / "margin_kernels"
+    for path in package.rglob("*.py"):
+        if "experiments" not in path.parts:
+            text = path.read_text()
+            assert "import experiments" not in text and "from .experiments" not in text, path
+            assert "margin_kernels.experiments" not in text, path
