@@ -93,7 +93,9 @@ def page(results: dict[str, Any], groups: dict[str, list[Figure]]) -> str:
 
 
 def _results_table(models: list[table.Model]) -> str:
-    head = "".join(f"<th>{html.escape(model['label'])}</th>" for model in models)
+    # a word a line keeps columns as narrow as their numbers
+    heads = [html.escape(model["label"]).replace(" ", "<br>").replace("-", "-<br>") for model in models]
+    head = "".join(f"<th>{text}</th>" for text in heads)
     lines = [f"<tr><th></th>{head}</tr>"]
     rows = []
     for section in table.sections(models):
