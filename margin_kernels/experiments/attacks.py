@@ -1,0 +1,147 @@
+"""White-box l_inf attacks on a batch: FGSM, IFGSM, PGD, on the gradient of cross-entropy or of the logit gap
+(MATH.md section 8).
+
+    FGSM    x' = clip(x + eps sign(grad_x J(x)))
+    IFGSM   x <- clip(project(x + alpha sign(grad_x J(x)))), steps >= eps/alpha times; project: onto |x - x_0| <= eps
+    PGD     IFGSM from a uniform start in the eps ball
+
+    J = "ce":   logsumexp_i z_i - z_y            J = "gap":   max_{j != y} z_j - z_y
+
+A margin loss may scale the logits until softmax saturates: the cross-entropy gradient is then exactly zero in fp32
+and the attack stands still although the decision regions are as they were. The gap has no such scale, so each attack
+also reports the fraction of samples whose gradient is zero everywhere at the first step. Model in eval mode
+(restored afterwards); its parameters receive no gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+OBJECTIVES = ("ce", "gap")
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Adversarial images [N, *] and the fraction of samples whose first attack gradient was zero everywhere."""
+
+    images: Tensor
+    zero_gradient: float
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode inside, each back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def logit_gap(logits: Tensor, target: Tensor) -> Tensor:
+    """max_{j != y} z_j - z_y per sample: logits [N, C], target [N] -> [N]; positive where misclassified."""
+    own = logits.gather(1, target[:, None])
+    others = logits.masked_fill(F.one_hot(target, logits.shape[1]).bool(), -math.inf)
+    return others.amax(1) - own[:, 0]
+
+
+def attack_gradient(model: nn.Module, x: Tensor, target: Tensor, objective: str) -> Tensor:
+    """grad_x of the summed objective, [N, *]; no parameter is touched."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}; allowed: {', '.join(OBJECTIVES)}")
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        logits = model(leaf).float()
+        value = (
+            F.cross_entropy(logits, target, reduction="sum") if objective == "ce" else logit_gap(logits, target).sum()
+        )
+        return torch.autograd.grad(value, leaf)[0]
+
+
+def fgsm(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    eps: float,
+    objective: str = "ce",
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Attack:
+    """One step of size eps: x [N, *] within bounds, target [N] -> Attack."""
+    return ifgsm(model, x, target, eps, alpha=eps, steps=1, objective=objective, bounds=bounds)
+
+
+def ifgsm(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    eps: float,
+    alpha: float | None = None,
+    steps: int = 10,
+    objective: str = "ce",
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Attack:
+    """`steps` steps of size `alpha` (default: 2 eps / steps, so that the ball's surface is within reach), projected
+    and clipped.
+
+    Raises ValueError where steps * alpha < eps: the attack could not even reach the surface of the ball it is judged
+    by.
+    """
+    return _iterate(model, x, x, target, eps, alpha, steps, objective, bounds)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    eps: float,
+    alpha: float | None = None,
+    steps: int = 10,
+    objective: str = "gap",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    generator: torch.Generator | None = None,
+) -> Attack:
+    """IFGSM from a start drawn uniformly in the eps ball around x."""
+    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device) * (2 * eps) - eps
+    start = (x + noise).clamp(*bounds)
+    return _iterate(model, x, start, target, eps, alpha, steps, objective, bounds)
+
+
+def _iterate(
+    model: nn.Module,
+    x: Tensor,
+    start: Tensor,
+    target: Tensor,
+    eps: float,
+    alpha: float | None,
+    steps: int,
+    objective: str,
+    bounds: tuple[float, float],
+) -> Attack:
+    if not eps >= 0:
+        raise ValueError(f"eps is {eps}; allowed: eps >= 0")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; allowed: at least 1")
+    size = 2 * eps / steps if alpha is None else alpha
+    if steps * size < eps * (1 - 1e-6):
+        raise ValueError(
+            f"steps * alpha is {steps} * {size:g} = {steps * size:g}, less than eps = {eps:g}: the ball is out of reach"
+        )
+    zero = torch.zeros((), device=x.device)
+    with eval_mode(model):
+        current = start.detach()
+        for step in range(steps):
+            gradient = attack_gradient(model, current, target, objective)
+            if step == 0 and len(x):
+                zero = (gradient.flatten(1) == 0).all(1).float().mean()
+            moved = current + size * gradient.sign()
+            current = (x + (moved - x).clamp(-eps, eps)).clamp(*bounds)
+    return Attack(current, float(zero))

@@ -1,0 +1,60 @@
+"""Checkpoints: one file with everything a run needs to go on bit for bit, and the weights alone for everybody else.
+
+checkpoint.pt        torch.save, loaded with weights_only=True: weights, optimiser, scaler, random states, epoch,
+history, config model.safetensors    weights; model.json: the model's name, options, image shape and classes, so
+that `load_model` needs no config
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from . import models
+from .records import write_atomic, write_json
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, unreadable, or belongs to another run; the message says which and why."""
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes checkpoint.pt atomically."""
+    write_atomic(folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Reads checkpoint.pt onto the CPU."""
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: nothing to resume; start without --resume.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated zip, a foreign pickle: torch raises several types and none names the file
+        raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error}).") from error
+
+
+def save_model(folder: Path, model: nn.Module, description: dict[str, Any]) -> None:
+    """Writes model.safetensors and model.json; `description` holds name, shape, classes, options (of models.build)."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomic(folder / "model.safetensors", lambda file: file.write(save(weights)))
+    write_json(folder / "model.json", description)
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network of a run's folder, in eval mode, and its description."""
+    description_path, weights_path = folder / "model.json", folder / "model.safetensors"
+    for path in (description_path, weights_path):
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; {folder} is not the folder of a trained run.")
+    description = json.loads(description_path.read_text())
+    model = models.build(
+        description["name"], tuple(description["shape"]), description["classes"], **description["options"]
+    )
+    model.load_state_dict(load_file(str(weights_path)))
+    return model.eval(), description

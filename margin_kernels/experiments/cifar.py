@@ -1,0 +1,165 @@
+"""CIFAR-10: python batches (extracted folder or the .tar.gz / .tar.xz archive) and the binary layout, checksums
+verified.
+
+    python: data_batch_1..5, test_batch: a Python 2 pickle of {b"data": uint8 [10000, 3072], b"labels": list of 10000
+    ints, ...} binary: data_batch_1..5.bin, test_batch.bin: 10000 records of one label byte and 3072 pixel bytes
+    a row of 3072 is 1024 red, 1024 green, 1024 blue, each plane row-major: reshape(-1, 3, 32, 32) is [N, C, H, W]
+
+Pickles can run code: batches are read by an unpickler that rebuilds numpy arrays and the plain built-in types, and
+refuses the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import lzma
+import pickle
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .idx import DataError
+
+BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
+PYTHON_FOLDER, BINARY_FOLDER = "cifar-10-batches-py", "cifar-10-batches-bin"
+ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-python.tar.xz", "cifar-10-binary.tar.gz", "cifar-10-binary.tar.xz")
+
+MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
+    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
+    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
+    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
+    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
+    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
+}
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Rebuilds numpy arrays and built-in containers; any other name in the pickle raises DataError instead of being
+    imported."""
+
+    # numpy moved `core` to `_core` in 2.0; a batch written by either must load under either.
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np.ndarray.__reduce__(np.empty(0))[0]
+        if (module, name) == ("numpy", "ndarray"):
+            return np.ndarray
+        if (module, name) == ("numpy", "dtype"):
+            return np.dtype
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes into a protocol-2 pickle
+            return _encode_latin1
+        raise DataError(
+            f"the pickle asks for {module}.{name}, which a CIFAR-10 batch does not need; it was not loaded."
+        )
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise DataError(f"the pickle encodes bytes as {encoding!r}, latin1 expected.")
+    return text.encode("latin1")
+
+
+def parse_python_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [N, 3, 32, 32] and int64 [N] from the bytes of one python batch."""
+    try:
+        batch = RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    except Exception as error:  # a damaged pickle raises nearly anything, and none of it names the file
+        raise DataError(f"{where}: not a readable pickle ({type(error).__name__}: {error}).") from error
+    if not isinstance(batch, dict) or b"data" not in batch or b"labels" not in batch:
+        found = sorted(map(repr, batch)) if isinstance(batch, dict) else type(batch).__name__
+        raise DataError(f"{where}: {found} found, a dict with b'data' and b'labels' expected.")
+    data, labels = batch[b"data"], batch[b"labels"]
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+        found = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise DataError(f"{where}: b'data' is {found}, uint8 [N, 3072] expected.")
+    return _checked(data, np.asarray(labels), where)
+
+
+def parse_binary_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [N, 3, 32, 32] and int64 [N] from the bytes of one binary batch."""
+    if not content or len(content) % 3073:
+        raise DataError(
+            f"{where}: {len(content):,} bytes found, a multiple of 3073 (1 label + 3072 pixels) expected; truncated?"
+        )
+    rows = np.frombuffer(content, dtype=np.uint8).reshape(-1, 3073)
+    return _checked(rows[:, 1:], rows[:, 0], where)
+
+
+def _checked(data: np.ndarray, labels: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    if len(labels) != len(data):
+        raise DataError(f"{where}: {len(labels)} labels found, {len(data)} expected, one per image.")
+    if labels.min() < 0 or labels.max() > 9:
+        raise DataError(f"{where}: labels in {labels.min()}..{labels.max()} found, 0..9 expected.")
+    return data.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+
+
+def find_source(data_dir: Path) -> Path:
+    """The extracted folder, or the archive, that holds the batches: in `data_dir` or the usual places below it."""
+    if data_dir.is_file():
+        return data_dir
+    folders = [data_dir / sub / leaf for sub in (".", "cifar10") for leaf in (".", PYTHON_FOLDER, BINARY_FOLDER)]
+    for folder in folders:
+        if any((folder / (BATCHES[0] + suffix)).is_file() for suffix in ("", ".bin")):
+            return folder
+    for archive in (data_dir / sub / leaf for sub in (".", "cifar10") for leaf in ARCHIVES):
+        if archive.is_file():
+            return archive
+    raise DataError(
+        f"cifar10: neither {BATCHES[0]}[.bin] nor one of {', '.join(ARCHIVES)} found in {data_dir} or below it. "
+        f"Pass --data-dir with the folder {PYTHON_FOLDER}, {BINARY_FOLDER} or the one of the archive."
+    )
+
+
+def _members(source: Path) -> dict[str, bytes]:
+    """Content of the six batch files by name (data_batch_1 or data_batch_1.bin)."""
+    wanted = set(BATCHES) | {name + ".bin" for name in BATCHES}
+    if source.is_dir():
+        return {path.name: path.read_bytes() for path in sorted(source.iterdir()) if path.name in wanted}
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(source, "r:*") as archive:
+            for member in archive:  # one pass: seeking back in a compressed archive would unpack it again
+                stem = member.name.rsplit("/", 1)[-1]
+                stream = archive.extractfile(member) if member.isfile() and stem in wanted else None
+                if stream is not None:
+                    found[stem] = stream.read()
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{source}: not a complete tar archive ({error}). Fetch it again.") from error
+    return found
+
+
+def load(data_dir: Path, verify: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Train images uint8 [50000, 3, 32, 32], train labels int64 [50000], test images, test labels."""
+    source = find_source(data_dir)
+    contents = _members(source)
+    suffix = ".bin" if BATCHES[0] + ".bin" in contents else ""
+    images, labels = [], []
+    for name in BATCHES:
+        member = name + suffix
+        where = f"{source}/{member}"
+        if member not in contents:
+            raise DataError(f"{where}: missing; found {', '.join(sorted(contents)) or 'no batch at all'}.")
+        content = contents[member]
+        if verify:
+            found = hashlib.md5(content).hexdigest()
+            if found != MD5[member]:
+                raise DataError(
+                    f"{where}: md5 {found} found ({len(content):,} bytes), {MD5[member]} expected. "
+                    "Fetch the official file again, or pass --data.verify false to read a file of your own."
+                )
+        x, y = (parse_binary_batch if suffix else parse_python_batch)(content, where)
+        images.append(x)
+        labels.append(y)
+    return np.concatenate(images[:-1]), np.concatenate(labels[:-1]), images[-1], labels[-1]

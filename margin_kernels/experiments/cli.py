@@ -1,0 +1,240 @@
+"""`margin-kernels`: train | evaluate | report | demo | info.
+
+margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
+margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
+margin-kernels report runs/ce runs/l2 --out report
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from . import checkpoint, config, data, models, records, report, table
+from .config import Config, ConfigError
+from .evaluate import evaluate, time_steps
+from .progress import Meter
+from .training import Trainer, TrainingError, resolve_device
+
+USAGE = """usage: margin-kernels COMMAND [options]
+
+  train      train a network; --config FILE or the name of a shipped config, dotted overrides, --print_config
+  evaluate   measure trained networks: accuracy, attacks, distances, cost of a step
+  report     compare evaluated runs: one HTML page, CSV, JSON, PNG
+  demo       train and compare five losses on scikit-learn's digits
+  info       versions, machine, backends, shipped configs
+
+margin-kernels COMMAND --help says more.
+"""
+
+# Mistakes of the caller: their message is the whole answer, a traceback would hide it.
+EXPECTED = (ConfigError, data.DataError, checkpoint.CheckpointError, TrainingError, ValueError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"margin-kernels: unknown command {command!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](rest)
+    except EXPECTED as error:
+        print(f"margin-kernels {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; `--resume` continues a training run from its last epoch", file=sys.stderr)
+        return 130
+
+
+def train(arguments: list[str]) -> int:
+    parser = ArgumentParser(prog="margin-kernels train", exit_on_error=False, description="Trains one network.")
+    config.add_arguments(parser)
+    parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent (same as --data.dir)")
+    parser.add_argument("--out", default=None, help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+    namespace = config.parse_with(parser, arguments)
+    settings = config.from_namespace(namespace)
+    if namespace.data_dir is not None:
+        settings = replace(settings, data=replace(settings.data, dir=namespace.data_dir))
+    folder = Path(namespace.out or Path("runs") / settings.name)
+    if not namespace.resume and (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} already holds a run; continue it with --resume, or choose another --out")
+    console = Console()
+    dataset = load_data(settings)
+    trainer = Trainer(settings, dataset, folder)
+    if namespace.resume:
+        trainer.resume()
+        console.print(f"resuming after epoch {trainer.epoch}", highlight=False)
+    start = time.perf_counter()
+    with Meter(trainer.steps_per_epoch * (settings.training.epochs - trainer.epoch), settings.name, console) as meter:
+        trainer.run(tick=meter.advance, say=meter.say)
+    console.print(f"done in {time.perf_counter() - start:.0f} s: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"next: margin-kernels evaluate {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def load_data(settings: Config) -> data.Dataset:
+    """The dataset of a config."""
+    d = settings.data
+    return data.load(d.name, d.dir, d.validation_size, d.train_fraction, d.label_noise, d.seed, d.verify)
+
+
+def evaluate_runs(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="margin-kernels evaluate", description="Measures trained networks on the test split."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders written by train")
+    parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
+    parser.add_argument("--device", default=None, help="default: the device of the run")
+    parser.add_argument("--eps", type=float, default=None, help="l_inf radius of the table (default: the run's)")
+    parser.add_argument("--no-timing", action="store_true", help="do not time training steps")
+    options = parser.parse_args(arguments)
+    console = Console()
+    with Meter(len(options.runs), "evaluating", console) as meter:
+        for folder in options.runs:
+            settings = read_config(folder, options)
+            meter.advance(0, f"evaluating {settings.name}")
+            dataset = load_data(settings)
+            evaluation = evaluate_run(folder, settings, dataset, meter)
+            if settings.evaluation.timing_repeats and not options.no_timing:
+                base = replace(settings, loss=config.LossConfig())
+                timed = time_steps(base, {settings.name: settings}, dataset, settings.evaluation.timing_repeats)
+                evaluation["timing"] = timed[settings.name]
+            records.write_json(folder / "evaluation.json", evaluation)
+    compared = [read_model(folder) for folder in options.runs]
+    table.show(console, compared, "Test split")
+    console.print(f"next: margin-kernels report {' '.join(map(str, options.runs))} --out report", highlight=False)
+    return 0
+
+
+def read_config(folder: Path, options: argparse.Namespace) -> Config:
+    """A run's config with the options of the command line applied."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise checkpoint.CheckpointError(f"{path}: missing; {folder} is not the folder of a training run")
+    settings = config.parse(["--config", str(path)])
+    if options.data_dir is not None:
+        settings = replace(settings, data=replace(settings.data, dir=options.data_dir))
+    if options.device is not None:
+        settings = replace(settings, training=replace(settings.training, device=options.device))
+    if options.eps is not None:
+        settings = replace(settings, evaluation=replace(settings.evaluation, eps=options.eps))
+    return settings
+
+
+def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: Meter) -> dict[str, Any]:
+    """Evaluates the network of one run on the test split."""
+    model, _ = checkpoint.load_model(folder)
+    device = resolve_device(settings.training.device)
+    hidden = models.hidden_taps(settings.model.name)
+    result = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, meter.advance)
+    return {"evaluation": result}
+
+
+def read_model(folder: Path) -> table.Model:
+    """A run's records and evaluation, as report and table want them."""
+    for name in ("run.json", "evaluation.json"):
+        if not (folder / name).is_file():
+            command = "train" if name == "run.json" else "evaluate"
+            raise ValueError(f"{folder / name}: missing; run `margin-kernels {command}` first")
+    run = json.loads((folder / "run.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    return {
+        "name": run["config"]["name"],
+        "label": run["config"]["name"].replace("_", " "),
+        "config": run["config"],
+        "history": run["history"],
+        "evaluation": evaluation["evaluation"],
+        "timing": evaluation.get("timing"),
+        "run": run,
+    }
+
+
+def make_report(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="margin-kernels report", description="Compares evaluated runs on one page.")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders written by train and evaluate")
+    parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
+    parser.add_argument("--title", default=None)
+    options = parser.parse_args(arguments)
+    compared = [read_model(folder) for folder in options.runs]
+    first = compared[0].pop("run")
+    for model in compared[1:]:
+        model.pop("run")
+    names = {model["config"]["data"]["name"] for model in compared}
+    title = options.title or f"Large-margin training on {', '.join(sorted(names))}"
+    results: dict[str, Any] = {
+        "title": title,
+        "models": compared,
+        "facts": facts(first, sum(r["seconds"] for model in compared for r in model["history"])),
+    }
+    console = Console()
+    table.show(console, compared, title)
+    page = report.write(options.out, results)
+    console.print(f"open {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def facts(run: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What a report says about how it was run."""
+    machine = run["machine"]
+    return {
+        "network": f"{run['model']['name']}, {run['parameters']:,} parameters",
+        "data": run["config"]["data"]["name"],
+        "seed": run["config"]["training"]["seed"],
+        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "machine": f"{machine['processor']}, {machine['cores']} cores",
+        "device": f"{machine['device']}, {machine['torch_threads']} threads",
+        "training time": f"{seconds:.0f} s",
+    }
+
+
+def run_demo(arguments: list[str]) -> int:
+    from . import demo
+
+    parser = argparse.ArgumentParser(prog="margin-kernels demo", description=demo.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer epochs and values of gamma: shows that everything works"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    demo.run(options.out, quick=options.quick, seed=options.seed)
+    return 0
+
+
+def info(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="margin-kernels info", description="What is installed and what runs here.")
+    parser.parse_args(arguments)
+    console = Console()
+    for name, value in {**records.versions(), **records.machine()}.items():
+        console.print(f"{name:15} {value}", highlight=False, markup=False)
+    console.print(f"{'cuda devices':15} {torch.cuda.device_count()}", highlight=False)
+    console.print(f"{'configs':15} {', '.join(config.shipped())}", highlight=False)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate_runs,
+    "report": make_report,
+    "demo": run_demo,
+    "info": info,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""What a run is: dataclasses, a YAML file, dotted overrides. The resolved config is saved beside the results.
+
+margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --loss.gamma 2 --training.epochs 3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+
+@dataclass
+class DataConfig:
+    """Which images.
+
+    Args:
+        name: digits, mnist, fashion_mnist or cifar10
+        dir: folder of the files, or its parent; not needed for digits
+        validation_size: training images held out for validation (digits has its own split)
+        train_fraction: share of the remaining training images that is kept
+        label_noise: share of training labels flipped to another class
+        seed: draws the fraction and the noise, the same for every model of a comparison
+        verify: compare the files with the official checksums
+    """
+
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
+    dir: str | None = None
+    validation_size: int = 5000
+    train_fraction: float = 1.0
+    label_noise: float = 0.0
+    seed: int = 0
+    verify: bool = True
+
+
+@dataclass
+class ModelConfig:
+    """Which network.
+
+    Args:
+        name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000 or resnet20
+        dropout: probability in front of each fully connected layer but the first
+        norm: batch or group, for resnet20
+    """
+
+    name: str = "digits_cnn"
+    dropout: float = 0.0
+    norm: Literal["batch", "group"] = "batch"
+
+
+@dataclass
+class LossConfig:
+    """Which loss, and the options of LargeMarginLoss, which the others ignore.
+
+    Args:
+        kind: cross_entropy, hinge or large_margin
+        gamma: desired distance to the boundary in the units of each tap; one value, or one per tap in the order of
+        layers p: norm of the distances, p >= 1 or inf
+        top_k: competitors per sample, 1 to C-1
+        aggregation: max, sum, mean or mean_distance over the competitors
+        alpha: clips each term at alpha * gamma
+        eps: added to the gradient norm
+        layer_weights: one weight per tap
+        layer_reduction: mean (weighted) or sum over the taps
+        layer_scale: numel divides the norm by the number of elements of the layer
+        space: logit or probability scores
+        second_order: differentiate the gradient norms too
+        margin_weight: factor of the margin term
+        cross_entropy_weight: factor of the cross-entropy term
+        layers: taps; input, output, module names, or hidden for every hidden layer of the network
+        batchnorm: batch or frozen statistics in the margin passes
+        passes: how the margin gradients are obtained, auto or loop
+    """
+
+    kind: str = "cross_entropy"
+    gamma: float | list[float] = 1.0
+    p: float | Literal["inf"] = 2.0
+    top_k: int = 9
+    aggregation: Literal["max", "sum", "mean", "mean_distance"] = "max"
+    alpha: float | None = None
+    eps: float = 1e-6
+    layer_weights: list[float] | None = None
+    layer_reduction: Literal["mean", "sum"] = "mean"
+    layer_scale: Literal["numel"] | None = None
+    space: Literal["logit", "probability"] = "logit"
+    second_order: bool = False
+    margin_weight: float = 1.0
+    cross_entropy_weight: float = 1.0
+    layers: list[str] = field(default_factory=lambda: ["input", "hidden", "output"])
+    batchnorm: Literal["batch", "frozen"] = "batch"
+    passes: str = "auto"
+
+    @property
+    def norm(self) -> float:
+        """p as a number."""
+        return math.inf if self.p == "inf" else float(self.p)
+
+
+@dataclass
+class OptimiserConfig:
+    """Args:
+    name: sgd, adam or rmsprop
+    lr: learning rate at the start
+    momentum: of sgd and rmsprop
+    weight_decay: added to the gradient
+    """
+
+    name: Literal["sgd", "adam", "rmsprop"] = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate as a function of the epoch.
+
+    Args:
+        name: constant, cosine (to 0 at the end), step (x factor at each milestone) or exponential (x factor every
+        epoch) factor: of step and exponential
+        milestones: epochs of step
+        warmup: epochs of linear increase from 0
+    """
+
+    name: Literal["constant", "cosine", "step", "exponential"] = "constant"
+    factor: float = 0.1
+    milestones: list[int] = field(default_factory=list)
+    warmup: float = 0.0
+
+
+@dataclass
+class TrainingConfig:
+    """How to train.
+
+    Args:
+        epochs: passes over the training images
+        batch_size: images per optimiser step
+        accumulate: equal parts a batch is cut into, one backward pass each
+        seed: initial weights, order of the data, dropout
+        device: cpu, cuda or cuda:N
+        precision: fp32, bf16 (autocast) or fp16 (autocast and loss scaling, cuda only)
+        compile: torch.compile the model and its loss
+        channels_last: memory format of model and images
+        clip_norm: largest l2 norm of the gradient, or null
+        threads: CPU threads, or null for torch's choice
+        distance_samples: validation images whose distance to the boundary is measured after each epoch; 0 for none
+        distance_p: norm of that measurement, the same for every model of a comparison
+        tensorboard: write TensorBoard events as well
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    clip_norm: float | None = None
+    threads: int | None = None
+    distance_samples: int = 256
+    distance_p: float | Literal["inf"] = 2.0
+    tensorboard: bool = False
+
+
+@dataclass
+class EvaluationConfig:
+    """What to measure on the test split.
+
+    Args:
+        eps: l_inf radius of the attacks in the table
+        curve: radii of the accuracy curves
+        steps: of IFGSM, each of size 2 eps / steps
+        batch_size: images per evaluation batch
+        attack_samples: test images attacked; null for all
+        deepfool_samples: test images measured by DeepFool
+        deepfool_iterations: at most
+        distance_samples: test images whose signed distance is measured
+        distance_p: norm of that distance
+        timing_repeats: interleaved pairs of training steps; 0 for no timing
+    """
+
+    eps: float = 0.1
+    curve: list[float] = field(default_factory=lambda: [0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3])
+    steps: int = 10
+    batch_size: int = 500
+    attack_samples: int | None = None
+    deepfool_samples: int = 500
+    deepfool_iterations: int = 50
+    distance_samples: int = 1000
+    distance_p: float | Literal["inf"] = 2.0
+    timing_repeats: int = 15
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str = "run"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+class ConfigError(ValueError):
+    """A config file or an override that does not fit; the message names the key and, for an unknown one, the close
+    names."""
+
+
+def shipped() -> dict[str, Path]:
+    """The config files that come with the package, by name."""
+    folder = Path(str(resources.files("margin_kernels.experiments") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """A path to a YAML file, or the name of a shipped one."""
+    if Path(name).is_file():
+        return Path(name)
+    files = shipped()
+    stem = Path(name).stem
+    if stem in files and Path(name).name in (stem, stem + ".yaml"):
+        return files[stem]
+    if "/" in name and stem in files and Path(name).parent.name == "configs":
+        return files[stem]
+    raise ConfigError(f"--config {name}: no such file, and not one of the shipped configs: {', '.join(files)}")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """--config, one dotted option per field of Config, and --print_config."""
+    parser.add_class_arguments(Config, None, help="")
+    parser.add_argument("--config", action="config", help="a YAML file, or the name of a shipped config")
+
+
+def keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields."""
+    names = []
+    for item in dataclasses.fields(cls):
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        nested = dataclasses.is_dataclass(default)
+        names += keys(type(default), f"{prefix}{item.name}.") if nested else [prefix + item.name]
+    return names
+
+
+def check_keys(given: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Raises ConfigError for a key of `given` that no field has, with the closest field names."""
+    known = keys()
+    for key, value in given.items():
+        name = prefix + str(key)
+        if isinstance(value, dict) and any(k.startswith(name + ".") for k in known):
+            check_keys(value, where, name + ".")
+        elif name not in known:
+            raise ConfigError(f"{where}: unknown key {name!r}; {_suggestion(name, known)}")
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    leaf = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in close]
+    return f"did you mean {' or '.join(close)}?" if close else f"known keys: {', '.join(known)}"
+
+
+def from_namespace(namespace: Namespace) -> Config:
+    """The typed config of a parsed namespace."""
+    values = namespace.as_dict()
+    sections = {item.name for item in dataclasses.fields(Config)} - {"name"}
+    parts = {name: _section(name)(**values[name]) for name in sections}
+    return Config(name=values["name"], **parts)
+
+
+def _section(name: str) -> Any:
+    (item,) = (item for item in dataclasses.fields(Config) if item.name == name)
+    return item.default_factory
+
+
+def parse(arguments: list[str]) -> Config:
+    """Config from command-line style arguments: `["--config", "x.yaml", "--loss.gamma", "2"]`. Raises ConfigError."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    return from_namespace(parse_with(parser, arguments))
+
+
+def parse_with(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parses with `parser` (of add_arguments); resolves shipped config names; unknown keys raise ConfigError with
+    close names."""
+    arguments = _with_config_paths(arguments)
+    for option in arguments:
+        match = re.match(r"--([a-z_]+\.[\w.]+)", option)
+        if match and match[1] not in keys():
+            raise ConfigError(f"command line: unknown key {match[1]!r}; {_suggestion(match[1], keys())}")
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _with_config_paths(arguments: list[str]) -> list[str]:
+    """`--config NAME` and `--config=NAME` with NAME replaced by the file's path, after its keys were checked."""
+    result = []
+    previous = ""
+    for argument in arguments:
+        prefix, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
+        if prefix or previous == "--config":
+            path = find(value)
+            content = yaml.safe_load(path.read_text()) or {}
+            if not isinstance(content, dict):
+                raise ConfigError(f"{path}: a mapping of keys to values is expected, {type(content).__name__} found")
+            check_keys(content, str(path))
+            argument = prefix + str(path)
+        result.append(argument)
+        previous = argument
+    return result
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict: what JSON and YAML store."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of to_dict; unknown keys raise ConfigError."""
+    check_keys(values, "config")
+    parts = {k: _section(k)(**v) if isinstance(v, dict) else v for k, v in values.items()}
+    return Config(**parts)
+
+
+def to_yaml(config: Config) -> str:
+    """YAML in the order of the dataclasses."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

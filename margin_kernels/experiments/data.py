@@ -1,0 +1,161 @@
+"""Classification data as tensors: images [N, C, H, W] in [0, 1], integer labels [N], in train, validation and test
+splits.
+
+    digits          scikit-learn's bundled 1797 scanned digits, 1x8x8, offline; stratified 60 / 20 / 20
+    mnist, fashion_mnist   60,000 / 10,000 of 1x28x28; the last `validation_size` training images are held out
+    cifar10         50,000 / 10,000 of 3x32x32; the last `validation_size` training images are held out
+
+The splits depend on nothing but the data; a training fraction and label noise are drawn once from `seed`, which is
+not the training seed: every model of a comparison sees the same images and the same wrong labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cifar, idx
+from .idx import DataError
+
+__all__ = ["DATASETS", "DataError", "Dataset", "Split", "flip_labels", "load"]
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
+
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DIGITS = tuple("0123456789")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images uint8 or fp32 [N, C, H, W] (uint8 is divided by 255 batch by batch) and labels int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: Tensor | slice, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """fp32 images in [0, 1] and labels of the samples at `index`, on `device`."""
+        images, labels = self.images[index].to(device), self.labels[index].to(device)
+        return (images.float().div_(255) if images.dtype == torch.uint8 else images), labels
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples in their order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(slice(start, start + size), device)
+
+    def head(self, count: int | None) -> Split:
+        """The first `count` samples (all for None)."""
+        return self if count is None else Split(self.images[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three splits, the number of classes, and the shape (C, H, W) of one image."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+
+def load(
+    name: str = "digits",
+    data_dir: str | Path | None = None,
+    validation_size: int = 5000,
+    train_fraction: float = 1.0,
+    label_noise: float = 0.0,
+    seed: int = 0,
+    verify: bool = True,
+) -> Dataset:
+    """Reads a data set by name.
+
+    Arguments: `data_dir` the folder of the files or its parent (not for digits); `validation_size` images held out
+    of the training set (not for digits); `train_fraction` in (0, 1], the share of the remaining training images that
+    is kept, int(fraction * N) of them; `label_noise` in [0, 1], the share of training labels flipped to another
+    class; `seed` draws both; `verify` compares checksums. Raises DataError naming the file, what was found and what
+    was expected; ValueError for an argument out of range.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"data.name is {name!r}; allowed: {', '.join(DATASETS)}")
+    if not 0 < train_fraction <= 1:
+        raise ValueError(f"data.train_fraction is {train_fraction}; allowed: 0 < fraction <= 1")
+    if not 0 <= label_noise <= 1:
+        raise ValueError(f"data.label_noise is {label_noise}; allowed: 0 <= noise <= 1")
+    dataset = _load_digits() if name == "digits" else _load_files(name, data_dir, validation_size, verify)
+    generator = torch.Generator().manual_seed(seed)
+    train = dataset.train
+    if train_fraction < 1:
+        count = int(train_fraction * len(train))
+        if count < 1:
+            raise ValueError(
+                f"data.train_fraction is {train_fraction}, which leaves none of {len(train)} training images"
+            )
+        keep = torch.randperm(len(train), generator=generator)[:count].sort().values
+        train = Split(train.images[keep], train.labels[keep])
+    if label_noise > 0:
+        train = Split(train.images, flip_labels(train.labels, label_noise, dataset.num_classes, generator))
+    return replace(dataset, train=train)
+
+
+def flip_labels(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Labels int64 [N] of which round(noise * N) were moved to another class, uniformly among the others."""
+    flipped = labels.clone()
+    chosen = torch.randperm(len(labels), generator=generator)[: round(noise * len(labels))]
+    shift = torch.randint(1, num_classes, (len(chosen),), generator=generator)  # 1..C-1: never back to the same class
+    flipped[chosen] = (labels[chosen] + shift) % num_classes
+    return flipped
+
+
+def _load_digits() -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = (bunch.images / 16.0).astype(np.float32)[:, None]  # 17 grey levels, 0..16
+    labels = bunch.target.astype(np.int64)
+    rest, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    train, validation = train_test_split(rest, test_size=0.25, random_state=0, stratify=labels[rest])
+
+    def split(index: np.ndarray) -> Split:
+        return Split(torch.from_numpy(images[index]), torch.from_numpy(labels[index]))
+
+    return Dataset("digits", split(train), split(validation), split(test), 10, (1, 8, 8), DIGITS)
+
+
+def _load_files(name: str, data_dir: str | Path | None, validation_size: int, verify: bool) -> Dataset:
+    if data_dir is None:
+        raise DataError(
+            f"{name} is read from files: pass --data-dir with their folder or its parent (only digits comes bundled)."
+        )
+    folder = Path(data_dir).expanduser()
+    if not folder.exists():
+        raise DataError(f"{folder}: --data-dir does not exist.")
+    arrays = cifar.load(folder, verify) if name == "cifar10" else idx.load(name, folder, verify)
+    images, labels, test_images, test_labels = (
+        torch.from_numpy(np.array(a)) for a in arrays
+    )  # frombuffer gives read-only memory
+    if not 0 < validation_size < len(labels):
+        raise ValueError(f"data.validation_size is {validation_size}; allowed: 1 to {len(labels) - 1}")
+    first = len(labels) - validation_size
+    names = {"mnist": DIGITS, "fashion_mnist": FASHION, "cifar10": CIFAR}[name]
+    channels, height, width = images.shape[1:]
+    return Dataset(
+        name,
+        Split(images[:first], labels[:first]),
+        Split(images[first:], labels[first:]),
+        Split(test_images, test_labels),
+        10,
+        (channels, height, width),
+        names,
+    )

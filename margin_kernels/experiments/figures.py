@@ -1,0 +1,190 @@
+"""The plots of a report, one panel each: accuracy against eps, distance histograms, distance during training.
+
+Okabe-Ito colours with a line style and a marker each, so that neither colour vision nor a grey print is needed to
+tell models apart.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from .table import norm_name
+
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7A7A7A")
+STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+SETTINGS: dict[Any, Any] = {
+    "figure.figsize": (5.0, 3.5),
+    "figure.dpi": 110,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "svg.hashsalt": "margin_kernels",  # the same data gives the same file
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A finished plot: file stem, what it shows in one sentence, SVG text and PNG bytes."""
+
+    name: str
+    caption: str
+    svg: str
+    png: bytes
+
+
+def draw(name: str, caption: str, paint: Callable[[Axes], Any]) -> Figure:
+    """Runs `paint` on fresh axes and keeps the result as SVG and PNG."""
+    with plt.rc_context(SETTINGS):
+        figure, axes = plt.subplots(layout="constrained")
+        try:
+            paint(axes)
+            vector, raster = io.BytesIO(), io.BytesIO()
+            figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+            figure.savefig(raster, format="png", dpi=150)
+        finally:
+            plt.close(figure)
+    return Figure(name, caption, vector.getvalue().decode(), raster.getvalue())
+
+
+def _style(index: int) -> dict[str, Any]:
+    n = index % len(COLOURS)
+    return {"color": COLOURS[n], "linestyle": STYLES[n]}
+
+
+def accuracy_curve(models: list[dict[str, Any]], key: str) -> Figure:
+    """Accuracy against eps under one attack; `key` as in evaluation["curves"]."""
+    method, objective = key.split("_")
+    words = {"ce": "cross-entropy", "gap": "logit gap"}[objective]
+
+    def paint(axes: Axes) -> None:
+        for i, model in enumerate(models):
+            evaluation = model["evaluation"]
+            values = 100 * np.array(evaluation["curves"][key])
+            axes.plot(
+                evaluation["curve_eps"], values, label=model["label"], marker=MARKERS[i % 8], markersize=4, **_style(i)
+            )
+        axes.set(title=f"{method.upper()} on the {words}", xlabel="eps (l_inf, images in [0, 1])", ylabel="accuracy, %")
+        axes.set_ylim(-2, 102)
+        axes.set_xlim(left=0)
+        axes.legend()
+
+    return draw(f"accuracy_{key}", f"White-box accuracy against the radius of {method.upper()} on the {words}.", paint)
+
+
+def distance_histogram(models: list[dict[str, Any]], tap: str) -> Figure:
+    """Distribution of the signed distance at one tap over the test samples, a strip per model on one axis."""
+
+    def paint(axes: Axes) -> None:
+        series = [np.array(model["evaluation"]["distances"][tap]) for model in models]
+        low, high = np.percentile(np.concatenate(series), [0.5, 99.5])
+        scale = _scale([float(np.median(np.abs(values))) for values in series])
+        low = min(low, 0.0)
+        edges = np.linspace(low, high, 51) if scale is None else _asinh_edges(low, high, scale, 51)
+        for i, values in enumerate(series):
+            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)  # the outermost bins hold the rest
+            base = len(series) - 1 - i
+            heights = base + 0.85 * counts / counts.max()
+            axes.stairs(heights, edges, baseline=base, fill=True, color=COLOURS[i % 8], alpha=0.35)
+            axes.stairs(heights, edges, baseline=base, color=COLOURS[i % 8], linewidth=1.2)
+            axes.plot([np.mean(values)] * 2, [base, base + 0.85], color=COLOURS[i % 8], linewidth=1.2, linestyle=":")
+        axes.axvline(0, color="#555555", linewidth=1)
+        if scale is not None:
+            axes.set_xscale("asinh", linear_width=scale)
+            axes.set_xticks(*_asinh_ticks(low, high, scale))
+            axes.minorticks_off()
+        axes.set_yticks(range(len(series)), [model["label"] for model in reversed(models)], va="bottom")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        p = norm_name(models[0]["evaluation"]["distance_p"])
+        axes.set(title=f"Distance at {tap}", xlabel=f"signed distance to the boundary, {p}")
+
+    caption = f"Signed distance to the nearest boundary at {tap}; left of 0 is misclassified, dotted: the mean."
+    return draw(f"histogram_{tap}", caption, paint)
+
+
+def _scale(sizes: list[float]) -> float | None:
+    """Linear width of an asinh axis for models whose distances differ by more than a factor of 8, or None: linear."""
+    positive = [size for size in sizes if size > 0]
+    if not positive or max(positive) < 8 * min(positive):
+        return None
+    return min(positive)
+
+
+def _asinh_edges(low: float, high: float, scale: float, count: int) -> np.ndarray:
+    """Edges that are equally far apart on an asinh axis."""
+    return scale * np.sinh(np.linspace(np.arcsinh(low / scale), np.arcsinh(high / scale), count))
+
+
+def _asinh_ticks(low: float, high: float, scale: float) -> tuple[list[float], list[str]]:
+    """0 and round numbers of an asinh axis, a tenth of the axis apart at least: positions and labels."""
+    span = np.arcsinh(high / scale) - np.arcsinh(low / scale)
+    decades = range(math.floor(math.log10(scale)) - 1, math.ceil(math.log10(max(high, -low))) + 1)
+    candidates = [sign * mantissa * 10.0**k for mantissa in (1, 3) for k in decades for sign in (1, -1)]
+    kept = [0.0]
+    for tick in sorted(candidates, key=lambda t: (-abs(t) if abs(t) in (1, 10) else 0, abs(t))):
+        gaps = [abs(np.arcsinh(tick / scale) - np.arcsinh(other / scale)) for other in kept]
+        if low <= tick <= high and min(gaps) > 0.12 * span:
+            kept.append(tick)
+    return kept, [f"{tick:g}" for tick in kept]
+
+
+def distance_course(models: list[dict[str, Any]], tap: str) -> Figure:
+    """Mean signed distance at one tap on validation images after each epoch."""
+
+    def paint(axes: Axes) -> None:
+        for i, model in enumerate(models):
+            records = [record for record in model["history"] if tap in record.get("distance", {})]
+            if records:
+                epochs = [record["epoch"] for record in records]
+                axes.plot(epochs, [r["distance"][tap] for r in records], label=model["label"], **_style(i))
+        axes.axhline(0, color="#555555", linewidth=1)
+        axes.set(title=f"Mean distance at {tap}", xlabel="epoch", ylabel="mean signed distance")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lasts = [abs(m["history"][-1]["distance"][tap]) for m in models if tap in m["history"][-1].get("distance", {})]
+        scale = _scale(lasts)
+        if scale is not None:
+            axes.set_yscale("asinh", linear_width=scale)
+            axes.set_yticks(*_asinh_ticks(*axes.get_ylim(), scale))
+            axes.minorticks_off()
+        axes.legend()
+
+    return draw(f"course_{tap}", f"Mean signed distance at {tap} on validation images during training.", paint)
+
+
+def all_figures(models: list[dict[str, Any]]) -> dict[str, list[Figure]]:
+    """Every plot of a report, grouped under its heading."""
+    taps = list(models[0]["evaluation"]["distance"])
+    shared = [tap for tap in taps if all(tap in model["evaluation"]["distance"] for model in models)]
+    groups = {
+        "Accuracy against eps": [
+            accuracy_curve(models, key) for key in ("ifgsm_gap", "ifgsm_ce", "fgsm_gap", "fgsm_ce")
+        ],
+        "Distance histograms": [distance_histogram(models, tap) for tap in shared],
+    }
+    measured = [tap for tap in shared if any(tap in r.get("distance", {}) for m in models for r in m["history"])]
+    if measured:
+        groups["Distance during training"] = [distance_course(models, tap) for tap in measured]
+    return groups

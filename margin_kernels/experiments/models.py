@@ -1,0 +1,166 @@
+"""The papers' networks, by name, with readable tap names.
+
+    digits_cnn   conv3x3x16 - relu - conv3x3x32 - pool - fc64 - fc10                          1x8x8
+    mnist_cnn    conv5x5x32 - pool - conv5x5x64 - pool - fc512 - fc512 - fc10 ReLU            [E] [N]; any even-sized
+    image lenet5       conv5x5x32 - pool - conv5x5x64 - pool - fc512 - fc10 ReLU                    [M]
+    lenet        conv5x5x20 - pool - conv5x5x50 - pool - fc500 - relu - fc10, no padding      [A]; no ReLU after the
+    convolutions mlp800       784-800-800-10 ReLU [A]          mlp1000   784-1000-1000-1000-10 ReLU [M]
+    resnet20     CIFAR ResNet-20, batch or group norm [A]
+
+`hidden_taps(name)` lists the outputs that "every hidden layer" means, the post-activation output of each weight
+layer. Where a non-overlapping max pool follows the activation the tap stands after the pool: the pool hands every
+gradient entry to exactly one position, so the l_p norm of the gradient is the same on both sides of it, and the
+smaller tensor costs a quarter of the memory. The last hidden tap is the input tensor of `head`, an nn.Linear whose
+output is the logits: its norms are row differences of the weight.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Shape = tuple[int, int, int]
+
+
+def _flat(layers: list[tuple[str, nn.Module]], shape: Shape) -> int:
+    """Number of features that `layers`, ending in a flatten, make of one image."""
+    with torch.no_grad():
+        return int(nn.Sequential(OrderedDict(layers))(torch.zeros(1, *shape)).shape[1])
+
+
+def _conv_net(
+    shape: Shape,
+    classes: int,
+    convs: list[tuple[int, int, bool]],
+    widths: list[int],
+    padding: str,
+    relu: bool,
+    dropout: float,
+) -> nn.Sequential:
+    """convs: (channels, kernel, pool after it) per block; widths: hidden fully connected layers; ReLU after convs if
+    `relu`."""
+    layers: list[tuple[str, nn.Module]] = []
+    channels = shape[0]
+    for i, (width, kernel, pool) in enumerate(convs, 1):
+        layers.append((f"conv{i}", nn.Conv2d(channels, width, kernel, padding=padding)))
+        if relu:
+            layers.append((f"relu{i}", nn.ReLU()))
+        if pool:
+            layers.append((f"pool{i}", nn.MaxPool2d(2)))
+        channels = width
+    layers.append(("flatten", nn.Flatten()))
+    features = _flat(layers, shape)
+    for i, width in enumerate(widths, len(convs) + 1):
+        layers += [(f"fc{i}", nn.Linear(features, width)), (f"relu{i}", nn.ReLU())]
+        if dropout > 0:
+            layers.append((f"dropout{i}", nn.Dropout(dropout)))
+        features = width
+    layers.append(("head", nn.Linear(features, classes)))
+    return nn.Sequential(OrderedDict(layers))
+
+
+def digits_cnn(shape: Shape = (1, 8, 8), classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    return _conv_net(shape, classes, [(16, 3, False), (32, 3, True)], [64], "same", True, dropout)
+
+
+def mnist_cnn(shape: Shape = (1, 28, 28), classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    return _conv_net(shape, classes, [(32, 5, True), (64, 5, True)], [512, 512], "same", True, dropout)
+
+
+def lenet5(shape: Shape = (1, 28, 28), classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    return _conv_net(shape, classes, [(32, 5, True), (64, 5, True)], [512], "same", True, dropout)
+
+
+def lenet(shape: Shape = (1, 28, 28), classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    return _conv_net(shape, classes, [(20, 5, True), (50, 5, True)], [500], "valid", False, dropout)
+
+
+def mlp800(shape: Shape = (1, 28, 28), classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    return _conv_net(shape, classes, [], [800, 800], "same", True, dropout)
+
+
+def mlp1000(shape: Shape = (1, 28, 28), classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    return _conv_net(shape, classes, [], [1000, 1000, 1000], "same", True, dropout)
+
+
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        return nn.GroupNorm(8, channels)
+    raise ValueError(f"model.norm is {kind!r}; allowed: batch, group")
+
+
+class BasicBlock(nn.Module):
+    """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); the shortcut subsamples and pads channels with zeros
+    (option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = _norm(norm, outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = _norm(norm, outputs)
+        self.relu2 = nn.ReLU()
+        self.stride, self.extra = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        if self.stride > 1 or self.extra:
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)
+            )
+        return self.relu2(out + x)
+
+
+def resnet20(shape: Shape = (3, 32, 32), classes: int = 10, dropout: float = 0.0, norm: str = "batch") -> nn.Module:
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv1", nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)),
+        ("norm1", _norm(norm, 16)),
+        ("relu1", nn.ReLU()),
+    ]
+    inputs = 16
+    for stage, width in enumerate((16, 32, 64), 1):
+        blocks = [BasicBlock(inputs, width, 1 if stage == 1 else 2, norm)] + [
+            BasicBlock(width, width, 1, norm) for _ in range(2)
+        ]
+        layers.append((f"layer{stage}", nn.Sequential(*blocks)))
+        inputs = width
+    layers += [("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]
+    if dropout > 0:
+        layers.append(("dropout", nn.Dropout(dropout)))
+    layers.append(("head", nn.Linear(inputs, classes)))
+    return nn.Sequential(OrderedDict(layers))
+
+
+MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "digits_cnn": (digits_cnn, ("relu1", "pool2", "relu3")),
+    "mnist_cnn": (mnist_cnn, ("pool1", "pool2", "relu3", "relu4")),
+    "lenet5": (lenet5, ("pool1", "pool2", "relu3")),
+    "lenet": (lenet, ("pool1", "pool2", "relu3")),
+    "mlp800": (mlp800, ("relu1", "relu2")),
+    "mlp1000": (mlp1000, ("relu1", "relu2", "relu3")),
+    "resnet20": (resnet20, ("relu1", "layer1", "layer2", "layer3", "flatten")),
+}
+
+
+def hidden_taps(name: str) -> tuple[str, ...]:
+    """Names of the modules whose outputs are the hidden layers of model `name`, in forward order."""
+    return _entry(name)[1]
+
+
+def build(name: str, shape: Shape, classes: int, **options: Any) -> nn.Module:
+    """A freshly initialised network: [N, *shape] -> logits [N, classes]. `options`: dropout, and norm for resnet20."""
+    return _entry(name)[0](shape, classes, **options)
+
+
+def _entry(name: str) -> tuple[Callable[..., nn.Module], tuple[str, ...]]:
+    if name not in MODELS:
+        raise ValueError(f"model.name is {name!r}; allowed: {', '.join(MODELS)}")
+    return MODELS[name]

@@ -1,0 +1,86 @@
+"""What is minimised: one module per run that maps a batch to its loss and logits, chosen by name.
+
+    cross_entropy   mean_n logsumexp_i z_ni - z_ny
+    hinge           mean_n max(0, 1 + max_{j != y} z_nj - z_ny)        the multi-class hinge of [M], MATH.md section 5
+    large_margin    LargeMarginLoss over named taps [E]
+
+A new loss is one entry of OBJECTIVES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import margin_kernels as mk
+
+from .attacks import logit_gap
+from .config import LossConfig
+
+
+def hinge(logits: Tensor, target: Tensor) -> Tensor:
+    """Multi-class hinge: logits [N, C], target [N] -> mean over n of max(0, 1 + max_{j != y} z_j - z_y)."""
+    return F.relu(1 + logit_gap(logits, target)).mean()
+
+
+class LogitTask(nn.Module):
+    """A loss of the logits alone, with the interface of MarginTask: task(x [N, *], y [N]) -> {"loss": scalar,
+    "output": [N, C]}."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        logits = self.model(x)
+        return {"loss": self.loss(logits.float(), target), "output": logits.detach()}
+
+
+def layers(names: list[str], hidden: tuple[str, ...]) -> tuple[str, ...]:
+    """Tap names with `hidden` replaced by the network's hidden layers."""
+    return tuple(tap for name in names for tap in (hidden if name == "hidden" else (name,)))
+
+
+def _cross_entropy(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    return LogitTask(model, F.cross_entropy)
+
+
+def _hinge(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    return LogitTask(model, hinge)
+
+
+def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    loss = mk.LargeMarginLoss(
+        gamma=config.gamma,
+        p=config.norm,
+        top_k=config.top_k,
+        aggregation=config.aggregation,
+        alpha=config.alpha,
+        eps=config.eps,
+        layer_weights=config.layer_weights,
+        layer_reduction=config.layer_reduction,
+        layer_scale=config.layer_scale,
+        space=config.space,
+        second_order=config.second_order,
+        margin_weight=config.margin_weight,
+        cross_entropy_weight=config.cross_entropy_weight,
+    )
+    return mk.MarginTask(model, loss, layers=taps, passes=config.passes, batchnorm=config.batchnorm)
+
+
+OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Module]] = {
+    "cross_entropy": _cross_entropy,
+    "hinge": _hinge,
+    "large_margin": _large_margin,
+}
+
+
+def build(model: nn.Module, config: LossConfig, hidden: tuple[str, ...]) -> nn.Module:
+    """The module to train: task(x, y) -> dict with "loss" and "output"; it owns `model`. `hidden`: the network's
+    hidden taps."""
+    if config.kind not in OBJECTIVES:
+        raise ValueError(f"loss.kind is {config.kind!r}; allowed: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[config.kind](model, config, layers(config.layers, hidden))

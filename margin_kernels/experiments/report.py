@@ -1,0 +1,158 @@
+"""A comparison as files: index.html (self-contained), results.csv, results.json, figures/*.png.
+
+The page needs nothing beside itself: figures are embedded SVG, the style is inline, no script, no path and no name
+of the machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+from typing import Any
+
+from . import table
+from .figures import Figure, all_figures
+from .records import write_atomic, write_csv, write_json, write_text
+
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; color: #1a1a1a; background: #fff;
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
+p { max-width: 46rem; }
+.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
+thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
+tbody tr + tr td { border-top: 1px solid #e4e4e4; }
+tr.section td { font-weight: 600; padding-top: .8rem; }
+td.best { font-weight: 700; }
+tr.chosen td { background: #e8f1f8; font-weight: 600; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+.figures.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+figure { margin: 0; }
+figure img { width: 100%; height: auto; display: block; }
+figcaption { font-size: .85rem; color: #444; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; }
+dt { color: #444; } dd { margin: 0; overflow-wrap: anywhere; }
+pre { overflow-x: auto; background: #f5f5f5; padding: .7rem; font-size: .8rem; line-height: 1.35; }
+summary { cursor: pointer; }
+@media (max-width: 40rem) {
+  body { padding: .7rem; font-size: 15px; }
+  table { font-size: .8rem; }
+  th, td { padding: .2rem .45rem; }
+}
+"""
+
+
+def write(folder: Path, results: dict[str, Any]) -> Path:
+    """Writes everything into `folder` and returns the page's path.
+
+    `results`: title, intro (paragraphs), models (name, label, config, history, evaluation, timing), facts (name ->
+    value), and optionally tuning (list of rows: label, gamma, validation, ..., chosen).
+    """
+    groups = all_figures(results["models"])
+    write_csv(folder / "results.csv", table.flat(results["models"]))
+    write_json(folder / "results.json", results)
+    for figures in groups.values():
+        for figure in figures:
+            _write_bytes(folder / "figures" / f"{figure.name}.png", figure.png)
+    write_text(folder / "index.html", page(results, groups))
+    return folder / "index.html"
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    write_atomic(path, lambda file: file.write(content))
+
+
+def page(results: dict[str, Any], groups: dict[str, list[Figure]]) -> str:
+    """The HTML text."""
+    title = html.escape(results["title"])
+    body = [f"<h1>{title}</h1>"]
+    body += [f"<p>{html.escape(text)}</p>" for text in results.get("intro", [])]
+    body += ["<h2>Results</h2>", _results_table(results["models"])]
+    if results.get("tuning"):
+        body += [
+            "<h2>Choice of gamma</h2>",
+            f"<p>{html.escape(results['tuning_rule'])}</p>",
+            _tuning_table(results["tuning"]),
+        ]
+    for heading, figures in groups.items():
+        kind = "figures wide" if len(figures) in (2, 4) else "figures"  # an even grid, two in a row
+        body += [f"<h2>{html.escape(heading)}</h2>", f'<div class="{kind}">', *map(_figure, figures), "</div>"]
+    body += ["<h2>How it was run</h2>", _facts(results["facts"]), *map(_config, results["models"])]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def _results_table(models: list[table.Model]) -> str:
+    # a word a line keeps columns as narrow as their numbers
+    heads = [html.escape(model["label"]).replace(" ", "<br>").replace("-", "-<br>") for model in models]
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    lines = [f"<tr><th></th>{head}</tr>"]
+    rows = []
+    for section in table.sections(models):
+        rows.append(f'<tr class="section"><td colspan="{len(models) + 1}">{html.escape(section.title)}</td></tr>')
+        for row in section.rows:
+            winners = table.best(row, models)
+            cells = "".join(
+                f'<td class="best">{table.cell(row, model)}</td>'
+                if i in winners
+                else f"<td>{table.cell(row, model)}</td>"
+                for i, model in enumerate(models)
+            )
+            rows.append(f"<tr><td>{html.escape(row.label)}</td>{cells}</tr>")
+    return f'<div class="scroll"><table><thead>{lines[0]}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _tuning_table(rows: list[dict[str, Any]]) -> str:
+    columns = [key for key in rows[0] if key != "chosen"]
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    lines = []
+    for row in rows:
+        mark = ' class="chosen"' if row["chosen"] else ""
+        lines.append(
+            f"<tr{mark}>" + "".join(f"<td>{html.escape(tuning_cell(c, row[c]))}</td>" for c in columns) + "</tr>"
+        )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def tuning_cell(column: str, value: Any) -> str:
+    """A cell of the tuning table: accuracies as percent, other numbers to three digits, lists joined."""
+    if isinstance(value, list):
+        return ", ".join(f"{item:.3g}" for item in value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:g}" if column == "m" else f"{100 * value:.1f} %"
+
+
+def _figure(figure: Figure) -> str:
+    # an <img>, not inline elements: every matplotlib SVG numbers its ids from one, and two of them in a page would
+    # clash
+    data = base64.b64encode(figure.svg.encode()).decode()
+    caption = html.escape(figure.caption)
+    image = f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    items = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
+    return f"<dl>{items}</dl>"
+
+
+def _config(model: table.Model) -> str:
+    import yaml
+
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in model["config"].items()}
+    config["data"].pop("dir", None)  # a path of the machine
+    text = yaml.safe_dump(config, sort_keys=False)
+    return (
+        f"<details><summary>Config of {html.escape(model['label'])}</summary><pre>{html.escape(text)}</pre></details>"
+    )

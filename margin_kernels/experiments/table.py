@@ -1,0 +1,143 @@
+"""The one table of a comparison: measurements down, models across; the same rows in the terminal, in HTML and in
+CSV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Model = dict[str, Any]  # name, label, config, history, evaluation, timing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: its CSV column, its words, how to get it, how to print it, and whether larger is better
+    (None: neither)."""
+
+    key: str
+    label: str
+    value: Callable[[Model], float | None]
+    form: Callable[[float], str]
+    larger: bool | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    rows: list[Row]
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _evaluation(key: str) -> Callable[[Model], float | None]:
+    return lambda model: model["evaluation"].get(key)
+
+
+def _tap(tap: str) -> Callable[[Model], float | None]:
+    return lambda model: model["evaluation"]["distance"].get(tap)
+
+
+def _timing(key: str) -> Callable[[Model], float | None]:
+    return lambda model: (model.get("timing") or {}).get(key)
+
+
+def sections(models: list[Model]) -> list[Section]:
+    """The rows that these models have, grouped; every label fits the first column of an 80-column terminal."""
+    first = models[0]["evaluation"]
+    taps = list(dict.fromkeys(tap for model in models for tap in model["evaluation"]["distance"]))
+    words = {"fgsm": "FGSM", "ifgsm": "IFGSM", "ce": "cross-entropy", "gap": "logit gap"}
+    attacked = [
+        Row(
+            f"{method}_{objective}",
+            f"{words[method]} on {words[objective]}",
+            _evaluation(f"{method}_{objective}"),
+            _percent,
+            True,
+        )
+        for method in ("fgsm", "ifgsm")
+        for objective in ("ce", "gap")
+    ]
+    clean = Row("clean", "clean", _evaluation("clean"), _percent, True)
+    worst = Row("worst", "worst of the four", _evaluation("worst"), _percent, True)
+    zero = [Row(f"zero_{key}", f"of {words[key]}", _evaluation(f"zero_{key}"), _percent) for key in ("ce", "gap")]
+    norms = [
+        Row("deepfool", "mean l2 norm", _evaluation("deepfool"), "{:.3f}".format, True),
+        Row("rho_adv", "relative to image, rho_adv", _evaluation("rho_adv"), "{:.3f}".format, True),
+    ]
+    distances = [Row(f"distance.{tap}", tap, _tap(tap), "{:.3g}".format) for tap in taps]
+    groups = [
+        Section(f"Accuracy (linf, eps = {first['eps']:g})", [clean, *attacked, worst]),
+        Section("Zero attack gradients", zero),
+        Section("DeepFool", norms),
+        Section(f"Mean signed distance, {norm_name(first['distance_p'])}", distances),
+    ]
+    if any(model.get("timing") for model in models):
+        cost = [
+            Row("ms_per_step", "ms per step", _timing("ms_per_step"), "{:.2f}".format),
+            Row("ratio", "ratio to cross-entropy", _timing("ratio"), "{:.2f}x".format),
+        ]
+        groups.append(Section("Cost of training", cost))
+    return groups
+
+
+def norm_name(p: float | str) -> str:
+    """l1, l2, linf."""
+    return "linf" if p in ("inf", float("inf")) else f"l{p:g}"
+
+
+def best(row: Row, models: list[Model]) -> set[int]:
+    """Indices of the models whose printed value is the best of the row; empty where the row is no contest."""
+    if row.larger is None:
+        return set()
+    values = {i: value for i, model in enumerate(models) if (value := row.value(model)) is not None}
+    if len(values) < 2:
+        return set()
+    top = row.form(max(values.values()) if row.larger else min(values.values()))
+    return {i for i, value in values.items() if row.form(value) == top}
+
+
+def show(console: Console, models: list[Model], title: str) -> None:
+    """Prints the table; the best value of a row in bold."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for model in models:
+        # a word a line keeps columns as narrow as their numbers
+        table.add_column(model["label"].replace(" ", "\n").replace("-", "-\n"), justify="right", vertical="bottom")
+    for i, section in enumerate(sections(models)):
+        if i:
+            table.add_row()
+        table.add_row(f"[italic]{section.title}[/italic]")
+        for row in section.rows:
+            winners = best(row, models)
+            texts = [cell(row, model) for model in models]
+            table.add_row("  " + row.label, *(f"[bold]{t}[/bold]" if i in winners else t for i, t in enumerate(texts)))
+    console.print(table)
+
+
+def cell(row: Row, model: Model) -> str:
+    """A printed value, or a dash."""
+    value = row.value(model)
+    return "-" if value is None or value != value else row.form(value)
+
+
+def flat(models: list[Model]) -> list[dict[str, Any]]:
+    """One CSV row per model."""
+    rows = []
+    for model in models:
+        loss = model["config"]["loss"]
+        entry: dict[str, Any] = {"model": model["label"], "loss": loss["kind"]}
+        if loss["kind"] == "large_margin":
+            gamma = loss["gamma"] if isinstance(loss["gamma"], list) else [loss["gamma"]]
+            entry |= {"p": loss["p"], "gamma": " ".join(f"{value:.6g}" for value in gamma)}
+        entry["eps"] = model["evaluation"]["eps"]
+        for section in sections(models):
+            entry |= {row.key: row.value(model) for row in section.rows}
+        rows.append(entry)
+    return rows

@@ -1,0 +1,322 @@
+"""The training loop: seeded, resumable, recorded.
+
+Each epoch: all training images once in an order drawn from a seeded generator, the validation accuracy, and the mean
+signed distance to the decision boundary at every tap on a fixed part of the validation split (measured for every
+loss, also those that do not use it). After each epoch the state is written atomically; `Trainer.resume` continues
+from it, on the CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import margin_kernels as mk
+
+from . import checkpoint, models, objectives
+from .attacks import eval_mode
+from .config import Config, to_dict, to_yaml
+from .data import Dataset, Split
+from .distance import signed_distance, tap_names
+from .records import flatten, machine, versions, write_csv, write_json, write_text
+
+# What may differ between a run and its resumption without changing what is computed up to the epoch reached.
+RESUMABLE = ("training.device", "training.threads", "training.tensorboard", "data.dir", "data.verify")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, and what to change."""
+
+
+def learning_rate(config: Config, epoch: float) -> float:
+    """Learning rate at `epoch` (fractions count: cosine and warm-up move with every step)."""
+    schedule, total = config.schedule, config.training.epochs
+    rate = config.optimiser.lr
+    if schedule.warmup > 0 and epoch < schedule.warmup:
+        return rate * epoch / schedule.warmup
+    if schedule.name == "cosine":
+        done = (epoch - schedule.warmup) / max(total - schedule.warmup, 1e-9)
+        return rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if schedule.name == "step":
+        return rate * schedule.factor ** sum(epoch >= milestone for milestone in schedule.milestones)
+    if schedule.name == "exponential":
+        return rate * schedule.factor ** math.floor(epoch)
+    return rate
+
+
+def build_optimiser(config: Config, parameters: Any) -> torch.optim.Optimizer:
+    settings = config.optimiser
+    if settings.name == "sgd":
+        return torch.optim.SGD(parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    if settings.name == "rmsprop":
+        return torch.optim.RMSprop(
+            parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    if settings.name == "adam":
+        return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay)
+    raise ValueError(f"optimiser.name is {settings.name!r}; allowed: sgd, adam, rmsprop")
+
+
+def resolve_device(name: str) -> torch.device:
+    """torch.device, after a look at whether it exists here."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"training.device is {name!r}, but this torch {torch.__version__} sees no CUDA device; use cpu"
+        )
+    return device
+
+
+class Trainer:
+    """One run: Trainer(config, dataset, folder).run(); `folder` None keeps nothing on disk."""
+
+    def __init__(self, config: Config, dataset: Dataset, folder: Path | None = None) -> None:
+        self.config, self.dataset, self.folder = config, dataset, folder
+        settings = config.training
+        if settings.epochs < 0 or settings.batch_size < 1 or settings.accumulate < 1:
+            raise ValueError("training.epochs must be >= 0, training.batch_size and training.accumulate >= 1")
+        self.device = resolve_device(settings.device)
+        if settings.precision == "fp16" and self.device.type != "cuda":
+            raise ValueError("training.precision is fp16, which needs a CUDA device; use bf16 or fp32 on the CPU")
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.hidden = models.hidden_taps(config.model.name)
+        options: dict[str, Any] = {"dropout": config.model.dropout}
+        if config.model.name == "resnet20":
+            options["norm"] = config.model.norm
+        self.description = {
+            "name": config.model.name,
+            "shape": list(dataset.shape),
+            "classes": dataset.num_classes,
+            "options": options,
+        }
+        torch.manual_seed(settings.seed)
+        self.model = models.build(config.model.name, dataset.shape, dataset.num_classes, **options).to(self.device)
+        if settings.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+        self.task = objectives.build(self.model, config.loss, self.hidden)
+        if settings.compile and isinstance(self.task, mk.MarginTask):
+            raise ValueError(
+                "training.compile is set, but torch.compile cannot follow the activation gradients of loss.kind "
+                f"{config.loss.kind} (a backward pass inside the forward): leave it off"
+            )
+        self.step_module: Any = torch.compile(self.task) if settings.compile else self.task
+        self.optimiser = build_optimiser(config, self.model.parameters())
+        self.scaler = torch.amp.GradScaler("cuda", enabled=settings.precision == "fp16")
+        self.order = torch.Generator().manual_seed(settings.seed)
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.writer = self._tensorboard()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.dataset.train) / self.config.training.batch_size)
+
+    def run(
+        self,
+        until: int | None = None,
+        tick: Callable[[int], None] = lambda steps: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> list[dict[str, Any]]:
+        """Trains up to epoch `until` (default: all) and returns one record per epoch; `tick` is told of every step and
+        `say` of every epoch."""
+        last = self.config.training.epochs if until is None else min(until, self.config.training.epochs)
+        if self.folder is not None:
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
+        while self.epoch < last:
+            record = self._epoch(tick)
+            self.epoch += 1
+            self.history.append(record)
+            self._keep(record)
+            say(describe(record, self.config.training.epochs))
+        if self.writer is not None:
+            self.writer.flush()
+        if self.folder is not None:
+            checkpoint.save_model(self.folder, self.model, self.description)
+        return self.history
+
+    def _epoch(self, tick: Callable[[int], None]) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.task.train()
+        order = torch.randperm(len(self.dataset.train), generator=self.order)
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device)
+        size = self.config.training.batch_size
+        for step, first in enumerate(range(0, len(order), size)):
+            rate = learning_rate(self.config, self.epoch + step / self.steps_per_epoch)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            loss, hits = self.step(order[first : first + size], step)
+            loss_sum += loss
+            correct += hits
+            tick(1)
+        seconds = time.perf_counter() - start
+        count = len(order)
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "lr": rate,
+            "train_loss": float(loss_sum) / count,
+            "train_accuracy": float(correct) / count,
+            "validation_accuracy": accuracy(self.model, self.dataset.validation, self.device),
+            "seconds": seconds,
+            "ms_per_step": 1000 * seconds / self.steps_per_epoch,
+        }
+        if self.config.training.distance_samples:
+            record["distance"] = self.mean_distance()
+        return record
+
+    def step(self, index: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+        """One optimiser step on the samples `index`: (loss summed over them, number classified correctly)."""
+        settings = self.config.training
+        self.optimiser.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), device=self.device)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
+        for part in index.chunk(settings.accumulate):
+            x, y = self.dataset.train.batch(part, self.device)
+            if settings.channels_last:
+                x = x.to(memory_format=torch.channels_last)
+            with torch.autocast(self.device.type, half, enabled=half is not None):
+                out = self.step_module(x, y)
+            # the task's loss is a mean over its part: weigh parts by their size, so that a shorter last one counts
+            # as its samples do
+            self.scaler.scale(out["loss"] * (len(part) / len(index))).backward()
+            loss_sum += out["loss"].detach() * len(part)
+            correct += (out["output"].argmax(1) == y).sum()
+        if not math.isfinite(float(loss_sum)):
+            raise TrainingError(self._diverged(float(loss_sum), number))
+        if settings.clip_norm is not None:
+            self.scaler.unscale_(self.optimiser)
+            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return loss_sum, correct
+
+    def _diverged(self, loss: float, step: int) -> str:
+        kept = f" The last checkpoint (epoch {self.epoch}) is kept." if self.folder is not None and self.epoch else ""
+        return (
+            f"{self.config.name}: the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}.{kept} "
+            f"Lower --optimiser.lr (now {self.optimiser.param_groups[0]['lr']:g}), set --training.clip_norm 10, "
+            "lower --loss.gamma, "
+            "or train in fp32 where a half precision was used."
+        )
+
+    def mean_distance(self) -> dict[str, float]:
+        """Mean signed distance per tap on the first `distance_samples` validation images."""
+        settings = self.config.training
+        p = math.inf if settings.distance_p == "inf" else float(settings.distance_p)
+        part = self.dataset.validation.head(settings.distance_samples)
+        mean = signed_distance(self.model, part, self.hidden, p, device=self.device).mean(0)
+        return dict(zip(tap_names(self.hidden), mean.tolist(), strict=True))
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        if self.writer is not None:
+            for key, value in row(record).items():
+                self.writer.add_scalar(key.replace(".", "/"), value, record["epoch"])
+        if self.folder is None:
+            return
+        write_csv(self.folder / "metrics.csv", [row(item) for item in self.history])
+        write_json(self.folder / "run.json", self.summary())
+        checkpoint.save_state(self.folder, self.state())
+
+    def summary(self) -> dict[str, Any]:
+        """Everything about the run but its weights."""
+        config = to_dict(self.config)
+        config["data"].pop("dir")  # a path of this machine
+        return {
+            "config": config,
+            "model": self.description,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "versions": versions(),
+            "machine": machine(self.device),
+            "history": self.history,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to go on as if nothing had happened."""
+        return {
+            "config": to_dict(self.config),
+            "epoch": self.epoch,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "order": self.order.get_state(),
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def resume(self) -> None:
+        """Continues from the folder's checkpoint; the config must be the one it was written with, but for where it
+        runs."""
+        if self.folder is None:
+            raise ValueError("resume needs the folder of the run")
+        state = checkpoint.load_state(self.folder)
+        changed = [key for key in differing(state["config"], to_dict(self.config)) if key not in RESUMABLE]
+        if changed:
+            raise checkpoint.CheckpointError(
+                f"{self.folder}: the checkpoint was written with other settings ({', '.join(changed)}); "
+                "resume with the same config, or start anew without --resume."
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["cuda_random"]:
+            torch.cuda.set_rng_state_all(state["cuda_random"])
+        self.epoch, self.history = state["epoch"], state["history"]
+
+    def _tensorboard(self) -> Any:
+        if not self.config.training.tensorboard or self.folder is None:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "training.tensorboard is set, but tensorboard is not installed: pip install tensorboard"
+            ) from error
+        return SummaryWriter(str(self.folder / "tensorboard"))
+
+
+def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu", batch_size: int = 1000) -> float:
+    """Share of `split` whose largest logit is the label, in eval mode."""
+    hits = 0
+    with eval_mode(model), torch.no_grad():
+        for x, y in split.batches(batch_size, device):
+            hits += int((model(x).argmax(1) == y).sum())
+    return hits / len(split)
+
+
+def row(record: dict[str, Any]) -> dict[str, float]:
+    """An epoch's record as flat CSV columns."""
+    flat = {key: value for key, value in record.items() if key != "distance"}
+    return {**flat, **flatten("distance", record.get("distance", {}))}
+
+
+def describe(record: dict[str, Any], epochs: int) -> str:
+    """An epoch in one line."""
+    text = (
+        f"epoch {record['epoch']}/{epochs}  loss {record['train_loss']:.4f}  train {record['train_accuracy']:.2%}  "
+        f"validation {record['validation_accuracy']:.2%}  {record['ms_per_step']:.1f} ms/step"
+    )
+    distances = ", ".join(f"{tap} {value:.3g}" for tap, value in record.get("distance", {}).items())
+    return f"{text}  distance {distances}" if distances else text
+
+
+def differing(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the entries in which two nested dicts differ."""
+    names: list[str] = []
+    for key in sorted(set(left) | set(right)):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(prefix + key)
+    return names

@@ -1,0 +1,207 @@
+"""Measurements are what their formulas say; the table, the page and the command line show the same numbers."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from margin_kernels.experiments import cli, config, data, demo, evaluate, report, table
+from margin_kernels.experiments.config import EvaluationConfig
+from margin_kernels.experiments.data import Split
+from margin_kernels.experiments.distance import signed_distance
+from margin_kernels.experiments.training import Trainer
+
+SMALL = EvaluationConfig(
+    curve=[0.0, 0.1], deepfool_samples=30, deepfool_iterations=10, distance_samples=30, steps=3, timing_repeats=2
+)
+
+
+class Linear(nn.Module):
+    """A linear classifier of 1x2x3 images whose only tap besides input and output is the flattened image."""
+
+    def __init__(self):
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.flatten(x))
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    model = Linear()
+    x = torch.rand(50, 1, 2, 3)
+    y = torch.where(torch.arange(50) % 5 == 0, torch.arange(50) % 4, model(x).argmax(1))
+    return model, Split(x, y)
+
+
+def exact(model, split, q):
+    """Literal signed distances of a linear classifier."""
+    result = []
+    for x, y in zip(split.images.flatten(1), split.labels.tolist(), strict=True):
+        z, w = model.head(x).detach(), model.head.weight.detach()
+        result.append(min(float((z[y] - z[j]) / (1e-6 + (w[y] - w[j]).norm(q))) for j in range(4) if j != y))
+    return torch.tensor(result)
+
+
+@pytest.mark.parametrize(("p", "q"), [(1.0, math.inf), (2.0, 2), (math.inf, 1)])
+def test_signed_distance_of_a_linear_classifier_is_exact(linear, p, q):
+    model, split = linear
+    distance = signed_distance(model, split, ("flatten",), p, batch_size=16)
+    torch.testing.assert_close(distance[:, 0], exact(model, split, q), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distance[:, 1], distance[:, 0], rtol=1e-5, atol=1e-7)
+    assert ((distance > 0).all(1) == (model(split.images).argmax(1) == split.labels)).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_attacked_accuracy_of_a_linear_classifier_is_exact(linear):
+    """Unclipped, FGSM on the gap moves z_j - z_y by eps ||w_j - w_y||_1 for the leading j: with two classes exactly
+    the samples within linf distance eps fall."""
+    model, split = linear
+    images = split.images * 0.2 + 0.4  # eps away from the ends of the data range, where clipping would shorten steps
+    with torch.no_grad():
+        model.head.weight[2:] = 0
+        model.head.bias[2:] = -100
+        gap = model(images)[:, 0] - model(images)[:, 1]
+        model.head.bias[0] -= gap.median()  # the boundary runs through the middle of the samples
+        logits = model(images)
+    distance = (logits[:, 0] - logits[:, 1]).abs() / (model.head.weight[0] - model.head.weight[1]).norm(1)
+    eps = float(distance.median()) + 1e-4
+    result = evaluate.at_radius(model, Split(images, logits.argmax(1)), eps, SMALL)
+    share = float((distance > eps).float().mean())
+    assert 0.3 < share < 0.7
+    for key in ("fgsm_gap", "ifgsm_gap", "worst"):
+        assert result[key] == pytest.approx(share)
+    assert result["zero_gap"] == 0
+
+
+def test_deepfool_norms_count_only_what_is_classified_correctly(linear):
+    model, split = linear
+    norms = evaluate.boundary_norms(model, split, SMALL)
+    right = model(split.images).argmax(1) == split.labels
+    distance = exact(model, split, 2)[right]
+    assert norms["deepfool"] == pytest.approx(float((1.02 * (distance + 1e-4)).mean()), rel=1e-4)
+    ratio = 1.02 * (distance + 1e-4) / split.images[right].flatten(1).norm(dim=1)
+    assert norms["rho_adv"] == pytest.approx(float(ratio.mean()), rel=1e-4)
+    assert norms["deepfool_missed"] == 0
+
+
+def test_worst_of_the_attacks_is_at_most_the_weakest_accuracy(linear):
+    model, split = linear
+    result = evaluate.evaluate(model, split, ("flatten",), SMALL)
+    for i, eps in enumerate(SMALL.curve):
+        values = [result["curves"][key][i] for key in result["curves"]]
+        if eps == 0:
+            assert values == [result["clean"]] * 4
+        else:
+            assert result["worst"] <= min(values) <= result["clean"]
+    assert list(result["distance"]) == ["input", "flatten", "output"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two evaluated runs of the command line, and its report."""
+    root = tmp_path_factory.mktemp("runs")
+    quick = ["--training.epochs", "2", "--training.distance_samples", "16", "--evaluation.curve", "[0,0.1]"]
+    quick += [
+        "--evaluation.deepfool_samples",
+        "20",
+        "--evaluation.timing_repeats",
+        "2",
+        "--evaluation.attack_samples",
+        "50",
+    ]
+    for name in ("digits_cross_entropy", "digits_large_margin_l2"):
+        assert cli.main(["train", "--config", name, "--out", str(root / name), *quick]) == 0
+    folders = [str(root / name) for name in ("digits_cross_entropy", "digits_large_margin_l2")]
+    assert cli.main(["evaluate", *folders]) == 0
+    assert cli.main(["report", *folders, "--out", str(root / "report")]) == 0
+    return root
+
+
+def test_the_page_needs_nothing_beside_itself_and_names_no_path(runs):
+    page = (runs / "report" / "index.html").read_text()
+    without_data = re.sub(r'src="data:image/svg\+xml;base64,[^"]*"', "", page)
+    assert page.count("data:image/svg+xml") == 4 + 5 + 5
+    assert not re.search(r'(src|href)="|@import|url\(|<script', without_data)
+    assert str(runs) not in page and "/home" not in page and "/tmp" not in page
+    assert '<meta name="viewport"' in page
+
+
+def test_page_json_and_csv_show_the_same_numbers(runs):
+    results = json.loads((runs / "report" / "results.json").read_text())
+    page = (runs / "report" / "index.html").read_text()
+    for model in results["models"]:
+        folder = runs / model["name"]
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert evaluation["evaluation"] == model["evaluation"]
+        assert f"{100 * model['evaluation']['clean']:.1f} %" in page
+        assert f"{model['evaluation']['distance']['input']:.3g}" in page
+    lines = (runs / "report" / "results.csv").read_text().splitlines()
+    assert len(lines) == 3 and "distance.relu3" in lines[0] and "ratio" in lines[0]
+    assert len(list((runs / "report" / "figures").glob("*.png"))) == 14
+
+
+def test_a_run_is_not_overwritten_by_accident(runs, capsys):
+    assert cli.main(["train", "--config", "digits_cross_entropy", "--out", str(runs / "digits_cross_entropy")]) == 1
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+
+
+def test_mistakes_are_answered_in_one_sentence(tmp_path, capsys):
+    assert cli.main(["train", "--data.name", "mnist", "--out", str(tmp_path)]) == 1
+    assert "mnist is read from files: pass --data-dir" in capsys.readouterr().err
+    assert cli.main(["train", "--loss.kind", "svm", "--out", str(tmp_path)]) == 1
+    assert "loss.kind is 'svm'; allowed: cross_entropy, hinge, large_margin" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(tmp_path)]) == 1
+    assert "is not the folder of a training run" in capsys.readouterr().err
+    assert cli.main(["sweep"]) == 2
+    assert "unknown command 'sweep'" in capsys.readouterr().err
+
+
+def test_print_config_shows_the_resolved_config(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--config", "digits_large_margin_l2", "--loss.gamma", "3", "--print_config"])
+    printed = capsys.readouterr().out
+    assert "gamma: 3.0" in printed and "name: digits_large_margin_l2" in printed
+
+
+def test_gamma_is_chosen_by_attacked_accuracy_among_the_accurate():
+    scores = [(0.97, 0.5), (0.965, 0.8), (0.90, 0.9)]
+    assert demo.choose(scores, floor=0.965) == 1
+    assert demo.choose(scores, floor=0.97) == 0
+    assert demo.choose(scores, floor=0.99) == 0  # none is accurate enough: the most accurate
+
+
+def test_steps_are_timed_on_fresh_networks():
+    dataset = data.load("digits")
+    base = config.parse(["--training.batch_size", "16"])
+    hinge = replace(base, loss=config.LossConfig(kind="hinge"))
+    timed = evaluate.time_steps(base, {"same": base, "hinge": hinge}, dataset, repeats=3)
+    for result in timed.values():
+        assert result["ms_per_step"] > 0 and result["baseline_ms_per_step"] > 0 and result["ratio"] > 0
+
+
+def test_best_values_are_marked_by_what_is_printed(linear):
+    model, split = linear
+    evaluation = evaluate.evaluate(model, split, ("flatten",), SMALL)
+    models = [{"label": label, "evaluation": dict(evaluation)} for label in ("a", "b", "c")]
+    models[1]["evaluation"]["clean"] = evaluation["clean"] + 1e-5  # prints the same
+    models[2]["evaluation"]["clean"] = evaluation["clean"] - 0.1
+    (accuracy, *_) = table.sections(models)
+    assert table.best(accuracy.rows[0], models) == {0, 1}
+    assert report.tuning_cell("m", 1.5) == "1.5" and report.tuning_cell("clean", 0.9751) == "97.5 %"
+
+
+def test_evaluating_leaves_the_network_trainable():
+    trainer = Trainer(config.parse(["--training.epochs", "1", "--training.distance_samples", "0"]), data.load("digits"))
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.model.train()
+    evaluate.evaluate(trainer.model, trainer.dataset.test.head(20), trainer.hidden, SMALL)
+    assert trainer.model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

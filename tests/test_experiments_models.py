@@ -1,0 +1,89 @@
+"""Networks: the papers' sizes, readable taps, and a last hidden tap that is the head's own input."""
+
+import pytest
+import torch
+from torch import nn
+
+from margin_kernels.experiments import models
+
+SHAPES = {"digits_cnn": (1, 8, 8), "resnet20": (3, 32, 32)}
+
+
+def network(name, shape=None, **options):
+    torch.manual_seed(0)
+    return models.build(name, shape or SHAPES.get(name, (1, 28, 28)), 10, **options)
+
+
+def outputs(model, x):
+    """Every module's output by name, and the input tensor of the head."""
+    seen = {}
+    handles = [
+        module.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, (i[0], o)))
+        for name, module in model.named_modules()
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_the_last_hidden_tap_is_the_input_tensor_of_a_linear_head(name):
+    model = network(name)
+    seen = outputs(model, torch.rand(2, *SHAPES.get(name, (1, 28, 28))))
+    assert isinstance(model.head, nn.Linear)
+    assert seen["head"][0] is seen[models.hidden_taps(name)[-1]][1]
+    assert seen["head"][1] is seen[""][1]  # and the head's output is the logits
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        # weights and biases counted from the definitions in PAPERS.md
+        ("mnist_cnn", 32 * 26 + 64 * 801 + 512 * 3137 + 512 * 513 + 10 * 513),
+        ("lenet5", 32 * 26 + 64 * 801 + 512 * 3137 + 10 * 513),
+        ("lenet", 20 * 26 + 50 * 501 + 500 * 801 + 10 * 501),
+        ("mlp800", 800 * 785 + 800 * 801 + 10 * 801),
+        ("mlp1000", 1000 * 785 + 2 * 1000 * 1001 + 10 * 1001),
+        # 19 convolutions without biases, two numbers per normalised channel, the head: option-A shortcuts have none
+        (
+            "resnet20",
+            9 * (3 * 16 + 6 * 16**2 + 16 * 32 + 5 * 32**2 + 32 * 64 + 5 * 64**2) + 2 * (7 * 16 + 6 * 96) + 650,
+        ),
+    ],
+)
+def test_networks_have_the_size_of_their_definition(name, parameters):
+    assert sum(p.numel() for p in network(name).parameters()) == parameters
+
+
+def test_mnist_cnn_also_takes_cifar_images():
+    assert network("mnist_cnn", (3, 32, 32)).fc3.in_features == 64 * 8 * 8
+
+
+def test_a_tap_after_the_pool_has_the_gradient_norm_of_the_one_before():
+    model = network("mnist_cnn")
+    seen = outputs(model, torch.rand(4, 1, 28, 28))
+    before, after = seen["relu1"][1], seen["pool1"][1]
+    gap = (seen["head"][1][:, 3] - seen["head"][1][:, 5]).sum()
+    for p in (1, 2, float("inf")):
+        norms = [g.flatten(1).norm(p, 1) for g in torch.autograd.grad(gap, (before, after), retain_graph=True)]
+        torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=0)
+
+
+def test_group_norm_does_not_couple_samples_and_batch_norm_does():
+    x = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    group, batch = network("resnet20", norm="group").train(), network("resnet20", norm="batch").train()
+    torch.testing.assert_close(group(x)[:2], group(x[:2]), rtol=1e-4, atol=1e-5)
+    assert (batch(x)[:2] - batch(x[:2])).abs().max() > 1e-2
+
+
+def test_dropout_stands_only_where_it_is_asked_for():
+    assert not any(isinstance(m, nn.Dropout) for name in models.MODELS for m in network(name).modules())
+    assert [m.p for m in network("mnist_cnn", dropout=0.2).modules() if isinstance(m, nn.Dropout)] == [0.2, 0.2]
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"model.name is 'vgg'; allowed: digits_cnn, mnist_cnn"):
+        models.build("vgg", (1, 8, 8), 10)
+    with pytest.raises(ValueError, match=r"model.norm is 'layer'; allowed: batch, group"):
+        network("resnet20", norm="layer")

@@ -1,0 +1,251 @@
+"""Training is repeatable, resumes bit for bit, records what it did, and stops with a reason."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from margin_kernels.experiments import checkpoint, config, data, objectives, records
+from margin_kernels.experiments.data import Dataset, Split
+from margin_kernels.experiments.training import Trainer, TrainingError, build_optimiser, learning_rate
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """160 training and 60 validation digits: enough for every code path, fast enough for every test."""
+    whole = data.load("digits")
+    return Dataset("digits", whole.train.head(160), whole.validation.head(60), whole.test.head(60), 10, (1, 8, 8), ())
+
+
+def settings(*arguments):
+    base = ["--training.epochs", "4", "--training.batch_size", "48", "--training.distance_samples", "16"]
+    return config.parse([*base, *arguments])
+
+
+MARGIN = ("--loss.kind", "large_margin", "--loss.top_k", "2", "--loss.gamma", "[0.5,1,2,4,4]")
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def without_time(history):
+    return [{k: v for k, v in record.items() if k not in ("seconds", "ms_per_step")} for record in history]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--model.dropout", "0.3", "--schedule.name", "cosine"),
+        (
+            *MARGIN,
+            "--optimiser.name",
+            "sgd",
+            "--optimiser.lr",
+            "0.05",
+            "--schedule.name",
+            "step",
+            "--schedule.milestones",
+            "[3]",
+        ),
+        ("--loss.kind", "hinge", "--optimiser.name", "rmsprop", "--training.precision", "bf16"),
+    ],
+)
+def test_two_epochs_resume_and_two_more_are_bitwise_four(digits, tmp_path, arguments):
+    straight = Trainer(settings(*arguments), digits)
+    straight.run()
+    first = Trainer(settings(*arguments), digits, tmp_path)
+    first.run(until=2)
+    torch.manual_seed(12345)  # another process has another random state
+    second = Trainer(settings(*arguments), digits, tmp_path)
+    second.resume()
+    second.run()
+    assert torch.equal(weights(straight), weights(second))
+    assert without_time(straight.history) == without_time(second.history)
+    assert not torch.equal(weights(first), weights(second))
+    loaded, _ = checkpoint.load_model(tmp_path)
+    assert torch.equal(torch.cat([p.flatten() for p in loaded.parameters()]), weights(second))
+
+
+def test_the_seed_decides_weights_and_order(digits):
+    runs = [Trainer(settings("--training.seed", str(seed)), digits) for seed in (1, 1, 2)]
+    for run in runs:
+        run.run(until=1)
+    assert torch.equal(weights(runs[0]), weights(runs[1]))
+    assert not torch.equal(weights(runs[0]), weights(runs[2]))
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(digits):
+    index = torch.arange(47)  # 47 = 16 + 16 + 15: parts of different size
+    whole, parts = (Trainer(settings("--training.accumulate", n), digits) for n in ("1", "3"))
+    losses = [float(trainer.step(index)[0]) for trainer in (whole, parts)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_the_gradient(digits):
+    trainer = Trainer(settings("--training.clip_norm", "0.01"), digits)
+    trainer.step(torch.arange(40))
+    norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
+    assert float(norm) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_learning_lowers_the_loss_and_raises_the_accuracy(digits):
+    for arguments in ((), ("--loss.kind", "hinge"), MARGIN):
+        options = ("--training.epochs", "8", "--training.batch_size", "16", "--optimiser.lr", "0.003")
+        history = Trainer(settings(*arguments, *options), digits).run()
+        assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
+        assert history[-1]["validation_accuracy"] > 0.7
+
+
+def test_distances_are_recorded_for_cross_entropy_too(digits):
+    (record,) = Trainer(settings("--training.epochs", "1"), digits).run()
+    assert list(record["distance"]) == ["input", "relu1", "pool2", "relu3", "output"]
+    assert all(math.isfinite(value) for value in record["distance"].values())
+
+
+def test_measuring_distances_does_not_change_training(digits):
+    measured = []
+    for samples in ("0", "16"):
+        trainer = Trainer(settings("--training.distance_samples", samples, "--model.dropout", "0.5"), digits)
+        trainer.run(until=2)
+        measured.append(weights(trainer))
+    assert torch.equal(*measured)
+
+
+def test_a_diverging_run_stops_with_advice_and_keeps_the_checkpoint(digits, tmp_path):
+    trainer = Trainer(settings("--optimiser.name", "sgd"), digits, tmp_path)
+    trainer.run(until=1)
+    kept = (tmp_path / "checkpoint.pt").read_bytes()
+    with torch.no_grad():
+        trainer.model.head.bias.fill_(math.nan)
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan at epoch 2, step 1. The last checkpoint \(epoch 1\) is kept"
+    ):
+        trainer.run()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == kept
+
+
+def test_records_hold_every_epoch_the_config_and_no_path(digits, tmp_path):
+    cfg = settings("--data.dir", str(tmp_path))
+    Trainer(cfg, digits, tmp_path / "run").run(until=2)
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [row["epoch"] for row in rows] == ["1", "2"] and float(rows[1]["distance.input"])
+    assert run["history"][1]["train_loss"] == pytest.approx(float(rows[1]["train_loss"]))
+    assert run["versions"]["torch"] == torch.__version__ and run["config"]["loss"]["kind"] == "cross_entropy"
+    assert str(tmp_path) not in (tmp_path / "run" / "run.json").read_text()
+    assert config.parse(["--config", str(tmp_path / "run" / "config.yaml")]) == cfg
+
+
+def test_resume_refuses_another_config_and_a_broken_file(digits, tmp_path):
+    Trainer(settings(), digits, tmp_path).run(until=1)
+    other = Trainer(settings("--optimiser.lr", "0.5", "--training.seed", "3"), digits, tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match=r"other settings \(optimiser.lr, training.seed\)"):
+        other.resume()
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint.pt: not a readable checkpoint"):
+        Trainer(settings(), digits, tmp_path).resume()
+    path.unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="nothing to resume"):
+        Trainer(settings(), digits, tmp_path).resume()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    records.write_text(path, "old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        records.write_atomic(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_holds_no_nan(tmp_path):
+    records.write_json(tmp_path / "x.json", {"a": [1.0, math.nan], "b": {"c": math.inf}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.0, None], "b": {"c": None}}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"name": "constant"}, [1, 1, 1]),
+        ({"name": "cosine"}, [1, 0.5 * (1 + math.cos(math.pi * 0.3)), 0.5]),
+        ({"name": "step", "milestones": [3, 5], "factor": 0.1}, [1, 0.1, 0.01]),
+        ({"name": "exponential", "factor": 0.5}, [1, 0.125, 1 / 32]),
+        ({"name": "constant", "warmup": 6}, [0, 0.5, 5 / 6]),
+    ],
+)
+def test_schedules_follow_their_formulas(schedule, expected):
+    cfg = replace(
+        config.Config(),
+        optimiser=config.OptimiserConfig(lr=1.0),
+        schedule=config.ScheduleConfig(**schedule),
+        training=config.TrainingConfig(epochs=10),
+    )
+    assert [learning_rate(cfg, epoch) for epoch in (0, 3, 5)] == pytest.approx(expected)
+
+
+def test_hinge_is_the_literal_formula():
+    logits = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).double().requires_grad_(True)
+    target = torch.arange(9) % 5
+    literal = sum(
+        max(0.0, 1 + max(float(z[j] - z[y]) for j in range(5) if j != y))
+        for z, y in zip(logits.detach(), target.tolist(), strict=True)
+    )
+    assert objectives.hinge(logits, target).item() == pytest.approx(literal / 9)
+    assert torch.autograd.gradcheck(lambda z: objectives.hinge(z, target), logits)
+
+
+def test_large_margin_without_margin_weight_trains_as_cross_entropy(digits):
+    plain = Trainer(settings(), digits)
+    margin = Trainer(settings(*MARGIN, "--loss.margin_weight", "0"), digits)
+    for trainer in (plain, margin):
+        trainer.run(until=1)
+    torch.testing.assert_close(weights(plain), weights(margin), rtol=1e-3, atol=1e-5)
+
+
+def test_layer_names_are_expanded_and_losses_chosen_by_name():
+    assert objectives.layers(["input", "hidden", "output"], ("a", "b")) == ("input", "a", "b", "output")
+    with pytest.raises(ValueError, match=r"loss.kind is 'svm'; allowed: cross_entropy, hinge, large_margin"):
+        objectives.build(nn.Linear(2, 2), config.LossConfig(kind="svm"), ())
+    task = objectives.build(nn.Linear(3, 4), config.LossConfig(), ())
+    x, y = torch.rand(5, 3), torch.tensor([0, 1, 2, 3, 0])
+    out = task(x, y)
+    assert torch.equal(out["loss"], F.cross_entropy(task.model(x), y)) and torch.equal(out["output"], task.model(x))
+
+
+def test_settings_that_cannot_run_here_say_so(digits):
+    with pytest.raises(ValueError, match=r"fp16, which needs a CUDA device"):
+        Trainer(settings("--training.precision", "fp16"), digits)
+    with pytest.raises(ValueError, match=r"training.compile is set, but torch.compile cannot follow"):
+        Trainer(settings(*MARGIN, "--training.compile", "true"), digits)
+    with pytest.raises(ValueError, match=r"optimiser.name is 'lion'"):
+        build_optimiser(replace(config.Config(), optimiser=config.OptimiserConfig(name="lion")), [torch.zeros(1)])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees no CUDA device; use cpu"):
+            Trainer(settings("--training.device", "cuda"), digits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_runs_on_the_gpu(digits, precision):
+    trainer = Trainer(settings(*MARGIN, "--training.device", "cuda", "--training.precision", precision), digits)
+    history = trainer.run()
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_batches_of_a_split_cover_it_in_order():
+    split = Split(torch.arange(10).view(10, 1, 1, 1).float(), torch.arange(10))
+    assert torch.cat([y for _, y in split.batches(4)]).tolist() == list(range(10))
