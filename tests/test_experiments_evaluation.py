@@ -72,7 +72,7 @@ def test_attacked_accuracy_of_a_linear_classifier_is_exact(linear):
         model.head.bias[0] -= gap.median()  # the boundary runs through the middle of the samples
         logits = model(images)
     distance = (logits[:, 0] - logits[:, 1]).abs() / (model.head.weight[0] - model.head.weight[1]).norm(1)
-    eps = float(distance.median()) + 1e-4
+    eps = distance.median().item() + 1e-4
     result = evaluate.at_radius(model, Split(images, logits.argmax(1)), eps, SMALL)
     share = float((distance > eps).float().mean())
     assert 0.3 < share < 0.7
