@@ -1,6 +1,6 @@
 """The quoted figures of the ops on the CPU: interleaved rounds, ratios, shares of the copy bandwidth.
 
-    python benchmarks/kernels.py --out benchmarks/results/kernels_cpu.json
+python benchmarks/kernels.py --out benchmarks/results/kernels_cpu.json
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Whole training steps of mnist_cnn against their time floor and against cross-entropy.
 
-    step   forward, loss, backward, SGD with momentum; batch 128; taps at the input and the four hidden layers
-    floor  the cross-entropy step + k activation-only backward passes, each timed alone in the same run
-    ratio  to the cross-entropy step of the same run; by FLOPs (k + 3) / 3
+step   forward, loss, backward, SGD with momentum; batch 128; taps at the input and the four hidden layers
+floor  the cross-entropy step + k activation-only backward passes, each timed alone in the same run
+ratio  to the cross-entropy step of the same run; by FLOPs (k + 3) / 3
 
-    python benchmarks/step.py --out benchmarks/results/step_cpu.json
+python benchmarks/step.py --out benchmarks/results/step_cpu.json
 """
 
 import argparse
