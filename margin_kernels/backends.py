@@ -7,6 +7,7 @@ The environment variable MARGIN_KERNELS_BACKEND replaces "auto", never a backend
 import importlib
 import os
 import pkgutil
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -60,6 +61,9 @@ def _built_for() -> str | None:
 
 
 EXTENSION, EXTENSION_ERROR = _load_extension()
+if EXTENSION_ERROR is not None and "was not built" not in EXTENSION_ERROR:
+    # Built, but not for what runs here. Without it all works, slower: said once, at import, with the remedy.
+    warnings.warn(f"falling back to the reference implementation: {EXTENSION_ERROR}", RuntimeWarning, stacklevel=3)
 
 
 def why_not(backend: str, op: str, tensors: Sequence[Tensor]) -> str | None:

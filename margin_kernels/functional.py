@@ -21,7 +21,7 @@ Layerwise = float | Sequence[float] | Tensor
 class Competitors(NamedTuple):
     """What `competitors` returns: index [N, k] int64, gap [N, k], nll [N]."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
     gap: Tensor
     nll: Tensor
 
