@@ -1,9 +1,9 @@
 // Edges of an autograd graph that nobody reads.
 //
-// To measure the gradient at the model's input (or behind a frozen stem), the task gives a tensor that needs no gradient
-// a source node in the graph. Every later backward would then compute that gradient again and drop it: for the 5x5
-// convolution of mnist_cnn a tenth of the whole step. After the passes the edges that lead to the sources are reset, and
-// the layers skip the computation as they do for any input that needs no gradient.
+// To measure the gradient at the model's input (or behind a frozen stem), the task gives a tensor that needs no
+// gradient a source node in the graph. Every later backward would then compute that gradient again and drop it: for the
+// 5x5 convolution of mnist_cnn a tenth of the whole step. After the passes the edges that lead to the sources are
+// reset, and the layers skip the computation as they do for any input that needs no gradient.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,6 @@
 """Losses as nn.Module.
 
-LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),   d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])   (MATH.md 4)
+LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),   d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])
 """
 
 from __future__ import annotations

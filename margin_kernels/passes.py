@@ -1,4 +1,4 @@
-"""Norms of the class-difference gradients, D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q  (MATH.md 2 and 9).
+"""Norms of the class-difference gradients, D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q .
 
 One backward pass of the DIFFERENCE per competitor gives every tap at once; naming the taps as `inputs` prunes the
 weight gradients. The norms are taken right after each pass and the gradients dropped: at most one set of tap gradients
@@ -156,7 +156,7 @@ def difference_norms(
     second_order  True: D is differentiable in the parameters (create_graph), else a constant
     passes        "auto" or "loop": one activation-only backward pass per competitor
     Returns [N,k,L], fp32 (fp64 for fp64). Raises ValueError for a tap outside the graph of the logits, a tap whose
-    first dimension is not N, and reentrant checkpointing. Source: Elsayed et al. 2018, eq. 7; MATH.md section 2.
+    first dimension is not N, and reentrant checkpointing. Source: Elsayed et al. 2018, eq. 7.
     """
     check_passes(passes)
     plan = make_plan(captured, space, dual_exponent(p), layer_scale)

@@ -153,7 +153,9 @@ def test_an_extension_built_for_another_torch_is_named_with_the_remedy():
         "print(mk.functional.competitors(torch.eye(3), torch.tensor([0, 1, 2])).nll)"
     )
     version = torch.__version__.split("+")[0]
-    assert f"margin_kernels._C was built for torch {version} and this is torch 9.9.9: reinstall with 'pip install" in out
+    assert (
+        f"margin_kernels._C was built for torch {version} and this is torch 9.9.9: reinstall with 'pip install" in out
+    )
     assert "0.5514" in out  # the reference still runs
 
 

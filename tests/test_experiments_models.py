@@ -39,7 +39,7 @@ def test_the_last_hidden_tap_is_the_input_tensor_of_a_linear_head(name):
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        # weights and biases counted from the definitions in PAPERS.md
+        # weights and biases counted by hand from the definitions
         ("mnist_cnn", 32 * 26 + 64 * 801 + 512 * 3137 + 512 * 513 + 10 * 513),
         ("lenet5", 32 * 26 + 64 * 801 + 512 * 3137 + 10 * 513),
         ("lenet", 20 * 26 + 50 * 501 + 500 * 801 + 10 * 501),

@@ -43,7 +43,7 @@ def q_norm(g: Tensor, p: float) -> Tensor:
 
 
 def oracle(loss: LargeMarginLoss, net: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
-    """MATH.md sections 1 to 4, one sample, one competitor and one layer at a time."""
+    """The definition of the loss, one sample, one competitor and one layer at a time."""
     per_sample = [oracle_sample(loss, net, x[n : n + 1], int(y[n])) for n in range(len(y))]
     total = torch.stack(per_sample)
     return {"mean": total.mean(), "sum": total.sum(), "none": total}[loss.reduction]

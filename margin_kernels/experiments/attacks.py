@@ -1,5 +1,4 @@
-"""White-box l_inf attacks on a batch: FGSM, IFGSM, PGD, on the gradient of cross-entropy or of the logit gap
-(MATH.md section 8).
+"""White-box l_inf attacks on a batch: FGSM, IFGSM, PGD, on the gradient of cross-entropy or of the logit gap.
 
     FGSM    x' = clip(x + eps sign(grad_x J(x)))
     IFGSM   x <- clip(project(x + alpha sign(grad_x J(x)))), steps >= eps/alpha times; project: onto |x - x_0| <= eps

@@ -1,4 +1,4 @@
-"""Signed distance to the nearest decision boundary at every tap, measured on any model (MATH.md section 3; [E]
+"""Signed distance to the nearest decision boundary at every tap, measured on any model ([E]
 appendix B.2).
 
     d[n, l] = min over j != y of (z_y - z_j) / (eps + ||grad_{h_l} (z_y - z_j)||_q)        positive = classified

@@ -1,5 +1,4 @@
-"""What a trained network is worth: accuracy, clean and attacked, and distances to the decision boundary (MATH.md
-section 8).
+"""What a trained network is worth: accuracy, clean and attacked, and distances to the decision boundary.
 
 accuracy under attack   share of ALL samples that are classified correctly at the attacked image, clipped to [0, 1]
 worst                   share of samples that no attack of the table moves over the boundary

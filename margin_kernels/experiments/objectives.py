@@ -1,7 +1,7 @@
 """What is minimised: one module per run that maps a batch to its loss and logits, chosen by name.
 
     cross_entropy   mean_n logsumexp_i z_ni - z_ny
-    hinge           mean_n max(0, 1 + max_{j != y} z_nj - z_ny)        the multi-class hinge of [M], MATH.md section 5
+    hinge           mean_n max(0, 1 + max_{j != y} z_nj - z_ny)        the multi-class hinge of [M]
     large_margin    LargeMarginLoss over named taps [E]
 
 A new loss is one entry of OBJECTIVES.

@@ -1,0 +1,57 @@
+# On a fresh machine with Python 3.11+ and a C++ compiler one command does everything: each target depends on `install`.
+#
+#   make demo     trains five losses on scanned digits and writes demo/report.html
+#   make test     the tests                 make bench    every benchmark, few rounds
+#   make lint     ruff, mypy, clang-format  make cpptest  the C++ library and its tests
+#
+# PYTHON  the interpreter for .venv          TORCH  what to install as torch, e.g. TORCH="torch==2.12.*"
+PYTHON ?= python3
+TORCH ?= torch==2.13.*
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: install demo test bench lint format cpptest clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*.* python/*.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=70" wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[experiments,test,dev]"
+	$(BIN)/python -m margin_kernels.info
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/margin-kernels demo --out demo $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest $(TESTS)
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-min-rounds=1 --benchmark-max-time=0.01 \
+	    --benchmark-warmup=off --benchmark-columns=median,ops,rounds --benchmark-sort=name -q
+	$(BIN)/python benchmarks/kernels.py --quick --out build/bench/kernels.json
+	$(BIN)/python benchmarks/step.py --quick --out build/bench/step.json
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+# CUDA_CHECK=ON also compiles the device code with nvcc, without a GPU; SANITIZE=ON uses AddressSanitizer and UBSan.
+cpptest: install
+	cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -DMARGIN_KERNELS_CUDA_CHECK=$(or $(CUDA_CHECK),OFF) -DMARGIN_KERNELS_SANITIZE=$(or $(SANITIZE),OFF)
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure
+
+clean:
+	rm -rf build dist *.egg-info margin_kernels/_C*.so margin_kernels/_build.py

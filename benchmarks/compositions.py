@@ -1,0 +1,29 @@
+"""What the ops are measured against: the same quantities composed of PyTorch's own operations."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from margin_kernels.passes import dual_exponent
+
+
+def masked_topk(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """index, gap and mean cross-entropy as one would write them: cross_entropy, a masked topk, two gathers."""
+    loss = cross_entropy(logits, target)
+    label = target.unsqueeze(1)
+    index = logits.detach().scatter(1, label, -math.inf).topk(k, dim=1).indices
+    return index, logits.gather(1, index) - logits.gather(1, label), loss
+
+
+def vector_norms(gradients: list[Tensor], p: float) -> Tensor:
+    """[N, L]: one torch.linalg.vector_norm per layer."""
+    q = dual_exponent(p)
+    return torch.stack([torch.linalg.vector_norm(g.flatten(1), q, dim=1, dtype=torch.float32) for g in gradients], 1)
+
+
+def hinge(gap: Tensor, norm: Tensor, gamma: float, eps: float = 1e-6) -> Tensor:
+    """mean over layers of max_j max(gamma - d, 0), [N]."""
+    distance = -gap.unsqueeze(-1) / (eps + norm)
+    return (gamma - distance).clamp(min=0).amax(dim=1).mean(dim=1)

@@ -1,0 +1,69 @@
+"""Interleaved timing: every round runs all competitors in a new random order; a figure is a ratio of medians."""
+
+import datetime
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import margin_kernels
+from margin_kernels import backends
+
+
+def interleaved(
+    competitors: Mapping[str, Callable[[], Any]], rounds: int, inner: int = 1, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds per call of each competitor over `rounds` rounds of `inner` calls."""
+    order = list(competitors)
+    generator = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for name in order:
+        for _ in range(warmup):
+            competitors[name]()
+    for _ in range(rounds):
+        generator.shuffle(order)
+        for name in order:
+            call = competitors[name]
+            start = time.perf_counter()
+            for _ in range(inner):
+                call()
+            times[name].append((time.perf_counter() - start) / inner)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """Machine, date, versions and commit of a run."""
+    extension = backends.EXTENSION.build_info() if backends.EXTENSION is not None else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "margin_kernels": margin_kernels.__version__,
+        "extension": extension,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
