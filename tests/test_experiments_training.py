@@ -249,3 +249,12 @@ def test_training_runs_on_the_gpu(digits, precision):
 def test_batches_of_a_split_cover_it_in_order():
     split = Split(torch.arange(10).view(10, 1, 1, 1).float(), torch.arange(10))
     assert torch.cat([y for _, y in split.batches(4)]).tolist() == list(range(10))
+
+
+def test_a_run_can_start_from_the_weights_of_another(digits, tmp_path):
+    first = Trainer(settings(), digits, tmp_path / "first")
+    first.run(until=1)
+    second = Trainer(settings("--model.initial", str(tmp_path / "first"), *MARGIN, "--training.seed", "7"), digits)
+    assert torch.equal(weights(first), weights(second))
+    with pytest.raises(ValueError, match=r"model\.initial: .* holds .*digits_cnn.*, and this run trains .*mlp800"):
+        Trainer(settings("--model.initial", str(tmp_path / "first"), "--model.name", "mlp800"), digits)

@@ -49,11 +49,13 @@ class ModelConfig:
         name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000 or resnet20
         dropout: probability in front of each fully connected layer but the first
         norm: batch or group, for resnet20
+        initial: folder of a trained run whose weights are the first ones, or null for random ones
     """
 
     name: str = "digits_cnn"
     dropout: float = 0.0
     norm: Literal["batch", "group"] = "batch"
+    initial: str | None = None
 
 
 @dataclass

@@ -100,6 +100,8 @@ class Trainer:
         self.model = models.build(config.model.name, dataset.shape, dataset.num_classes, **options).to(self.device)
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
+        if config.model.initial is not None:
+            self._start_from(Path(config.model.initial))
         self.task = objectives.build(self.model, config.loss, self.hidden)
         if settings.compile and isinstance(self.task, mk.MarginTask):
             raise ValueError(
@@ -113,6 +115,13 @@ class Trainer:
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.writer = self._tensorboard()
+
+    def _start_from(self, folder: Path) -> None:
+        """The weights of another run, which must have trained the same network."""
+        model, description = checkpoint.load_model(folder)
+        if description != self.description:
+            raise ValueError(f"model.initial: {folder} holds {description}, and this run trains {self.description}")
+        self.model.load_state_dict(model.state_dict())
 
     @property
     def steps_per_epoch(self) -> int:
