@@ -1,0 +1,87 @@
+"""The README's tables, as Markdown, from benchmarks/results/: python benchmarks/tables.py"""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def where(environment: dict) -> str:
+    return (
+        f"{environment['processor']}, torch {environment['torch']}, {environment['date']}, "
+        f"commit {environment['commit']}"
+    )
+
+
+def dual_norm(run: dict) -> str:
+    """Share of one core's copy bandwidth, ours / torch.linalg.vector_norm."""
+    ps = ["1", "2", "3", "4", "inf"]
+    rows: dict[tuple, dict[str, str]] = {}
+    for cell in run["dual_norm"]:
+        key = (cell["dtype"], f"{cell['length']:,}")
+        rows.setdefault(key, {})[str(cell["p"])] = f"{100 * cell['share']:.0f} / {100 * cell['torch_share']:.0f}"
+    ordered = sorted(rows.items(), key=lambda item: item[0][0], reverse=True)
+    return table(
+        ["dtype", "elements per row", *(f"p = {p}" for p in ps)],
+        [[*key, *(cells[p] for p in ps)] for key, cells in ordered],
+    )
+
+
+def competitors(run: dict) -> str:
+    rows = [
+        [
+            f"{cell['n']} x {cell['classes']}",
+            cell["dtype"],
+            str(cell["threads"]),
+            str(cell["k"]),
+            f"{cell['milliseconds']:.1f}",
+            f"{cell['to_cross_entropy']:.2f}",
+            f"{cell['to_eager']:.2f}",
+        ]
+        for cell in run["competitors"]
+    ]
+    return table(["N x C", "dtype", "threads", "k", "ms", "to cross_entropy", "to eager composition"], rows)
+
+
+def steps(run: dict) -> str:
+    rows = []
+    for part in run["time"]:
+        for cell in part["steps"]:
+            rows.append(
+                [
+                    str(part["threads"]),
+                    {"auto": "compiled", "reference": "reference"}[cell["backend"]],
+                    str(cell["k"]),
+                    str(cell["p"]),
+                    f"{cell['milliseconds']:.0f}",
+                    f"{cell['to_floor']:.2f}",
+                    f"{cell['to_cross_entropy']:.2f}",
+                    f"{cell['floor_to_cross_entropy']:.2f}",
+                    f"{cell['by_flops']:.2f}",
+                ]
+            )
+    head = ["threads", "ops", "k", "p", "ms", "to its floor", "to cross-entropy", "floor to cross-entropy", "by FLOPs"]
+    return table(head, rows)
+
+
+def overhead(run: dict) -> str:
+    return table(["call", "microseconds"], [[n, f"{v:.1f}"] for n, v in run["overhead_microseconds"].items()])
+
+
+def main() -> None:
+    for name, parts in (("kernels_cpu", (dual_norm, competitors, overhead)), ("step_cpu", (steps,))):
+        run = json.loads((RESULTS / f"{name}.json").read_text())
+        print(f"## {name}.json: {where(run['environment'])}\n")
+        for part in parts:
+            print(part(run), "\n")
+        if "memory" in run:
+            print(json.dumps(run["memory"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
