@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from margin_kernels.passes import dual_exponent
+from margin_kernels.reference.dual_norm import dual_exponent
 
 
 def masked_topk(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,6 @@ and the pass of deeper taps starts at h with the rows c W, which spares the head
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .reference.dual_norm import dual_exponent
 from .taps import Captured, Tap, same_edge
 
 PASSES = ("auto", "loop")
@@ -32,11 +32,6 @@ def check_passes(passes: str) -> str:
     if passes not in PASSES:
         raise ValueError(f'passes must be one of "auto", "loop", got {passes!r} ("split" is not available yet)')
     return passes
-
-
-def dual_exponent(p: float) -> float:
-    """q = p / (p - 1), the exponent of the dual norm; inf for p = 1, 1 for p = inf."""
-    return math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
 
 
 class Source(NamedTuple):
