@@ -165,7 +165,7 @@ MK_FN f32x16 simd_sqrt(f32x16 v) {
 MK_FN f32x16 exp_nonpositive(f32x16 x) {
   const f32x16 shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const f32x16 t = x * 1.44269504088896341f + shift;
-  const i32x16 n = (i32x16)t - (i32x16)shift;
+  const u32x16 n = (u32x16)t - (u32x16)shift;  // wraps for a negative n, and far below the range, where 0 is returned
   const f32x16 nf = t - shift;
   const f32x16 r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;
   f32x16 y = splat(1.0f / 5040);
@@ -176,7 +176,7 @@ MK_FN f32x16 exp_nonpositive(f32x16 x) {
   y = y * r + 0.5f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  const f32x16 result = (f32x16)((i32x16)y + (n << 23));
+  const f32x16 result = (f32x16)((u32x16)y + (n << 23));
   return x < -87.3f ? f32x16{} : result;
 }
 MK_FN f64x8 exp_nonpositive(f64x8 x) {
@@ -189,7 +189,7 @@ MK_FN f64x8 exp_nonpositive(f64x8 x) {
 MK_FN f64x8 simd_power(f64x8 x, double q) {
   const i64x8 bits = (i64x8)x;
   i64x8 exponent = (bits - 0x3fe6a09e667f3bcdll) >> 52;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
-  const f64x8 m = (f64x8)(bits - (exponent << 52));
+  const f64x8 m = (f64x8)((u64x8)bits - ((u64x8)exponent << 52));
   const f64x8 s = (m - 1.0) / (m + 1.0), s2 = s * s;
   f64x8 series = splat(1.0 / 19);
   for (int k = 17; k >= 1; k -= 2) series = series * s2 + 1.0 / k;
@@ -197,11 +197,11 @@ MK_FN f64x8 simd_power(f64x8 x, double q) {
   const f64x8 y = log2 * q;
   const f64x8 shift = splat(6755399441055744.0);
   const f64x8 t = y + shift;
-  const i64x8 n = (i64x8)t - (i64x8)shift;
+  const u64x8 n = (u64x8)t - (u64x8)shift;
   const f64x8 r = (y - (t - shift)) * 0.693147180559945309;
   f64x8 e = splat(1.0);
   for (int k = 12; k >= 1; --k) e = e * r * (1.0 / k) + 1.0;
-  const f64x8 result = (f64x8)((i64x8)e + (n << 52));
+  const f64x8 result = (f64x8)((u64x8)e + (n << 52));
   return (y > -1000.0) & (x > 0.0) ? result : f64x8{};
 }
 

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -51,6 +52,36 @@ void a_hinge_on_the_distance() {
   EXPECT_NEAR(gradient(loss.sum(), gap).item<double>(), 0.5, 1e-15);
 }
 
+// Row lengths around every vector width and unrolling, each tensor exactly as long as its rows: a step beyond a row is
+// a step beyond the allocation, which AddressSanitizer sees.
+void every_row_length_stays_inside_and_agrees_with_aten() {
+  for (const auto type : {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf}) {
+    const double tolerance = type == at::kDouble ? 1e-12 : 2e-6;
+    for (int64_t length = 2; length <= 140; length += length < 70 ? 1 : 7) {
+      const Tensor row = at::randn({1, length}).to(type).requires_grad_();
+      const Tensor wide = row.detach().to(at::kDouble).requires_grad_();
+      const Tensor target = at::tensor({length / 2});
+      for (const int64_t k : {int64_t{1}, std::min<int64_t>(3, length - 1), length - 1}) {
+        const auto [gap, nll, index, normalizer] = mk::competitors(row, target, k);
+        EXPECT_NEAR(nll.item<double>(), -at::log_softmax(wide, 1)[0][length / 2].item<double>(), tolerance * 10);
+        const Tensor sorted = std::get<0>(wide.detach().index_fill(1, target, -1e30).topk(k, 1));
+        EXPECT_NEAR((gap.to(at::kDouble) + wide.detach()[0][length / 2]).sub(sorted).abs().max().item<double>() + 1, 1,
+                    1e-6);
+        const Tensor slope = gradient(nll.sum(), row).to(at::kDouble);
+        Tensor truth = at::softmax(wide.detach(), 1);
+        truth[0][length / 2] -= 1;
+        EXPECT((slope - truth).abs().max().item<double>() < (type == at::kBFloat16 ? 4e-3 : 5e-4));
+      }
+      for (const double p : {1.0, 2.0, 3.0, 4.0, std::numeric_limits<double>::infinity()}) {
+        const double q = p == 1 ? std::numeric_limits<double>::infinity() : std::isinf(p) ? 1 : p / (p - 1);
+        const Tensor norm = mk::dual_norm({row}, p, 1);
+        EXPECT_NEAR(norm.item<double>(), at::linalg_vector_norm(wide.detach(), q).item<double>(), tolerance);
+        EXPECT(gradient(norm.sum(), row).isfinite().all().item<bool>());
+      }
+    }
+  }
+}
+
 void a_target_outside_the_classes_is_named() {
   std::string words;
   try {
@@ -67,6 +98,7 @@ int main() {
   competitors_select_and_differentiate();
   norms_are_dual();
   a_hinge_on_the_distance();
+  every_row_length_stays_inside_and_agrees_with_aten();
   a_target_outside_the_classes_is_named();
   return report("ops");
 }
