@@ -1,5 +1,6 @@
 """The README's tables, as Markdown, from benchmarks/results/: python benchmarks/tables.py"""
 
+import csv
 import json
 from pathlib import Path
 
@@ -73,7 +74,23 @@ def overhead(run: dict) -> str:
     return table(["call", "microseconds"], [[n, f"{v:.1f}"] for n, v in run["overhead_microseconds"].items()])
 
 
+def robustness(path: Path) -> str:
+    """One row per trained network, from the results.csv that `margin-kernels demo` and `report` write."""
+    percent = ("clean", "fgsm_ce", "fgsm_gap", "ifgsm_ce", "ifgsm_gap")
+    rows = []
+    for row in csv.DictReader(path.open()):
+        shares = [f"{100 * float(row[name]):.1f}" for name in percent]
+        zero = f"{100 * float(row['zero_ce']):.1f} / {100 * float(row['zero_gap']):.1f}"
+        rows.append([row["model"], *shares, zero, f"{float(row['deepfool']):.2f}", f"{float(row['ratio']):.1f}"])
+    head = ["loss", "clean %", "FGSM on CE", "FGSM on gap", "IFGSM on CE", "IFGSM on gap", "zero gradients %"]
+    return table([*head, "DeepFool l2", "step to CE"], rows)
+
+
 def main() -> None:
+    for name in ("digits", "mnist"):
+        path = RESULTS / name / "results.csv"
+        if path.is_file():
+            print(f"## {name}/results.csv\n\n{robustness(path)}\n")
     for name, parts in (("kernels_cpu", (dual_norm, competitors, overhead)), ("step_cpu", (steps,))):
         run = json.loads((RESULTS / f"{name}.json").read_text())
         print(f"## {name}.json: {where(run['environment'])}\n")
