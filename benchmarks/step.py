@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--quick", action="store_true", help="a small batch and few rounds: shows that it runs")
     arguments = parser.parse_args()
-    batch, rounds = (16, 3) if arguments.quick else (128, 25)
+    batch, rounds = (16, 3) if arguments.quick else (128, 15)
     result: dict[str, Any] = {"environment": environment(), "memory": memory(batch), "time": []}
     for threads in arguments.threads:
         torch.set_num_threads(threads)
