@@ -66,10 +66,43 @@ MK_FN void scan_largest(const scalar_t* z, int64_t begin, int64_t end, Best<type
   }
 }
 
-// Merges z[begin, end) into the sorted list best[0, k): a class enters where it beats the last one.
+// The largest of each of 2 W lanes over the whole vectors of z[begin, end); adds z * 0 of all elements to `poison`.
 template <class scalar_t>
-MK_FN void scan_list(const scalar_t* z, int64_t begin, int64_t end, int64_t k, Best<typename Lane<scalar_t>::acc>* best,
-                     typename Lane<scalar_t>::acc& poison) {
+MK_FN void scan_lanes(const scalar_t* z, int64_t begin, int64_t end, typename Lane<scalar_t>::vector (&largest)[2],
+                      typename Lane<scalar_t>::acc& poison) {
+  using L = Lane<scalar_t>;
+  using vector = typename L::vector;
+  using acc = typename L::acc;
+  constexpr int64_t W = L::width;
+  vector zero{};
+  int64_t i = begin;
+  for (; i + 2 * W <= end; i += 2 * W) {
+    const vector v = load(z + i), w = load(z + i + W);
+    largest[0] = larger(v, largest[0]);
+    largest[1] = larger(w, largest[1]);
+    zero += v * acc(0) + w * acc(0);
+  }
+  for (int64_t lane = 0; lane < W; ++lane) poison += zero[lane];
+  for (; i < end; ++i) poison += static_cast<acc>(z[i]) * acc(0);
+}
+
+// The k-th largest of the lanes (a smaller one where some are equal): at least k elements are not below it.
+template <class vector, class acc>
+MK_FN acc kth_largest(vector (&lanes)[2], int64_t k, acc lowest) {
+  acc bound = lowest;
+  for (int64_t j = 0; j < k; ++j) {
+    bound = largest_lane(larger(lanes[0], lanes[1]));
+    lanes[0] = lanes[0] >= bound ? vector{} + lowest : lanes[0];
+    lanes[1] = lanes[1] >= bound ? vector{} + lowest : lanes[1];
+  }
+  return bound;
+}
+
+// Merges z[begin, end) into the sorted list best[0, k): a class enters where it beats the last one. Classes not above
+// `bound` are known not to be among the k.
+template <class scalar_t>
+MK_FN void scan_list(const scalar_t* z, int64_t begin, int64_t end, int64_t k, typename Lane<scalar_t>::acc bound,
+                     Best<typename Lane<scalar_t>::acc>* best) {
   using L = Lane<scalar_t>;
   using vector = typename L::vector;
   using acc = typename L::acc;
@@ -80,23 +113,20 @@ MK_FN void scan_list(const scalar_t* z, int64_t begin, int64_t end, int64_t k, B
     for (; j > 0 && value > best[j - 1].value; --j) best[j] = best[j - 1];
     best[j] = {value, index};
   };
-  vector zero{};
+  const auto threshold = [&]() MK_TARGET { return best[k - 1].value > bound ? best[k - 1].value : bound; };
   int64_t i = begin;
   for (; i + 4 * W <= end; i += 4 * W) {
     const vector v[4] = {load(z + i), load(z + i + W), load(z + i + 2 * W), load(z + i + 3 * W)};
-    zero += (v[0] * acc(0) + v[1] * acc(0)) + (v[2] * acc(0) + v[3] * acc(0));
-    if (any(larger(larger(v[0], v[1]), larger(v[2], v[3])) > best[k - 1].value)) {
-      for (int64_t part = 0; part < 4; ++part) {
-        if (!any(v[part] > best[k - 1].value)) continue;
-        for (int64_t lane = 0; lane < W; ++lane) insert(v[part][lane], i + part * W + lane);
+    if (lanes_above(larger(larger(v[0], v[1]), larger(v[2], v[3])), threshold()) == 0) continue;
+    for (int64_t part = 0; part < 4; ++part) {
+      for (uint32_t bits = lanes_above(v[part], threshold()); bits != 0; bits &= bits - 1) {
+        const int64_t at = i + part * W + __builtin_ctz(bits);
+        insert(static_cast<acc>(z[at]), at);
       }
     }
   }
-  for (int64_t lane = 0; lane < W; ++lane) poison += zero[lane];
   for (; i < end; ++i) {
-    const acc value = static_cast<acc>(z[i]);
-    poison += value * acc(0);
-    insert(value, i);
+    if (static_cast<acc>(z[i]) > threshold()) insert(static_cast<acc>(z[i]), i);
   }
 }
 
@@ -157,8 +187,14 @@ MK_TARGET void forward_rows(const CompetitorsForward<scalar_t>& at, int64_t begi
         scan_largest(z, 0, y, list[0], poison);
         scan_largest(z, y + 1, classes, list[0], poison);
       } else {
-        scan_list(z, 0, y, k, list.data(), poison);
-        scan_list(z, y + 1, classes, k, list.data(), poison);
+        // Two reads of a row that lies in the cache: the first finds a bound that all but a few classes stay below, so
+        // that the second seldom leaves its vector loop.
+        typename Lane<scalar_t>::vector lanes[2] = {load_part(z, 0, lowest), load_part(z, 0, lowest)};
+        scan_lanes(z, 0, y, lanes, poison);
+        scan_lanes(z, y + 1, classes, lanes, poison);
+        const acc bound = std::nextafter(kth_largest(lanes, k, lowest), lowest);
+        scan_list(z, 0, y, k, bound, list.data());
+        scan_list(z, y + 1, classes, k, bound, list.data());
       }
       for (int64_t j = 0; j < k; ++j) index[j] = list[j].index;
     }

@@ -128,17 +128,42 @@ MK_FN vector larger(vector a, vector b) {
   return a > b ? a : b;
 }
 
-MK_FN bool any(i32x16 mask) {
+// Bit i is set where lane i is larger than the threshold.
+MK_FN uint32_t lanes_above(f32x16 v, float threshold) {
 #if MK_HAS_AVX512
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GT_OQ);
+#elif MK_HAS_F16C
+  __m256 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  const __m256 t = _mm256_set1_ps(threshold);
+  const auto low = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(half[0], t, _CMP_GT_OQ)));
+  return low | static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(half[1], t, _CMP_GT_OQ))) << 8;
 #else
-  i64x8 m = (i64x8)mask;
-  int64_t all = 0;
-  for (int i = 0; i < 8; ++i) all |= m[i];
-  return all != 0;
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(v[i] > threshold) << i;
+  return bits;
 #endif
 }
-MK_FN bool any(i64x8 mask) { return any((i32x16)mask); }
+MK_FN uint32_t lanes_above(f64x8 v, double threshold) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(v[i] > threshold) << i;
+  return bits;
+}
+
+MK_FN float largest_lane(f32x16 v) {
+#if MK_HAS_AVX512
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float best = v[0];
+  for (int i = 1; i < 16; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+#endif
+}
+MK_FN double largest_lane(f64x8 v) {
+  double best = v[0];
+  for (int i = 1; i < 8; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
 
 // The lower and upper half of 16 floats in double precision, added: the first step of every sum over lanes.
 MK_FN f64x8 fold(f32x16 v) {
