@@ -30,7 +30,7 @@ test: install
 	$(BIN)/python -m pytest $(TESTS)
 
 bench: install
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-min-rounds=1 --benchmark-max-time=0.01 \
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only --benchmark-min-rounds=1 --benchmark-max-time=0.01 \
 	    --benchmark-warmup=off --benchmark-columns=median,ops,rounds --benchmark-sort=name -q
 	$(BIN)/python benchmarks/kernels.py --quick --out build/bench/kernels.json
 	$(BIN)/python benchmarks/step.py --quick --out build/bench/step.json
