@@ -47,7 +47,9 @@ def extension() -> dict:
         f'"""Written by setup.py: the torch that _C was built for."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
     )
     # -fno-math-errno lets sqrt become an instruction; nothing here relaxes the arithmetic itself.
-    flags = ["-O3", "-fno-math-errno", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden"]
+    # -fopenmp: at::parallel_for is a template, and without the flag its pragma is ignored here: one thread.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    flags = [*openmp, "-O3", "-fno-math-errno", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden"]
     macros = [("MARGIN_KERNELS_WITH_CUDA", "1" if cuda else "0"), ("MARGIN_KERNELS_TORCH_VERSION", f'"{version}"')]
     files = sources("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "python/*.cpp")
     if cuda:
@@ -57,9 +59,12 @@ def extension() -> dict:
             files + sources("csrc/cuda/*.cu"),
             define_macros=macros,
             extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo"]},
+            extra_link_args=openmp,
         )
     else:
-        module = cpp_extension.CppExtension("margin_kernels._C", files, define_macros=macros, extra_compile_args=flags)
+        module = cpp_extension.CppExtension(
+            "margin_kernels._C", files, define_macros=macros, extra_compile_args=flags, extra_link_args=openmp
+        )
     module.depends = sources("csrc/**/*.h", "csrc/**/*.cuh")
     return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
