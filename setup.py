@@ -49,7 +49,16 @@ def extension() -> dict:
     # -fno-math-errno lets sqrt become an instruction; nothing here relaxes the arithmetic itself.
     # -fopenmp: at::parallel_for is a template, and without the flag its pragma is ignored here: one thread.
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
-    flags = [*openmp, "-O3", "-fno-math-errno", "-g0", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden"]
+    flags = [
+        *openmp,
+        "-O3",
+        "-fno-math-errno",
+        "-g0",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-fvisibility=hidden",
+    ]
     macros = [("MARGIN_KERNELS_WITH_CUDA", "1" if cuda else "0"), ("MARGIN_KERNELS_TORCH_VERSION", f'"{version}"')]
     files = sources("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "python/*.cpp")
     if cuda:

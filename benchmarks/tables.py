@@ -81,7 +81,7 @@ def robustness(path: Path) -> str:
     for row in csv.DictReader(path.open()):
         shares = [f"{100 * float(row[name]):.1f}" for name in percent]
         zero = f"{100 * float(row['zero_ce']):.1f} / {100 * float(row['zero_gap']):.1f}"
-        ratio = f"{float(row['ratio']):.1f}" if row.get("ratio") else "1"
+        ratio = f"{float(row['ratio']):.1f}" if row.get("ratio") else "-"
         rows.append([row["model"], *shares, zero, f"{float(row['deepfool']):.2f}", ratio])
     head = ["loss", "clean %", "FGSM on CE", "FGSM on gap", "IFGSM on CE", "IFGSM on gap", "zero gradients %"]
     return table([*head, "DeepFool l2", "step to CE"], rows)
