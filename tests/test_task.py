@@ -381,6 +381,8 @@ def train_on_one_of_two(rank: int, file: str) -> None:
         found.append(gradients(model))
     if rank == 0:
         torch.save(found, f"{file}.gradients")
+    del wrapped  # its reducer must be gone before the connections close
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
