@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from .backends import is_functorch_wrapped
 from .reference.margin_hinge import AGGREGATIONS
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -119,8 +120,8 @@ def check_margin_hinge(
 
 def _readable(tensor: Tensor) -> bool:
     """Whether reading values is possible and free: not while a compiler or a torch.func transform traces."""
-    return not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter) and not _wrapped(tensor)
-
-
-def _wrapped(tensor: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not is_functorch_wrapped(tensor)
+    )
