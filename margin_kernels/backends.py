@@ -104,7 +104,7 @@ def _implementation(backend: str, op: str) -> Callable[..., Any]:
     if backend == "reference":
         return getattr(reference, op)
     if backend == "triton":
-        return getattr(triton_backend, op)
+        return triton_backend.implementation(op)
     if torch.compiler.is_compiling():
         return getattr(torch.ops.margin_kernels, op).default
     # The pybind11 function: the same dispatcher call with two microseconds less of argument parsing.

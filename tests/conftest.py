@@ -1,15 +1,25 @@
-"""`pytest --backend NAME` runs the op tests on one backend; by default on every one that runs on this machine."""
+"""`pytest --backend NAME` runs the op tests on one backend; by default on every one that runs on this machine.
+
+Where there is a GPU the same tests run on it too: with the default device set to cuda they create their tensors there.
+Without one, `--backend triton` runs the Triton kernels on CPU tensors through Triton's interpreter.
+"""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from margin_kernels import backends
+_COMMAND_LINE = " ".join(sys.argv).replace("=", " ")
+if "--backend triton" in _COMMAND_LINE and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton, and margin_kernels, are imported
 
-CPU_BACKENDS = ("cpu", "reference")
-GPU_BACKENDS = ("cuda", "triton", "reference")
+from margin_kernels import backends  # noqa: E402
+
+ON_CPU = ("cpu", "reference")
+ON_GPU = ("cuda", "triton", "reference")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,18 +27,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend" in metafunc.fixturenames:
-        chosen = metafunc.config.getoption("--backend")
-        metafunc.parametrize("backend", [chosen] if chosen else list(CPU_BACKENDS), indirect=True)
+    if "backend" not in metafunc.fixturenames:
+        return
+    runs = [pytest.param((name, "cpu"), id=name) for name in ON_CPU]
+    if torch.cuda.is_available():
+        runs += [pytest.param((name, "cuda"), id=f"{name}-gpu", marks=pytest.mark.gpu) for name in ON_GPU]
+    chosen = metafunc.config.getoption("--backend")
+    if chosen:
+        # One that cannot run here stays, so that the skip names the reason.
+        runs = [run for run in runs if run.values[0][0] == chosen] or [pytest.param((chosen, "cpu"), id=chosen)]
+    metafunc.parametrize("backend", runs, indirect=True)
 
 
 @pytest.fixture
-def backend(request: pytest.FixtureRequest) -> str:
-    """A backend that can run here; a skip that names the reason where it cannot."""
-    reason = backends.why_not(request.param, "competitors", (torch.zeros(1, 2),))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend that can run here, with the device of its tensors as the default; else a skip that names the reason."""
+    name, device = request.param
+    reason = backends.why_not(name, "competitors", (torch.zeros(1, 2, device=device),))
     if reason is not None:
-        pytest.skip(f"backend {request.param}: {reason}")
-    return request.param
+        pytest.skip(f"backend {name}: {reason}")
+    if device == "cpu":
+        yield name
+        return
+    torch.set_default_device(device)
+    yield name
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,146 @@
+"""`python -m margin_kernels.triton.compile_check`: every Triton kernel compiled for sm_90, without a GPU.
+
+Runs each op forward and backward on small CPU tensors with the launch replaced by a compilation of exactly what would
+have been launched, and prints registers, spills and shared memory of each kernel. A spill is an error (exit status 1).
+"""
+
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..reference.margin_hinge import AGGREGATIONS
+from ..testing import sample_gradients, sample_logits
+from . import INTERPRETED, ops
+
+CAPABILITY = 90
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+class Row(NamedTuple):
+    """What one kernel needs: registers for each thread, bytes of spills for each thread, bytes of shared memory."""
+
+    op: str
+    kernel: str
+    dtype: str
+    case: str
+    registers: int
+    spills: int
+    shared: int
+
+
+def _type_of(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return "*" + TYPES[argument.dtype]
+    if isinstance(argument, tuple):
+        return tuple(_type_of(item) for item in argument)
+    return "constexpr" if argument is None else "i32" if -(2**31) <= argument < 2**31 else "i64"
+
+
+def _compile(function: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    names = function.arg_names
+    signature = {name: _type_of(value) for name, value in zip(names, arguments, strict=False)}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    values |= {(i,): None for i, value in enumerate(arguments) if value is None}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(function, {name: signature[name] for name in names}, values, {})
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) for each thread: what does not fit in registers is spilled there."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK", "LOCAL"))
+    assert registers is not None and stack is not None and local is not None, said
+    return int(registers[1]), int(stack[1]) + int(local[1])
+
+
+def cases() -> Iterator[tuple[str, torch.dtype, str, Callable[[], list[Tensor]]]]:
+    """(op, dtype, what is special, a call): each call returns the differentiable results."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for classes, name in ((10, "C = 10"), (1000, "C = 1000"), (50257, "C = 50257"), (128000, "C = 128000")):
+            logits, target = sample_logits(2, classes, dtype)
+            logits.requires_grad_()
+            yield "competitors", dtype, name, lambda z=logits, y=target: list(ops.competitors(z, y, 2)[1:])
+        for shape in ((2, 3, 10), (2, 3, 1024), (1, 1, 9001), (1, 1, 150528)):
+            for p in (1, math.inf, 2, 3, 4):
+                layer = sample_gradients(*shape, dtype=dtype).requires_grad_()
+                yield "dual_norm", dtype, f"D = {shape[2]}, p = {p}", lambda g=layer, p=p: [ops.dual_norm([g], p, 2)]
+        layers = [sample_gradients(2, 3, d, dtype=dtype).requires_grad_() for d in (784, 4096, 2048, 512, 10)]
+        yield "dual_norm", dtype, "five layers, p = 2", lambda g=layers: [ops.dual_norm(g, 2, 2)]
+        for aggregation in AGGREGATIONS:
+            gap, norm = sample_gradients(2, 3, dtype=dtype), sample_gradients(2, 3, 5, dtype=dtype).abs()
+            bounds = (torch.ones(5), torch.ones(5), torch.ones(5))
+            yield (
+                "margin_hinge",
+                dtype,
+                aggregation,
+                lambda g=gap.requires_grad_(), d=norm.requires_grad_(), b=bounds, a=aggregation: [
+                    ops.margin_hinge(g, d, *b, 1e-6, a, "mean")[0]
+                ],
+            )
+
+
+def check(chosen: str | None = None) -> Iterator[Row]:
+    """A row for each kernel of each case, as it is compiled; of one op only where `chosen` names it."""
+    assert not INTERPRETED, "TRITON_INTERPRET=1 replaces the compiler: unset it"
+    launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(function: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        launched.append((function, arguments, constants))
+
+    original = triton.runtime.JITFunction.run
+    triton.runtime.JITFunction.run = record
+    try:
+        for op, dtype, name, call in cases():
+            if chosen not in (None, op):
+                continue
+            outputs = call()
+            torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+            while launched:
+                function, arguments, constants = launched.pop(0)
+                compiled = _compile(function, arguments, constants)
+                registers, spills = _resources(compiled.asm["cubin"])
+                yield Row(
+                    op, function.__name__, TYPES[dtype], name, registers, spills, compiled.metadata.shared
+                )
+    finally:
+        triton.runtime.JITFunction.run = original
+
+
+def main(arguments: list[str]) -> int:
+    print(f"triton {triton.__version__}, sm_{CAPABILITY}")
+    print(f"{'op':14} {'kernel':16} {'dtype':5} {'case':24} {'registers':>9} {'spills':>6} {'shared':>6}")
+    spilled = 0
+    for row in check(*arguments[:1]):
+        spilled += row.spills > 0
+        print(f"{row.op:14} {row.kernel:16} {row.dtype:5} {row.case:24} {row.registers:9} {row.spills:6} {row.shared:6}")
+    return int(spilled > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
