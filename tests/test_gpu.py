@@ -40,7 +40,7 @@ def assert_agrees_with_the_reference(case: Case, backend: str) -> None:
         assert error <= tolerance, (case.op, case.name, error.item())
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.op} {case.name}")
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: f"{case.op} {case.name}")
 def test_every_case_agrees_with_the_reference_on_the_cpu(case):
     assert_agrees_with_the_reference(case, "auto")
 
