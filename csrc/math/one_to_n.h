@@ -36,13 +36,13 @@ MK_HOST_DEVICE T sigmoid(T x) {
 // s = d loss / d A = sigmoid(A - positive). positive: a, or the row's logsumexp with cross-entropy. A = -inf: 0.
 template <class T>
 MK_HOST_DEVICE T negative_share(T column, T positive) {
-  return column == -HUGE_VAL ? T(0) : sigmoid(column - positive);
+  return column == -static_cast<T>(HUGE_VAL) ? T(0) : sigmoid(column - positive);
 }
 
 // softplus(A - a), 0 where the class has no negatives
 template <class T>
 MK_HOST_DEVICE T one_to_n_loss(T column, T a) {
-  return column == -HUGE_VAL ? T(0) : softplus(column - a);
+  return column == -static_cast<T>(HUGE_VAL) ? T(0) : softplus(column - a);
 }
 
 // logaddexp(A, l) - a with l the row's logsumexp
