@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPS = ("competitors", "dual_norm", "margin_hinge")
+OPS = ("competitors", "dual_norm", "row_distance", "margin_hinge", "one_to_n", "deepfool_step")
 OLDEST = (3, 6)
 
 # Triton reads TRITON_INTERPRET when it is imported: set later, it would change nothing.

@@ -103,6 +103,35 @@ def cases() -> Iterator[tuple[str, torch.dtype, str, Callable[[], list[Tensor]]]
                     ops.margin_hinge(g, d, *b, 1e-6, a, "mean")[0]
                 ],
             )
+        index, target = torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1])
+        for p in (1, math.inf, 2, 3, 4):
+            weight = sample_gradients(4, 512, dtype=dtype).requires_grad_()
+            yield (
+                "row_distance",
+                dtype,
+                f"D = 512, p = {p}",
+                lambda w=weight, i=index, y=target, p=p: [ops.row_distance(w, i, y, p)],
+            )
+            for length in (784, 9001):
+                gap = sample_gradients(2, 3, dtype=dtype).requires_grad_()
+                gradients = sample_gradients(2, 3, length, dtype=dtype).requires_grad_()
+                yield (
+                    "deepfool_step",
+                    dtype,
+                    f"D = {length}, p = {p}",
+                    lambda g=gap, w=gradients, p=p: list(ops.deepfool_step(g, w, torch.ones(2, dtype=torch.bool), p)[:2]),
+                )
+        for classes in (10, 1000):
+            for cross_entropy in (False, True):
+                logits, target = sample_logits(2, classes, dtype)
+                yield (
+                    "one_to_n",
+                    dtype,
+                    f"C = {classes}" + ", cross-entropy" * cross_entropy,
+                    lambda z=logits.requires_grad_(), y=target, ce=cross_entropy: [
+                        ops.one_to_n(z, y, 1.0, "positive", ce)
+                    ],
+                )
 
 
 def check(chosen: str | None = None) -> Iterator[Row]:
