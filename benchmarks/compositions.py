@@ -30,9 +30,9 @@ def hinge(gap: Tensor, norm: Tensor, gamma: float, eps: float = 1e-6) -> Tensor:
 
 
 def row_differences(rows: Tensor, index: Tensor, target: Tensor, p: float) -> Tensor:
-    """[N, k]: gather, subtract, torch.linalg.vector_norm; allocates [N, k, D]."""
-    difference = rows[index] - rows[target].unsqueeze(1)
-    return torch.linalg.vector_norm(difference, dual_exponent(p), dim=2, dtype=torch.float32)
+    """[N, k]: norms of the materialised differences of gathered rows."""
+    differences = rows[index] - rows[target].unsqueeze(1)
+    return vector_norms([differences.flatten(0, 1)], p).view(index.shape)
 
 
 def one_to_n_pairs(logits: Tensor, target: Tensor, delta: float) -> Tensor:

@@ -19,7 +19,7 @@ from margin_kernels.testing import (
 )
 
 P = [1, 1.25, 2, 3, 7, math.inf]
-# (C, D, N, k): one element; less than a vector; a vector and a rest; a block of 4096 with a rest; enough for two threads.
+# (C, D, N, k): one element; less than a vector; a vector and a rest; a block of 4096 with a rest; two threads.
 SIZES = [(2, 1, 1, 1), (3, 5, 4, 2), (10, 17, 6, 9), (4, 4101, 3, 3), (50, 300, 200, 5)]
 
 
