@@ -3,6 +3,7 @@
 #   make demo     trains five losses on scanned digits and writes demo/index.html
 #   make test     the tests                 make bench    every benchmark, few rounds
 #   make lint     ruff, mypy, clang-format  make cpptest  the C++ library and its tests
+#   make test-triton  the Triton kernels without a GPU: interpreted by the op tests, compiled for sm_90
 #
 # PYTHON  the interpreter for .venv          TORCH  what to install as torch, e.g. TORCH="torch==2.12.*"
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test bench lint format cpptest clean
+.PHONY: install demo test test-triton bench lint format cpptest clean
 
 install: $(STAMP)
 
@@ -28,6 +29,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(TESTS)
+
+# The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90: no GPU needed.
+OP_TESTS := $(patsubst margin_kernels/reference/%.py,tests/test_%.py,$(filter-out %/__init__.py,$(wildcard margin_kernels/reference/*.py)))
+test-triton: install
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --backend triton $(OP_TESTS) tests/test_dispatch.py tests/test_triton.py
+	$(BIN)/python -m margin_kernels.triton.compile_check
 
 bench: install
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only --benchmark-min-rounds=1 --benchmark-max-time=0.01 \

@@ -7,6 +7,8 @@ PyTorch in the same dtype, plus the floor of FLOOR: a backend may not be worse t
 import torch
 from torch import Tensor
 
+from .triton import INTERPRETED
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Relative to the largest true value. Outputs leave as float32 (float64), so these are a few roundings of that type;
@@ -15,23 +17,36 @@ FLOOR = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.
 GRADIENT_FLOOR = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
+def interpreted(backend: str) -> bool:
+    """Whether the kernels of `backend` run in Triton's interpreter, some thousand times slower than compiled.
+
+    Tests then take smaller sizes that go through the same branches.
+    """
+    return backend == "triton" and INTERPRETED
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Random numbers are drawn on the CPU and then moved to the default device: the same ones on every device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def sample_logits(
     n: int, classes: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 3.0
 ) -> tuple[Tensor, Tensor]:
     """logits [n, classes] and target [n]; in float64 no two logits of a row are closer than about 1e-3 * scale / C."""
-    generator = torch.Generator().manual_seed(seed)
-    ranks = torch.rand(n, classes, generator=generator, dtype=torch.float64).argsort(dim=1).double()
-    noise = torch.rand(n, classes, generator=generator, dtype=torch.float64)
+    generator = seeded(seed)
+    ranks = torch.rand(n, classes, generator=generator, dtype=torch.float64, device="cpu").argsort(dim=1).double()
+    noise = torch.rand(n, classes, generator=generator, dtype=torch.float64, device="cpu")
     logits = scale * (2 * (ranks + 0.8 * noise) / max(classes, 1) - 1)
-    target = torch.randint(0, classes, (n,), generator=generator)
-    return logits.to(dtype), target
+    target = torch.randint(0, classes, (n,), generator=generator, device="cpu")
+    device = torch.get_default_device()
+    return logits.to(device, dtype), target.to(device)
 
 
 def sample_gradients(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Normal entries bounded away from 0 and, in float64, without equal magnitudes: no kink of any norm is near."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return ((values.sign() + (values == 0)) * (0.05 + values.abs()) * scale).to(dtype)
+    values = torch.randn(*shape, generator=seeded(seed), dtype=torch.float64, device="cpu")
+    return ((values.sign() + (values == 0)) * (0.05 + values.abs()) * scale).to(torch.get_default_device(), dtype)
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
@@ -57,7 +72,7 @@ def assert_as_good_as(actual: Tensor, truth: Tensor, same_dtype: Tensor, floor: 
 
 def assert_gradients_agree(actual: Tensor, truth: Tensor, tolerance: float) -> None:
     """Relative L2 error, cosine and signed bias: a small absolute tolerance cannot hide a missing gradient."""
-    a, t = actual.detach().double().flatten(), truth.detach().double().flatten()
+    a, t = (tensor.detach().double().cpu().flatten() for tensor in (actual, truth))
     size = t.norm()
     assert size > 0, "the true gradient is zero: the test shows nothing"
     assert float((a - t).norm() / size) <= tolerance, f"relative L2 error {float((a - t).norm() / size):.3g}"

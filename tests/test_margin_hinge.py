@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from margin_kernels import functional
+from margin_kernels.testing import interpreted, seeded
 
 AGGREGATIONS = ["max", "sum", "mean", "mean_distance"]
 
 
 def sample(n=5, k=3, layers=2, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    gap = torch.randn(n, k, generator=generator, dtype=torch.float64)
-    norm = 0.5 + torch.rand(n, k, layers, generator=generator, dtype=torch.float64)
-    return gap.to(dtype), norm.to(dtype)
+    generator, device = seeded(seed), torch.get_default_device()
+    gap = torch.randn(n, k, generator=generator, dtype=torch.float64, device="cpu")
+    norm = 0.5 + torch.rand(n, k, layers, generator=generator, dtype=torch.float64, device="cpu")
+    return gap.to(device, dtype), norm.to(device, dtype)
 
 
 def loop(gap, norm, gamma, cap, weights, eps, aggregation, layer_reduction):
@@ -75,7 +76,7 @@ def test_values_are_those_of_a_literal_loop(backend, aggregation, layer_reductio
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("cap", [None, 0.7])
 def test_first_and_second_derivatives(backend, aggregation, cap):
-    gap, norm = sample()
+    gap, norm = sample(3, 2) if interpreted(backend) else sample()
     gap.requires_grad_()
     norm.requires_grad_()
 
@@ -204,6 +205,8 @@ WRONG = [
 @pytest.mark.parametrize("change,error,words", WRONG, ids=[words[:40] for _, _, words in WRONG])
 def test_a_wrong_argument_is_named_in_the_same_words_on_every_backend(backend, change, error, words):
     arguments = dict(gap=torch.zeros(4, 3), norm=torch.ones(4, 3, 2), gamma=1.0) | change
+    device = torch.get_default_device()  # the tensors of WRONG were made before it was set
+    arguments = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
     with pytest.raises(error) as caught:
         functional.margin_hinge(**arguments, backend=backend)
     assert words in str(caught.value)

@@ -248,9 +248,8 @@ def _competitors(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor
     gap, nll, normalizer = (torch.empty(*s, dtype=acc, device=z.device) for s in ((n, k), (n,), (n, 2)))
     row = (z, z.stride(0), target, target.stride(0))
     if classes <= LONG:
-        grid = (cdiv(n, tile.rows),)
         outputs = (index, gap, nll, normalizer)
-        launch(_forward, grid, z, *row, *outputs, n, classes, k, CHUNK=0, **tile.constants)
+        launch(_forward, (cdiv(n, tile.rows),), z, *row, *outputs, n, classes, k, CHUNK=0, **tile.constants)
         return gap, nll, index, normalizer
     # The number of chunks stays small for any number of classes, so that one tile holds what they found.
     chunk = max(SHORTEST_CHUNK, triton.next_power_of_2(cdiv(classes, 512)))

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..reference.margin_hinge import AGGREGATIONS
-from ..testing import sample_gradients, sample_logits
+from ..testing import sample_gradients
 from . import INTERPRETED, ops
 
 CAPABILITY = 90
@@ -79,59 +79,32 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(registers[1]), int(stack[1]) + int(local[1])
 
 
-def cases() -> Iterator[tuple[str, torch.dtype, str, Callable[[], list[Tensor]]]]:
-    """(op, dtype, what is special, a call): each call returns the differentiable results."""
+def cases() -> Iterator[tuple[str, torch.dtype, str, tuple[Any, ...]]]:
+    """(op, dtype, what is special, arguments)."""
+    index, target, active = torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for classes, name in ((10, "C = 10"), (1000, "C = 1000"), (50257, "C = 50257"), (128000, "C = 128000")):
-            logits, target = sample_logits(2, classes, dtype)
-            logits.requires_grad_()
-            yield "competitors", dtype, name, lambda z=logits, y=target: list(ops.competitors(z, y, 2)[1:])
-        for shape in ((2, 3, 10), (2, 3, 1024), (1, 1, 9001), (1, 1, 150528)):
-            for p in (1, math.inf, 2, 3, 4):
-                layer = sample_gradients(*shape, dtype=dtype).requires_grad_()
-                yield "dual_norm", dtype, f"D = {shape[2]}, p = {p}", lambda g=layer, p=p: [ops.dual_norm([g], p, 2)]
-        layers = [sample_gradients(2, 3, d, dtype=dtype).requires_grad_() for d in (784, 4096, 2048, 512, 10)]
-        yield "dual_norm", dtype, "five layers, p = 2", lambda g=layers: [ops.dual_norm(g, 2, 2)]
-        for aggregation in AGGREGATIONS:
-            gap, norm = sample_gradients(2, 3, dtype=dtype), sample_gradients(2, 3, 5, dtype=dtype).abs()
-            bounds = (torch.ones(5), torch.ones(5), torch.ones(5))
-            yield (
-                "margin_hinge",
-                dtype,
-                aggregation,
-                lambda g=gap.requires_grad_(), d=norm.requires_grad_(), b=bounds, a=aggregation: [
-                    ops.margin_hinge(g, d, *b, 1e-6, a, "mean")[0]
-                ],
-            )
-        index, target = torch.tensor([[1, 2], [0, 3]]), torch.tensor([0, 1])
+
+        def sample(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return sample_gradients(*shape, dtype=dtype).requires_grad_()
+
+        for classes in (10, 1000, 50257, 128000):
+            yield "competitors", dtype, f"C = {classes}", (sample(2, classes), target, 2)
         for p in (1, math.inf, 2, 3, 4):
-            weight = sample_gradients(4, 512, dtype=dtype).requires_grad_()
-            yield (
-                "row_distance",
-                dtype,
-                f"D = 512, p = {p}",
-                lambda w=weight, i=index, y=target, p=p: [ops.row_distance(w, i, y, p)],
-            )
+            for shape in ((2, 3, 10), (2, 3, 1024), (1, 1, 9001), (1, 1, 150528)):
+                yield "dual_norm", dtype, f"D = {shape[2]}, p = {p}", ([sample(*shape)], p, 2)
+            yield "row_distance", dtype, f"D = 512, p = {p}", (sample(4, 512), index, target, p)
             for length in (784, 9001):
-                gap = sample_gradients(2, 3, dtype=dtype).requires_grad_()
-                gradients = sample_gradients(2, 3, length, dtype=dtype).requires_grad_()
-                yield (
-                    "deepfool_step",
-                    dtype,
-                    f"D = {length}, p = {p}",
-                    lambda g=gap, w=gradients, p=p: list(ops.deepfool_step(g, w, torch.ones(2, dtype=torch.bool), p)[:2]),
-                )
+                gradients = sample(2, 3, length)
+                yield "deepfool_step", dtype, f"D = {length}, p = {p}", (sample(2, 3), gradients, active, p)
+        yield "dual_norm", dtype, "five layers, p = 2", ([sample(2, 3, d) for d in (784, 4096, 2048, 512, 10)], 2, 2)
+        for aggregation in AGGREGATIONS:
+            bounds = (torch.ones(5), torch.ones(5), torch.ones(5))
+            arguments = (sample(2, 3), sample(2, 3, 5), *bounds, 1e-6, aggregation, "mean")
+            yield "margin_hinge", dtype, aggregation, arguments
         for classes in (10, 1000):
             for cross_entropy in (False, True):
-                logits, target = sample_logits(2, classes, dtype)
-                yield (
-                    "one_to_n",
-                    dtype,
-                    f"C = {classes}" + ", cross-entropy" * cross_entropy,
-                    lambda z=logits.requires_grad_(), y=target, ce=cross_entropy: [
-                        ops.one_to_n(z, y, 1.0, "positive", ce)
-                    ],
-                )
+                name = f"C = {classes}" + ", cross-entropy" * cross_entropy
+                yield "one_to_n", dtype, name, (sample(2, classes), target, 1.0, "positive", cross_entropy)
 
 
 def check(chosen: str | None = None) -> Iterator[Row]:
@@ -145,18 +118,17 @@ def check(chosen: str | None = None) -> Iterator[Row]:
     original = triton.runtime.JITFunction.run
     triton.runtime.JITFunction.run = record
     try:
-        for op, dtype, name, call in cases():
+        for op, dtype, name, arguments in cases():
             if chosen not in (None, op):
                 continue
-            outputs = call()
+            results = getattr(ops, op)(*arguments)
+            outputs = [out for out in (results if isinstance(results, tuple) else (results,)) if out.requires_grad]
             torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
             while launched:
-                function, arguments, constants = launched.pop(0)
-                compiled = _compile(function, arguments, constants)
+                function, values, constants = launched.pop(0)
+                compiled = _compile(function, values, constants)
                 registers, spills = _resources(compiled.asm["cubin"])
-                yield Row(
-                    op, function.__name__, TYPES[dtype], name, registers, spills, compiled.metadata.shared
-                )
+                yield Row(op, function.__name__, TYPES[dtype], name, registers, spills, compiled.metadata.shared)
     finally:
         triton.runtime.JITFunction.run = original
 
@@ -167,7 +139,9 @@ def main(arguments: list[str]) -> int:
     spilled = 0
     for row in check(*arguments[:1]):
         spilled += row.spills > 0
-        print(f"{row.op:14} {row.kernel:16} {row.dtype:5} {row.case:24} {row.registers:9} {row.spills:6} {row.shared:6}")
+        print(
+            f"{row.op:14} {row.kernel:16} {row.dtype:5} {row.case:24} {row.registers:9} {row.spills:6} {row.shared:6}"
+        )
     return int(spilled > 0)
 
 

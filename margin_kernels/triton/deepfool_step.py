@@ -1,5 +1,5 @@
 """
-distance_j = |gap_j| / ||w_j||_q,   choice = argmin_j,   step = distance u,   u = d ||w|| / d w of the chosen w      [N, *]
+distance_j = |gap_j| / ||w_j||_q,   choice = argmin_j,   step = distance u,   u = d ||w|| / d w of the chosen w   [N, *]
 t    = grad_distance + <grad_step, u>,   n = ||w||_q,   d = |gap| / n,   H = d2n / dw2
 dgap = sign(gap) t / n,   dw = -(d / n) t u + d H grad_step     for the chosen candidate, 0 for the others
 H v  = (q-1) / n ((|w| / n)^(q-2) v - u <u, v>),   0 for q = 1 and q = inf
@@ -400,8 +400,6 @@ def _differentiate_backward(ctx, from_gap, from_gradients):
 _deepfool_step_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
 
 
-def deepfool_step(
-    gap: Tensor, gradients: Tensor, active: Tensor | None, p: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def deepfool_step(gap: Tensor, gradients: Tensor, active: Tensor | None, p: float) -> tuple[Tensor, Tensor, Tensor]:
     step, distance, choice, _ = _deepfool_step(gap, gradients, active, float(p))
     return step, distance, choice

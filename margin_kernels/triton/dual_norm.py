@@ -226,9 +226,7 @@ def _dense(gradient: Tensor, batch_dims: int) -> bool:
 
 def _groups(gradients: list[Tensor], batch_dims: int) -> list[tuple[int, list[Rows]]]:
     """(index of the first layer, layers) for each launch."""
-    return [
-        (i, [rows_of(g, batch_dims) for g in gradients[i : i + LAYERS]]) for i in range(0, len(gradients), LAYERS)
-    ]
+    return [(i, [rows_of(g, batch_dims) for g in gradients[i : i + LAYERS]]) for i in range(0, len(gradients), LAYERS)]
 
 
 def _tiles(layers: list[Rows]) -> dict[str, tuple[int, ...]]:
@@ -268,8 +266,8 @@ def _dual_norm(gradients: list[Tensor], p: float, batch_dims: int) -> Tensor:
         for layer, (buffer, c) in enumerate(zip(parts, count, strict=True), start=first):
             if buffer is not None:
                 block = min(triton.next_power_of_2(max(c, 128)), 1024)
-                arguments = (buffer, flat[:, layer:], flat.stride(0), c)
-                launch(_merge, (rows,), norms, *arguments, KIND=kind, Q=q, BLOCK=block)
+                column = (flat[:, layer:], flat.stride(0))
+                launch(_merge, (rows,), norms, buffer, *column, c, KIND=kind, Q=q, BLOCK=block)
     return norms
 
 
@@ -295,7 +293,7 @@ def _dual_norm_backward(
     for first, layers in _groups(wide, batch_dims):
         # Native where the result has the layout of what is read; else through a contiguous result and a copy.
         outputs = [_output(r, layer, batch_dims) for r, layer in zip(result[first:], layers, strict=False)]
-        ties = tuple(None for _ in layers)
+        ties: tuple[Tensor | None, ...] = tuple(None for _ in layers)
         if kind == "max":
             ties = tuple(torch.empty(rows, dtype=torch.int32, device=device) for _ in layers)
             for i, (layer, buffer) in enumerate(zip(layers, ties, strict=True)):

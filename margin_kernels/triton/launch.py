@@ -1,10 +1,11 @@
 """What every launch needs: tiles that depend on the row length alone, rows that a kernel can read, the right device.
 
-A tile is [ROWS, BLOCK] elements: BLOCK columns of ROWS rows, at most 2048 elements (1024 of float64), 16 for each of the
-128 threads. Both numbers, and with them the order of every sum, follow from the row length and the dtype, never from the number of rows.
-For the same reason no argument is specialised: Triton's own guess from the values of strides and addresses, whether
-16 bytes may be read at once, would choose the layout of a tile, and a slice would then be summed in another order than
-the whole. VEC says it instead: the number of elements in 16 bytes where the row length is a multiple of it, else 1.
+A tile is [ROWS, BLOCK] elements: BLOCK columns of ROWS rows, at most 2048 elements (1024 of float64), 16 for each of
+the 128 threads. Both numbers, and with them the order of every sum, follow from the row length and the dtype, never
+from the number of rows. For the same reason no argument is specialised: Triton's own guess from the values of strides
+and addresses, whether 16 bytes may be read at once, would choose the layout of a tile, and a slice would then be summed
+in another order than the whole. VEC says it instead: the number of elements in 16 bytes where the row length is a
+multiple of it, else 1.
 """
 
 import inspect

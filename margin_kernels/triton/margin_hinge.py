@@ -101,7 +101,9 @@ def _forward(
     layer = tl.arange(0, LAYERS)[None, :]
     mask = (sample < samples)[:, None] & (layer < layers)
     eps = tl.full([1, 1], EPS, ACC)
-    bounds = _load_layers(gamma, gamma_stride, cap, cap_stride, weight, weight_stride, layer, layers, MEAN_OF_LAYERS, ACC)
+    bounds = _load_layers(
+        gamma, gamma_stride, cap, cap_stride, weight, weight_stride, layer, layers, MEAN_OF_LAYERS, ACC
+    )
     result = tl.zeros([SAMPLES, LAYERS], ACC)
     if AGGREGATION == "max":
         result += _INF
@@ -157,7 +159,9 @@ def _backward(
     layer = tl.arange(0, LAYERS)[None, :]
     mask = (sample < samples)[:, None] & (layer < layers)
     eps = tl.full([1, 1], EPS, ACC)
-    bounds = _load_layers(gamma, gamma_stride, cap, cap_stride, weight, weight_stride, layer, layers, MEAN_OF_LAYERS, ACC)
+    bounds = _load_layers(
+        gamma, gamma_stride, cap, cap_stride, weight, weight_stride, layer, layers, MEAN_OF_LAYERS, ACC
+    )
     g = widen(tl.load(grad + sample * grad_stride, sample < samples, other=0.0), ACC)[:, None]
     share = g * bounds[2]
     # "max": the distance of the nearest competitor and its number; "mean_distance": the mean

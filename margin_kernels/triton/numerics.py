@@ -63,7 +63,7 @@ def widen(x, ACC: tl.constexpr):
 @triton.jit
 def narrow(x, TYPE: tl.constexpr):
     """x rounded to nearest even. The interpreter truncates to bfloat16, so there it is done on the bits."""
-    if _INTERPRETED and TYPE == tl.bfloat16:
+    if _INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x == x, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -114,7 +114,7 @@ def slope_power(m, KIND: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit
 def scale_down(m):
-    """(a, b) with m a b = 1 for m in (0, inf), in two factors because 1 / m may leave the range; b = 1 for 0 and inf."""
+    """(a, b) with m a b = 1 for m in (0, inf), in two factors as 1 / m may leave the range; b = 1 for 0 and inf."""
     a = tl.where(m > _UP, _DOWN, tl.where(m < _DOWN, _UP, 1.0)).to(m.dtype)
     b = tl.where((m > 0) & (m < _INF), reciprocal(m * a), 1.0)
     return a, b

@@ -71,8 +71,8 @@ def _columns(
     # Every negative is at least -delta, so the sum is 0 only where there is none.
     largest = tl.zeros([1, BLOCK], ACC) - delta
     total = tl.zeros([1, BLOCK], ACC)
-    for start in range(0, CHUNK, ROWS):
-        row = chunk * CHUNK + start + tl.arange(0, ROWS)[:, None]
+    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, samples), ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
         y = tl.load(target + row, row < samples, other=0)
         mask = (row < samples) & in_columns
         z = widen(tl.load(address(logits + row * row_stride, column, VEC), mask, other=0.0), ACC)
@@ -282,8 +282,7 @@ def _one_to_n(
     grid = (cdiv(classes, COLUMNS), chunks)
     launch(_columns, grid, z, z, z.stride(0), y, parts, n, classes, DELTA=delta, **block)
     lift = delta if bound == "positive" else 0.0
-    grid = (cdiv(classes, COLUMNS),)
-    launch(_merge, grid, z, parts, columns, classes, chunks, DELTA=delta, LIFT=lift, BLOCK=COLUMNS)
+    launch(_merge, (cdiv(classes, COLUMNS),), z, parts, columns, classes, chunks, DELTA=delta, LIFT=lift, BLOCK=COLUMNS)
     rows = (z, z.stride(0), y, columns, loss, normalizer if cross_entropy else None, n, classes)
     launch(_losses, (cdiv(n, tile.rows),), z, *rows, DELTA=delta, **tile.constants)
     return loss, columns, normalizer
@@ -317,8 +316,7 @@ def _one_to_n_backward(
     shares, sums = torch.empty(n, dtype=acc, device=z.device), torch.empty(classes, dtype=acc, device=z.device)
     dlogits = torch.empty(n, classes, dtype=z.dtype, device=z.device)
     launch(_weights, (cdiv(n, 128),), z, *rows, shares, n, classes, DELTA=delta, ROWS=128)
-    grid = (cdiv(classes, COLUMNS),)
-    launch(_class_sums, grid, z, y, shares, sums, n, classes, ROWS=TILE_ROWS, BLOCK=COLUMNS)
+    launch(_class_sums, (cdiv(classes, COLUMNS),), z, y, shares, sums, n, classes, ROWS=TILE_ROWS, BLOCK=COLUMNS)
     lift = delta if bound == "positive" else 0.0
     grid = (cdiv(n, tile.rows), cdiv(classes, tile.block))
     arguments = (*rows, shares, sums, dlogits, n, classes)

@@ -138,9 +138,7 @@ def _(rows, index, target, p):
 
 
 @torch.library.custom_op("margin_kernels_triton::row_distance_backward", mutates_args=())
-def _row_distance_backward(
-    grad: Tensor, rows: Tensor, index: Tensor, target: Tensor, norm: Tensor, p: float
-) -> Tensor:
+def _row_distance_backward(grad: Tensor, rows: Tensor, index: Tensor, target: Tensor, norm: Tensor, p: float) -> Tensor:
     (classes, length), (n, k) = rows.shape, index.shape
     if n == 0:
         return torch.zeros(classes, length, dtype=rows.dtype, device=rows.device)
