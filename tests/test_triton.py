@@ -31,7 +31,7 @@ def test_every_kernel_compiles_for_sm_90_without_spills(op):
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith(op)]
     assert {row[1] for row in rows} >= {"_forward", "_backward"} or op in ("one_to_n", "deepfool_step")
-    assert {row[2] for row in rows} == {"fp64", "fp32", "bf16", "fp16"}
+    assert {row[2] for row in rows} == {"float64", "float32", "bfloat16", "float16"}
     assert all(0 < int(row[-3]) < 255 and int(row[-2]) == 0 for row in rows)
 
 

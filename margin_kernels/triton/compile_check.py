@@ -1,7 +1,8 @@
 """`python -m margin_kernels.triton.compile_check`: every Triton kernel compiled for sm_90, without a GPU.
 
-Runs each op forward and backward on small CPU tensors with the launch replaced by a compilation of exactly what would
-have been launched, and prints registers, spills and shared memory of each kernel. A spill is an error (exit status 1).
+Runs each op forward and backward on small CPU tensors, up to the launch itself, which only compiles; prints registers,
+spills and shared memory of each kernel. A spill is an error (exit status 1). A process of its own: nothing can be
+launched in it afterwards.
 """
 
 import math
@@ -17,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
 from ..reference.margin_hinge import AGGREGATIONS
 from ..testing import sample_gradients
@@ -25,15 +26,6 @@ from . import INTERPRETED, ops
 
 CAPABILITY = 90
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.bool: "i1",
-}
 
 
 class Row(NamedTuple):
@@ -48,23 +40,17 @@ class Row(NamedTuple):
     shared: int
 
 
-def _type_of(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return "*" + TYPES[argument.dtype]
-    if isinstance(argument, tuple):
-        return tuple(_type_of(item) for item in argument)
-    return "constexpr" if argument is None else "i32" if -(2**31) <= argument < 2**31 else "i64"
+class _NoDevice:
+    """What Triton asks of a driver before a launch, answered for a GPU that is not there."""
 
+    def get_current_device(self) -> int:
+        return 0
 
-def _compile(function: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    names = function.arg_names
-    signature = {name: _type_of(value) for name, value in zip(names, arguments, strict=False)}
-    values = {(names.index(name),): value for name, value in constants.items()}
-    values |= {(i,): None for i, value in enumerate(arguments) if value is None}
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(function, {name: signature[name] for name in names}, values, {})
-    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -110,13 +96,14 @@ def cases() -> Iterator[tuple[str, torch.dtype, str, tuple[Any, ...]]]:
 def check(chosen: str | None = None) -> Iterator[Row]:
     """A row for each kernel of each case, as it is compiled; of one op only where `chosen` names it."""
     assert not INTERPRETED, "TRITON_INTERPRET=1 replaces the compiler: unset it"
-    launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    run = triton.runtime.JITFunction.run
+    launched: list[tuple[str, Any]] = []
 
-    def record(function: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
-        launched.append((function, arguments, constants))
+    def compile_only(function: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        launched.append((function.__name__, run(function, *arguments, grid=grid, warmup=True, **constants)))
 
-    original = triton.runtime.JITFunction.run
-    triton.runtime.JITFunction.run = record
+    driver.set_active(_NoDevice())
+    triton.runtime.JITFunction.run = compile_only
     try:
         for op, dtype, name, arguments in cases():
             if chosen not in (None, op):
@@ -125,22 +112,22 @@ def check(chosen: str | None = None) -> Iterator[Row]:
             outputs = [out for out in (results if isinstance(results, tuple) else (results,)) if out.requires_grad]
             torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
             while launched:
-                function, values, constants = launched.pop(0)
-                compiled = _compile(function, values, constants)
+                kernel, compiled = launched.pop(0)
                 registers, spills = _resources(compiled.asm["cubin"])
-                yield Row(op, function.__name__, TYPES[dtype], name, registers, spills, compiled.metadata.shared)
+                shared = compiled.metadata.shared
+                yield Row(op, kernel, str(dtype).removeprefix("torch."), name, registers, spills, shared)
     finally:
-        triton.runtime.JITFunction.run = original
+        triton.runtime.JITFunction.run = run
 
 
 def main(arguments: list[str]) -> int:
     print(f"triton {triton.__version__}, sm_{CAPABILITY}")
-    print(f"{'op':14} {'kernel':16} {'dtype':5} {'case':24} {'registers':>9} {'spills':>6} {'shared':>6}")
+    print(f"{'op':14} {'kernel':16} {'dtype':8} {'case':24} {'registers':>9} {'spills':>6} {'shared':>6}")
     spilled = 0
     for row in check(*arguments[:1]):
         spilled += row.spills > 0
         print(
-            f"{row.op:14} {row.kernel:16} {row.dtype:5} {row.case:24} {row.registers:9} {row.spills:6} {row.shared:6}"
+            f"{row.op:14} {row.kernel:16} {row.dtype:8} {row.case:24} {row.registers:9} {row.spills:6} {row.shared:6}"
         )
     return int(spilled > 0)
 

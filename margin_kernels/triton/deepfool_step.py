@@ -193,6 +193,10 @@ def _reduce(
     inside = sample < samples
     n = tl.load(norm + sample, inside, other=0.0)
     chosen = tl.load(choice + sample, inside, other=0)
+    g = widen(tl.load(gap + sample * gap_stride_n + chosen * gap_stride_k, inside, other=0.0), ACC)
+    t = tl.zeros([ROWS], ACC)
+    if grad_distance is not None:
+        t += widen(tl.load(grad_distance + sample * distance_stride, inside, other=0.0), ACC)
     dot = tl.zeros([ROWS], ACC)
     if grad_step is not None:
         source = (gradients + sample * stride_n + chosen * stride_k)[:, None]
@@ -209,10 +213,7 @@ def _reduce(
             u = _unit_step(w, n[:, None], place, column, KIND, Q)
             lanes += tl.where(mask & (u != 0), u * v, 0.0)
         dot = tl.sum(lanes, 1)
-    t = dot
-    if grad_distance is not None:
-        t += widen(tl.load(grad_distance + sample * distance_stride, inside, other=0.0), ACC)
-    g = widen(tl.load(gap + sample * gap_stride_n + chosen * gap_stride_k, inside, other=0.0), ACC)
+    t += dot
     flat = n == 0
     safe = tl.where(flat, 1.0, n)
     tl.store(sums + sample * 3, dot, inside)

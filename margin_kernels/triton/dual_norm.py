@@ -53,7 +53,7 @@ def _forward(
     outer_strides,  # L
     inner_strides,  # L
     lengths,  # L
-    parts,  # L buffers [N * k, S, 2] for (largest, total), None where S = 1
+    parts,  # L buffers [N * k, S, 2] for (largest, total), not read where S = 1
     norms,  # [N * k, L], rows norm_stride apart
     norm_stride,
     rows,  # N * k
@@ -82,7 +82,7 @@ def _forward(
                 tl.store(norms + row * norm_stride + layer, norm_of(largest, total, KIND, Q), inside)
             else:
                 part = (program - first) % PARTS[layer]
-                begin = part * LENGTH
+                begin = part.to(tl.int64) * LENGTH
                 end = tl.minimum(begin + LENGTH, lengths[layer])
                 largest, total = _tile_total(
                     source, inside, begin, end, ACC, KIND, Q, ROWS[layer], BLOCK[layer], VEC[layer]
@@ -157,7 +157,7 @@ def _backward(
     out_inner_strides,
     norms,  # [N * k, L], contiguous
     norm_stride,
-    ties,  # L buffers [N * k] int32 for p = 1, else None
+    ties,  # L buffers [N * k] int32 for p = 1, else not read
     rows,
     inner,
     ROWS: tl.constexpr,
@@ -257,14 +257,14 @@ def _dual_norm(gradients: list[Tensor], p: float, batch_dims: int) -> Tensor:
     flat = norms.view(rows, len(gradients))
     for first, layers in _groups(gradients, batch_dims) if rows > 0 else ():
         count = tuple(1 if layer.length <= LONG else cdiv(layer.length, PART) for layer in layers)
-        parts = tuple(None if c == 1 else torch.empty(rows, c, 2, dtype=acc, device=device) for c in count)
+        parts = tuple(flat if c == 1 else torch.empty(rows, c, 2, dtype=acc, device=device) for c in count)
         programs = sum(cdiv(rows, layer.tile.rows) * c for layer, c in zip(layers, count, strict=True))
         data = (*_matrices(layers), tuple(layer.length for layer in layers), parts)
         arguments = (*data, flat[:, first:], flat.stride(0), rows, inner)
         constants = {**_tiles(layers), "PARTS": count, "LENGTH": PART, "KIND": kind, "Q": q}
         launch(_forward, (programs,), norms, *arguments, **constants)
         for layer, (buffer, c) in enumerate(zip(parts, count, strict=True), start=first):
-            if buffer is not None:
+            if c > 1:
                 block = min(triton.next_power_of_2(max(c, 128)), 1024)
                 column = (flat[:, layer:], flat.stride(0))
                 launch(_merge, (rows,), norms, buffer, *column, c, KIND=kind, Q=q, BLOCK=block)
@@ -293,7 +293,7 @@ def _dual_norm_backward(
     for first, layers in _groups(wide, batch_dims):
         # Native where the result has the layout of what is read; else through a contiguous result and a copy.
         outputs = [_output(r, layer, batch_dims) for r, layer in zip(result[first:], layers, strict=False)]
-        ties: tuple[Tensor | None, ...] = tuple(None for _ in layers)
+        ties = tuple(norms for _ in layers)
         if kind == "max":
             ties = tuple(torch.empty(rows, dtype=torch.int32, device=device) for _ in layers)
             for i, (layer, buffer) in enumerate(zip(layers, ties, strict=True)):

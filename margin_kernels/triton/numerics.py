@@ -73,10 +73,15 @@ def narrow(x, TYPE: tl.constexpr):
 
 @triton.jit
 def address(row, column, VEC: tl.constexpr):
-    """Addresses [ROWS, BLOCK] from those of rows [ROWS, 1] and columns [1, BLOCK], multiples of 16 bytes if VEC > 1."""
+    """Addresses [ROWS, BLOCK] from those of rows [ROWS, 1] and columns [1, BLOCK], multiples of 16 bytes if VEC > 1.
+
+    Else nothing is claimed, whatever Triton knows of them: members of a tuple are specialised all the same.
+    """
     place = row + column
     if VEC > 1:
         place = tl.multiple_of(place, [16, 16])
+    else:
+        place = tl.multiple_of(place, [1, 1])
     return place
 
 
