@@ -179,11 +179,11 @@ class Block {
     current_->where = where;
     current_->value = value;
     current_->state = Thread::AT_BARRIER;
-    uint64_t total = 0;
+    // Whether all are here is asked from the next thread on: most often that one is not.
     bool complete = true;
-    for (unsigned t = 0; t < count_; ++t) {
-      complete = complete && threads_[t]->state == Thread::AT_BARRIER;
-      total += threads_[t]->value;
+    const unsigned mine = linear(current_->index);
+    for (unsigned i = 1; i < count_ && complete; ++i) {
+      complete = threads_[(mine + i) % count_]->state == Thread::AT_BARRIER;
     }
     if (complete) {
       for (unsigned t = 0; t < count_; ++t) {
@@ -191,6 +191,8 @@ class Block {
           fail("threads wait at different barriers: " + name(threads_[t]->where) + " and " + name(where));
         }
       }
+      uint64_t total = 0;
+      for (unsigned t = 0; t < count_; ++t) total += threads_[t]->value;
       for (unsigned t = 0; t < count_; ++t) {
         threads_[t]->result = total;
         threads_[t]->state = Thread::READY;
@@ -211,17 +213,16 @@ class Block {
     me.state = Thread::AT_COLLECTIVE;
     const unsigned first = linear(me.index) / 32 * 32;
     bool complete = true;
-    uint64_t bits = 0;
-    for (unsigned l = 0; l < 32; ++l) {
+    uint64_t bits = uint64_t{value != 0} << lane();
+    for (unsigned i = 1; i < 32 && complete; ++i) {
+      const unsigned l = (lane() + i) % 32;
       if ((mask >> l & 1) == 0) continue;
       if (first + l >= count_ || threads_[first + l]->state == Thread::DONE) fail("a mask names a lane that is gone");
       const Thread& other = *threads_[first + l];
-      if (other.state != Thread::AT_COLLECTIVE) {
-        complete = false;
-      } else {
-        if (other.kind != kind || other.mask != mask) fail("lanes of a mask meet with different calls or masks");
-        bits |= uint64_t{other.value != 0} << l;
-      }
+      complete = other.state == Thread::AT_COLLECTIVE;
+      if (!complete) break;
+      if (other.kind != kind || other.mask != mask) fail("lanes of a mask meet with different calls or masks");
+      bits |= uint64_t{other.value != 0} << l;
     }
     if (complete) {
       for (unsigned l = 0; l < 32; ++l) {
