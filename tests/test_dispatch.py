@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,16 @@ def test_a_missing_extension_is_named_with_the_remedy(monkeypatch):
     extension, reason = backends._load_extension()
     assert extension is None
     assert reason.startswith("the compiled extension margin_kernels._C was not built: reinstall with 'pip install")
+
+
+@needs_extension
+def test_an_extension_built_before_an_op_existed_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(backends, "EXTENSION", SimpleNamespace(build_info=backends.EXTENSION.build_info))
+    logits, target = sample_logits(4, 5)
+    with pytest.raises(BackendError, match=r"_C was built from a source without one_to_n: reinstall with 'pip install"):
+        functional.one_to_n(logits, target, backend="cpu")
+    expected = functional.one_to_n(logits, target, backend="reference")
+    assert torch.equal(functional.one_to_n(logits, target), expected)  # "auto" still runs
 
 
 @needs_extension
