@@ -57,7 +57,7 @@ void floating(const Name& name, const Tensor& tensor) {
                    name_of(tensor.scalar_type()));
 }
 
-inline void competitors(const Tensor& logits, const Tensor& target, int64_t k) {
+inline void labelled_logits(const Tensor& logits, const Tensor& target) {
   floating("logits", logits);
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape [N, C], got ", logits.sym_sizes());
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target must be int64 class indices, got ",
@@ -68,6 +68,24 @@ inline void competitors(const Tensor& logits, const Tensor& target, int64_t k) {
   TORCH_CHECK_VALUE(target.device() == logits.device(), "target must be on the device of logits (", logits.device(),
                     "), got ", target.device());
   TORCH_CHECK_VALUE(classes >= 2, "logits must have at least 2 classes, got ", classes);
+}
+
+// Every entry of values [N] or [N, k], on the CPU, in [0, classes).
+inline void classes(const char* name, const Tensor& values, int64_t classes) {
+  const auto* data = values.const_data_ptr<int64_t>();
+  const int64_t k = values.dim() == 2 ? values.size(1) : 1, inner = values.dim() == 2 ? values.stride(1) : 0;
+  for (int64_t n = 0; n < values.size(0); ++n) {
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t value = data[n * values.stride(0) + j * inner];
+      TORCH_CHECK_VALUE(value >= 0 && value < classes, name, " must be in [0, ", classes, "), got ", value, " at row ",
+                        n);
+    }
+  }
+}
+
+inline void competitors(const Tensor& logits, const Tensor& target, int64_t k) {
+  labelled_logits(logits, target);
+  const auto classes = logits.sym_size(1);
   TORCH_CHECK_VALUE(k >= 1 && classes - 1 >= k, "k must be in [1, ", classes - 1, "] for ", classes, " classes, got ",
                     k);
 }
@@ -127,6 +145,49 @@ inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& ga
                     aggregation);
   TORCH_CHECK_VALUE(layer_reduction == "mean" || layer_reduction == "sum",
                     "layer_reduction must be one of mean, sum, got ", layer_reduction);
+}
+
+inline void row_distance(const Tensor& rows, const Tensor& index, const Tensor& target, double p) {
+  check::p(p);
+  floating("rows", rows);
+  TORCH_CHECK_VALUE(rows.dim() == 2, "rows must have shape [C, D], got ", rows.sym_sizes());
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index must be int64 class indices, got ",
+                   name_of(index.scalar_type()));
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target must be int64 class indices, got ",
+                   name_of(target.scalar_type()));
+  TORCH_CHECK_VALUE(index.dim() == 2 && index.sym_size(1) >= 1, "index must have shape [N, k] with k >= 1, got ",
+                    index.sym_sizes());
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.sym_size(0) == index.sym_size(0), "target must have shape [",
+                    index.sym_size(0), "] to match index, got ", target.sym_sizes());
+  TORCH_CHECK_VALUE(index.device() == rows.device(), "index must be on the device of rows (", rows.device(), "), got ",
+                    index.device());
+  TORCH_CHECK_VALUE(target.device() == rows.device(), "target must be on the device of rows (", rows.device(),
+                    "), got ", target.device());
+}
+
+inline void one_to_n(const Tensor& logits, const Tensor& target, double delta, std::string_view bound) {
+  labelled_logits(logits, target);
+  TORCH_CHECK_VALUE(delta > 0 && std::isfinite(delta), "delta must be finite and > 0, got ", delta);
+  TORCH_CHECK_VALUE(bound == "symmetric" || bound == "positive", "bound must be one of symmetric, positive, got ",
+                    bound);
+}
+
+inline void deepfool_step(const Tensor& gap, const Tensor& gradients, const std::optional<Tensor>& active, double p) {
+  check::p(p);
+  floating("gap", gap);
+  floating("gradients", gradients);
+  TORCH_CHECK_VALUE(gap.dim() == 2 && gap.sym_size(1) >= 1, "gap must have shape [N, k] with k >= 1, got ",
+                    gap.sym_sizes());
+  TORCH_CHECK_VALUE(gradients.dim() >= 2 && gradients.sym_sizes().slice(0, 2).equals(gap.sym_sizes()),
+                    "gradients must begin with ", gap.sym_sizes(), " like gap, got ", gradients.sym_sizes());
+  TORCH_CHECK_VALUE(gradients.device() == gap.device(), "gradients must be on the device of gap (", gap.device(),
+                    "), got ", gradients.device());
+  if (!active) return;
+  TORCH_CHECK_TYPE(active->scalar_type() == at::kBool, "active must be bool, got ", name_of(active->scalar_type()));
+  TORCH_CHECK_VALUE(active->dim() == 1 && active->sym_size(0) == gap.sym_size(0), "active must have shape [",
+                    gap.sym_size(0), "] to match gap, got ", active->sym_sizes());
+  TORCH_CHECK_VALUE(active->device() == gap.device(), "active must be on the device of gap (", gap.device(), "), got ",
+                    active->device());
 }
 
 }  // namespace margin_kernels::check

@@ -18,6 +18,20 @@ TORCH_LIBRARY(margin_kernels, m) {
   m.def(
       "margin_hinge_backward(Tensor grad, Tensor gap, Tensor norm, Tensor gamma, Tensor? cap, "
       "Tensor? weight, float eps, str aggregation, str layer_reduction, bool norm_grad) -> (Tensor, Tensor)");
+  m.def("row_distance(Tensor rows, Tensor index, Tensor target, float p) -> Tensor");
+  m.def("row_distance_backward(Tensor grad, Tensor rows, Tensor index, Tensor target, Tensor norm, float p) -> Tensor");
+  m.def(
+      "one_to_n(Tensor logits, Tensor target, float delta, str bound, bool cross_entropy) -> "
+      "(Tensor loss, Tensor column, Tensor normalizer)");
+  m.def(
+      "one_to_n_backward(Tensor grad, Tensor logits, Tensor target, Tensor column, Tensor normalizer, float delta, "
+      "str bound, bool cross_entropy) -> Tensor");
+  m.def(
+      "deepfool_step(Tensor gap, Tensor gradients, Tensor? active, float p) -> "
+      "(Tensor step, Tensor distance, Tensor choice, Tensor norm)");
+  m.def(
+      "deepfool_step_backward(Tensor? grad_step, Tensor? grad_distance, Tensor gap, Tensor gradients, Tensor choice, "
+      "Tensor norm, Tensor? active, float p) -> (Tensor, Tensor)");
 }
 
 namespace margin_kernels {
@@ -66,6 +80,43 @@ std::tuple<Tensor, Tensor> margin_hinge_backward(const Tensor& grad, const Tenso
                                                  bool norm_grad) {
   static auto op = find<decltype(margin_hinge_backward)>("margin_kernels::margin_hinge_backward");
   return op.call(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction, norm_grad);
+}
+
+Tensor row_distance(const Tensor& rows, const Tensor& index, const Tensor& target, double p) {
+  static auto op = find<decltype(row_distance)>("margin_kernels::row_distance");
+  return op.call(rows, index, target, p);
+}
+
+Tensor row_distance_backward(const Tensor& grad, const Tensor& rows, const Tensor& index, const Tensor& target,
+                             const Tensor& norm, double p) {
+  static auto op = find<decltype(row_distance_backward)>("margin_kernels::row_distance_backward");
+  return op.call(grad, rows, index, target, norm, p);
+}
+
+std::tuple<Tensor, Tensor, Tensor> one_to_n(const Tensor& logits, const Tensor& target, double delta,
+                                            std::string_view bound, bool cross_entropy) {
+  static auto op = find<decltype(one_to_n)>("margin_kernels::one_to_n");
+  return op.call(logits, target, delta, bound, cross_entropy);
+}
+
+Tensor one_to_n_backward(const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& column,
+                         const Tensor& normalizer, double delta, std::string_view bound, bool cross_entropy) {
+  static auto op = find<decltype(one_to_n_backward)>("margin_kernels::one_to_n_backward");
+  return op.call(grad, logits, target, column, normalizer, delta, bound, cross_entropy);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> deepfool_step(const Tensor& gap, const Tensor& gradients,
+                                                         const std::optional<Tensor>& active, double p) {
+  static auto op = find<decltype(deepfool_step)>("margin_kernels::deepfool_step");
+  return op.call(gap, gradients, active, p);
+}
+
+std::tuple<Tensor, Tensor> deepfool_step_backward(const std::optional<Tensor>& grad_step,
+                                                  const std::optional<Tensor>& grad_distance, const Tensor& gap,
+                                                  const Tensor& gradients, const Tensor& choice, const Tensor& norm,
+                                                  const std::optional<Tensor>& active, double p) {
+  static auto op = find<decltype(deepfool_step_backward)>("margin_kernels::deepfool_step_backward");
+  return op.call(grad_step, grad_distance, gap, gradients, choice, norm, active, p);
 }
 
 }  // namespace margin_kernels

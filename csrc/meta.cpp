@@ -61,6 +61,47 @@ std::tuple<Tensor, Tensor> margin_hinge_backward_meta(const Tensor&, const Tenso
                                                                  : at::empty_symint({c10::SymInt(0)}, norm.options())};
 }
 
+Tensor row_distance_meta(const Tensor& rows, const Tensor& index, const Tensor& target, double p) {
+  check::row_distance(rows, index, target, p);
+  return at::empty_symint(index.sym_sizes(), accumulate_options(rows));
+}
+
+Tensor row_distance_backward_meta(const Tensor&, const Tensor& rows, const Tensor&, const Tensor&, const Tensor&,
+                                  double) {
+  return at::empty_like(rows, at::MemoryFormat::Contiguous);
+}
+
+std::tuple<Tensor, Tensor, Tensor> one_to_n_meta(const Tensor& logits, const Tensor& target, double delta,
+                                                 std::string_view bound, bool cross_entropy) {
+  check::one_to_n(logits, target, delta, bound);
+  const auto acc = accumulate_options(logits);
+  const auto n = logits.sym_size(0);
+  return {at::empty_symint({n}, acc), at::empty_symint({logits.sym_size(1)}, acc),
+          at::empty_symint({cross_entropy ? n : c10::SymInt(0)}, acc)};
+}
+
+Tensor one_to_n_backward_meta(const Tensor&, const Tensor& logits, const Tensor&, const Tensor&, const Tensor&, double,
+                              std::string_view, bool) {
+  return at::empty_like(logits, at::MemoryFormat::Contiguous);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> deepfool_step_meta(const Tensor& gap, const Tensor& gradients,
+                                                              const std::optional<Tensor>& active, double p) {
+  check::deepfool_step(gap, gradients, active, p);
+  const auto n = gap.sym_size(0);
+  auto sizes = gradients.sym_sizes().vec();
+  sizes.erase(sizes.begin() + 1);
+  const auto acc = gap.scalar_type() == at::kDouble ? accumulate_options(gap) : accumulate_options(gradients);
+  return {at::empty_symint(sizes, gradients.options()), at::empty_symint({n}, acc),
+          at::empty_symint({n}, gap.options().dtype(at::kLong)), at::empty_symint({n}, acc)};
+}
+
+std::tuple<Tensor, Tensor> deepfool_step_backward_meta(const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                                       const Tensor& gap, const Tensor& gradients, const Tensor&,
+                                                       const Tensor&, const std::optional<Tensor>&, double) {
+  return {at::empty_like(gap, at::MemoryFormat::Contiguous), at::empty_like(gradients, at::MemoryFormat::Contiguous)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(margin_kernels, Meta, m) {
@@ -70,6 +111,12 @@ TORCH_LIBRARY_IMPL(margin_kernels, Meta, m) {
   m.impl("dual_norm_backward", dual_norm_backward_meta);
   m.impl("margin_hinge", margin_hinge_meta);
   m.impl("margin_hinge_backward", margin_hinge_backward_meta);
+  m.impl("row_distance", row_distance_meta);
+  m.impl("row_distance_backward", row_distance_backward_meta);
+  m.impl("one_to_n", one_to_n_meta);
+  m.impl("one_to_n_backward", one_to_n_backward_meta);
+  m.impl("deepfool_step", deepfool_step_meta);
+  m.impl("deepfool_step_backward", deepfool_step_backward_meta);
 }
 
 }  // namespace margin_kernels

@@ -43,6 +43,20 @@ dual_norm_backward(const Tensor& grad,    // [N, k, L] or [N, L]
                    const Tensor& norms,   // like grad
                    double p, int64_t batch_dims);
 
+// norm[n, j] = || rows[index[n, j]] - rows[target[n]] ||_q
+Tensor                              // [N, k]  acc
+row_distance(const Tensor& rows,    // [C, D]
+             const Tensor& index,   // [N, k]  int64
+             const Tensor& target,  // [N]     int64
+             double p);
+
+// drows[index[n, j]] += grad slope,  drows[target[n]] -= grad slope
+Tensor                                     // [C, D]  dtype of rows
+row_distance_backward(const Tensor& grad,  // [N, k]
+                      const Tensor& rows, const Tensor& index, const Tensor& target,
+                      const Tensor& norm,  // [N, k]
+                      double p);
+
 // distance = -gap / (eps + norm); loss = over_l over_j min(max(gamma_l - distance, 0), cap_l)
 // over l: "sum" = sum_l weight_l t_l, "mean" = sum_l weight_l t_l / sum_l weight_l
 std::tuple<Tensor,                                 // loss     [N]        acc
@@ -60,5 +74,41 @@ margin_hinge_backward(const Tensor& grad,  // [N]
                       const Tensor& gap, const Tensor& norm, const Tensor& gamma, const std::optional<Tensor>& cap,
                       const std::optional<Tensor>& weight, double eps, std::string_view aggregation,
                       std::string_view layer_reduction, bool norm_grad);
+
+// A_c = logsumexp over j with y_j != c of max(z[j, c], -delta), + delta for bound = "positive"
+// loss_i = softplus(A_{y_i} - a_i), a_i = min(z[i, y_i], delta); with cross_entropy logaddexp(A_{y_i}, lse_i) - a_i
+std::tuple<Tensor,              // loss        [N]  acc
+           Tensor,              // column      [C]  acc: A, -inf without negatives; kept for backward
+           Tensor>              // normalizer  [N]  acc: row logsumexp, or empty [0] without cross_entropy
+one_to_n(const Tensor& logits,  // [N, C]
+         const Tensor& target,  // [N]  int64
+         double delta, std::string_view bound, bool cross_entropy);
+
+// y_j != c: S_c exp(max(z, -delta) - A_c) 1[z > -delta], S_c = sum of grad_i s_i over y_i = c;  y_i: -grad_i s_i
+Tensor                                 // [N, C]  dtype of logits
+one_to_n_backward(const Tensor& grad,  // [N]
+                  const Tensor& logits, const Tensor& target,
+                  const Tensor& column,      // [C]
+                  const Tensor& normalizer,  // [N] or [0]
+                  double delta, std::string_view bound, bool cross_entropy);
+
+// distance_j = |gap_j| / ||w_j||_q, choice = argmin_j, step = distance u with u = d ||w|| / d w of the chosen j
+std::tuple<Tensor,                                  // step      [N, *]  dtype of gradients
+           Tensor,                                  // distance  [N]     acc
+           Tensor,                                  // choice    [N]     int64
+           Tensor>                                  // norm      [N]     acc: of the chosen j; kept for backward
+deepfool_step(const Tensor& gap,                    // [N, k]
+              const Tensor& gradients,              // [N, k, *]
+              const std::optional<Tensor>& active,  // [N]  bool, all by default
+              double p);
+
+std::tuple<Tensor,                                                  // grad of gap        [N, k]
+           Tensor>                                                  // grad of gradients  [N, k, *]
+deepfool_step_backward(const std::optional<Tensor>& grad_step,      // [N, *]
+                       const std::optional<Tensor>& grad_distance,  // [N]
+                       const Tensor& gap, const Tensor& gradients,
+                       const Tensor& choice,  // [N]
+                       const Tensor& norm,    // [N]
+                       const std::optional<Tensor>& active, double p);
 
 }  // namespace margin_kernels

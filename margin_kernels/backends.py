@@ -74,6 +74,8 @@ def why_not(backend: str, op: str, tensors: Sequence[Tensor]) -> str | None:
 def _why_not_compiled(op: str, tensors: Sequence[Tensor], device: str) -> str | None:
     if EXTENSION is None:
         return EXTENSION_ERROR
+    if not hasattr(EXTENSION, op):
+        return f"margin_kernels._C was built from a source without {op}: {_REBUILD}"
     if device == "cuda" and not EXTENSION.build_info()["cuda"]:
         return f"margin_kernels._C was built without CUDA: {_REBUILD_CUDA}"
     found = tensors[0].device.type

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .backends import is_functorch_wrapped
 from .reference.margin_hinge import AGGREGATIONS
+from .reference.one_to_n import BOUNDS
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,7 +35,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
         _type(f"{name} must be float64, float32, bfloat16 or float16, got {_name(tensor.dtype)}")
 
 
-def check_competitors(logits: Tensor, target: Tensor, k: int) -> None:
+def check_labelled_logits(logits: Tensor, target: Tensor) -> None:
     check_floating("logits", logits)
     if logits.dim() != 2:
         _value(f"logits must have shape [N, C], got {list(logits.shape)}")
@@ -47,13 +48,24 @@ def check_competitors(logits: Tensor, target: Tensor, k: int) -> None:
         _value(f"target must be on the device of logits ({logits.device}), got {target.device}")
     if classes < 2:
         _value(f"logits must have at least 2 classes, got {classes}")
+
+
+def check_classes(name: str, values: Tensor, classes: int) -> None:
+    """Every entry of values [N] or [N, k] in [0, classes), where they lie on the CPU."""
+    if values.device.type != "cpu" or not _readable(values):
+        return
+    outside = (values < 0) | (values >= classes)
+    if bool(outside.any()):
+        where = outside.nonzero()[0].tolist()
+        _value(f"{name} must be in [0, {classes}), got {int(values[tuple(where)])} at row {where[0]}")
+
+
+def check_competitors(logits: Tensor, target: Tensor, k: int) -> None:
+    check_labelled_logits(logits, target)
+    classes = logits.shape[1]
     if not 1 <= k <= classes - 1:
         _value(f"k must be in [1, {classes - 1}] for {classes} classes, got {k}")
-    if target.device.type == "cpu" and _readable(target):
-        outside = (target < 0) | (target >= classes)
-        if bool(outside.any()):
-            row = int(outside.nonzero()[0, 0])
-            _value(f"target must be in [0, {classes}), got {int(target[row])} at row {row}")
+    check_classes("target", target, classes)
 
 
 def check_dual_norm(gradients: Sequence[Tensor], p: float, batch_dims: int) -> None:
@@ -116,6 +128,54 @@ def check_margin_hinge(
         _value(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation}")
     if layer_reduction not in ("mean", "sum"):
         _value(f"layer_reduction must be one of mean, sum, got {layer_reduction}")
+
+
+def check_row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float) -> None:
+    check_p(p)
+    check_floating("rows", rows)
+    if rows.dim() != 2:
+        _value(f"rows must have shape [C, D], got {list(rows.shape)}")
+    for name, tensor in (("index", index), ("target", target)):
+        if tensor.dtype != torch.int64:
+            _type(f"{name} must be int64 class indices, got {_name(tensor.dtype)}")
+    if index.dim() != 2 or index.shape[1] < 1:
+        _value(f"index must have shape [N, k] with k >= 1, got {list(index.shape)}")
+    if target.dim() != 1 or target.shape[0] != index.shape[0]:
+        _value(f"target must have shape [{index.shape[0]}] to match index, got {list(target.shape)}")
+    for name, tensor in (("index", index), ("target", target)):
+        if tensor.device != rows.device:
+            _value(f"{name} must be on the device of rows ({rows.device}), got {tensor.device}")
+    check_classes("target", target, rows.shape[0])
+    check_classes("index", index, rows.shape[0])
+
+
+def check_one_to_n(logits: Tensor, target: Tensor, delta: float, bound: str) -> None:
+    check_labelled_logits(logits, target)
+    if not 0 < delta < math.inf:
+        _value(f"delta must be finite and > 0, got {delta:g}")
+    if bound not in BOUNDS:
+        _value(f"bound must be one of {', '.join(BOUNDS)}, got {bound}")
+    check_classes("target", target, logits.shape[1])
+
+
+def check_deepfool_step(gap: Tensor, gradients: Tensor, active: Tensor | None, p: float) -> None:
+    check_p(p)
+    check_floating("gap", gap)
+    check_floating("gradients", gradients)
+    if gap.dim() != 2 or gap.shape[1] < 1:
+        _value(f"gap must have shape [N, k] with k >= 1, got {list(gap.shape)}")
+    if gradients.dim() < 2 or gradients.shape[:2] != gap.shape:
+        _value(f"gradients must begin with {list(gap.shape)} like gap, got {list(gradients.shape)}")
+    if gradients.device != gap.device:
+        _value(f"gradients must be on the device of gap ({gap.device}), got {gradients.device}")
+    if active is None:
+        return
+    if active.dtype != torch.bool:
+        _type(f"active must be bool, got {_name(active.dtype)}")
+    if active.dim() != 1 or active.shape[0] != gap.shape[0]:
+        _value(f"active must have shape [{gap.shape[0]}] to match gap, got {list(active.shape)}")
+    if active.device != gap.device:
+        _value(f"active must be on the device of gap ({gap.device}), got {active.device}")
 
 
 def _readable(tensor: Tensor) -> bool:

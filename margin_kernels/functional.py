@@ -55,6 +55,14 @@ def competitors(logits: Tensor, target: Tensor, k: int = 1, backend: str = "auto
     return Competitors(index, gap, nll)
 
 
+class DeepFoolStep(NamedTuple):
+    """What `deepfool_step` returns: step [N, *], choice [N] int64, distance [N]."""
+
+    step: Tensor
+    choice: Tensor
+    distance: Tensor
+
+
 def dual_norm(gradients: Sequence[Tensor], p: float = 2, batch_dims: int = 2, backend: str = "auto") -> Tensor:
     """Dual norms of the rows of several layers' gradients in one launch.
 
@@ -82,6 +90,33 @@ def dual_norm(gradients: Sequence[Tensor], p: float = 2, batch_dims: int = 2, ba
     if name not in _COMPILED:
         checks.check_dual_norm(gradients, p, batch_dims)
     return op(gradients, p, batch_dims)
+
+
+def row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float = 2, backend: str = "auto") -> Tensor:
+    """Dual norms of the differences of gathered rows: the closed-form margin of a last layer z = W h + b.
+
+        norm[n, j] = || rows[index[n, j]] - rows[target[n]] ||_q      q = p / (p - 1)
+
+    Args:
+        rows: [C, D], the weight of the last layer.
+        index: [N, k] int64 in [0, C): competitors.
+        target: [N] int64 in [0, C).
+        p: the norm in which distances are measured, in [1, inf].
+
+    Returns:
+        [N, k]. 0 with gradient 0 where index == target. Nothing of size [N, k, D] is allocated by the compiled
+        kernels. On a GPU a pair with an index or target outside [0, C) is NaN and has no gradient.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, p < 1; on the CPU also an index or target outside [0, C).
+        BackendError: a backend named by the caller cannot run.
+
+    Source: Elsayed et al., Large Margin Deep Networks for Classification, NeurIPS 2018, eq. 7, for the last layer.
+    """
+    name, op = choose("row_distance", (rows,), backend)
+    if name not in _COMPILED:
+        checks.check_row_distance(rows, index, target, p)
+    return op(rows, index, target, p)
 
 
 def margin_hinge(
@@ -152,6 +187,90 @@ def margin_hinge_with_distance(
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     return loss, distance
+
+
+def one_to_n(
+    logits: Tensor,
+    target: Tensor,
+    delta: float = 1.0,
+    bound: str = "symmetric",
+    cross_entropy: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """1-to-N loss: each sample against the logits that the batch's other classes have in its column, in O(N C).
+
+        a_i  = min(z[i, y_i], delta)
+        A_c  = logsumexp over j with y_j != c of max(z[j, c], -delta)         (+ delta for bound="positive")
+        L_i  = softplus(A_{y_i} - a_i)                                        = -log of eq. 8
+        L_i  = logaddexp(A_{y_i}, logsumexp_k z[i, k]) - a_i                  with cross_entropy, eq. 14
+        over i: "mean" | "sum" | "none"
+
+    Args:
+        logits: [N, C], C >= 2.
+        target: [N] int64 in [0, C).
+        delta: half the margin, in units of the logits, finite and > 0. No gradient where z reaches delta (-delta).
+        bound: "symmetric": scores bounded to [-delta, delta]; "positive": negatives bounded from 0.
+        cross_entropy: adds the sample's own softmax denominator.
+
+    Returns:
+        the loss, [] or [N] for reduction="none". A batch of one class has no negatives: loss and gradient 0 (what
+        remains with cross_entropy is logsumexp_k z[i, k] - a_i). A non-finite logit gives NaN in every loss that it
+        enters; on a GPU a target outside [0, C) makes its row of logits NaN.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, delta, unknown names; on the CPU also a target outside [0, C).
+        BackendError: a backend named by the caller cannot run.
+
+    Source: Rocca Layza, Pedrini, Torres, 1-to-N Large Margin Classifier, SIBGRAPI 2020, eq. 8 and 14.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be one of mean, sum, none, got {reduction}")
+    name, op = choose("one_to_n", (logits,), backend)
+    if name in _COMPILED:
+        loss, _, _ = op(logits, target, delta, bound, cross_entropy)
+    else:
+        checks.check_one_to_n(logits, target, delta, bound)
+        loss = op(logits, target, delta, bound, cross_entropy)
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def deepfool_step(
+    gap: Tensor, gradients: Tensor, active: Tensor | None = None, p: float = 2, backend: str = "auto"
+) -> DeepFoolStep:
+    """The step to the nearest linearised decision boundary: norms, choice of the boundary and step in one launch.
+
+        distance_j = |gap_j| / || w_j ||_q      w_j = gradients[n, j], q = p / (p - 1); infinity where w_j = 0
+        choice     = argmin_j distance_j        equal distances: lowest j
+        step       = distance u,   u = sign(w) (|w| / ||w||_q)^(q-1) of the chosen j;   || step ||_p = distance
+
+    Args:
+        gap: [N, k], k >= 1: scores of the candidates minus that of the reference class.
+        gradients: [N, k, *], the gradient of each gap in the input.
+        active: [N] bool or None for all. Where False: step, choice, distance and gradients 0.
+        p: the norm in which distances are measured, in [1, inf]. p = 1: the whole step goes on the first of the
+            largest |w_i|.
+
+    Returns:
+        DeepFoolStep(step [N, *] of the dtype of gradients, choice [N] int64, distance [N]); step and distance are
+        differentiable twice in gap and gradients, through the chosen candidate. All w_j = 0: step 0, distance
+        infinity, choice 0. NaN or infinity in an active sample: step and distance NaN, choice 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, p < 1.
+        BackendError: a backend named by the caller cannot run.
+
+    Source: Moosavi-Dezfooli, Fawzi, Frossard, DeepFool, CVPR 2016, eq. 8; Yan et al. 2019 (TPAMI) for any p.
+    """
+    name, op = choose("deepfool_step", (gap, gradients), backend)
+    if name in _COMPILED:
+        step, distance, choice, _ = op(gap, gradients, active, p)
+    else:
+        checks.check_deepfool_step(gap, gradients, active, p)
+        step, distance, choice = op(gap, gradients, active, p)
+    return DeepFoolStep(step, choice, distance)
 
 
 def per_layer(value: Layerwise, norm: Tensor) -> Tensor:

@@ -43,5 +43,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("gradients"), py::arg("p"), py::arg("batch_dims") = 2);
   m.def("margin_hinge", &margin_kernels::margin_hinge, py::arg("gap"), py::arg("norm"), py::arg("gamma"),
         py::arg("cap"), py::arg("weight"), py::arg("eps"), py::arg("aggregation"), py::arg("layer_reduction"));
+  m.def("row_distance", &margin_kernels::row_distance, py::arg("rows"), py::arg("index"), py::arg("target"),
+        py::arg("p"));
+  m.def("one_to_n", &margin_kernels::one_to_n, py::arg("logits"), py::arg("target"), py::arg("delta"), py::arg("bound"),
+        py::arg("cross_entropy"));
+  m.def("deepfool_step", &margin_kernels::deepfool_step, py::arg("gap"), py::arg("gradients"), py::arg("active"),
+        py::arg("p"));
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
 }

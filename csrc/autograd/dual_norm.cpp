@@ -3,10 +3,10 @@
 
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "function.h"
+#include "row_norm.h"
 
 namespace margin_kernels {
 namespace {
@@ -95,20 +95,12 @@ struct DualNormBackwardFunction : Function<DualNormBackwardFunction> {
     return (rows(u, batch_dims, type) * rows(v, batch_dims, type)).sum(-1);
   }
 
-  // grad (q-1)/D [ (|G|/D)^(q-2) v - u <u, v> ];  0 where D = 0, and for q < 2 the first term is 0 where G = 0
+  // grad H v
   static Tensor curvature(const Tensor& v, const Tensor& g, const Tensor& norm, const Tensor& grad,
                           const Tensor& u_dot_v, double q, int64_t batch_dims) {
     const auto type = norm.scalar_type();
-    const Tensor zero_row = (norm == 0).unsqueeze(-1);
-    const Tensor d = at::where(zero_row, at::ones_like(norm).unsqueeze(-1), norm.unsqueeze(-1));
-    const Tensor ratio = rows(g, batch_dims, type) / d, zero = ratio == 0;
-    const Tensor magnitude = at::where(zero, at::ones_like(ratio), ratio.abs());
-    const Tensor u = at::where(zero, at::zeros_like(ratio), ratio.sign() * magnitude.pow(q - 1));
-    const Tensor diagonal =
-        q == 2 ? at::ones_like(ratio) : at::where(zero, at::zeros_like(ratio), magnitude.pow(q - 2));
-    Tensor h = (diagonal * rows(v, batch_dims, type) - u * u_dot_v.unsqueeze(-1)) * (q - 1) / d;
-    h = at::where(zero_row, at::zeros_like(h), h * grad.to(type).unsqueeze(-1));
-    return h.reshape_symint(g.sym_sizes()).to(g.scalar_type());
+    const Tensor h = norm_curvature(rows(g, batch_dims, type), norm, rows(v, batch_dims, type), u_dot_v, q);
+    return (h * grad.to(type).unsqueeze(-1)).reshape_symint(g.sym_sizes()).to(g.scalar_type());
   }
 };
 

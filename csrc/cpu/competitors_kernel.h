@@ -3,6 +3,8 @@
 // Forward reads the row twice while it lies in the cache: once for the competitors, once for the sum of exponentials.
 // Backward reads it once and writes the gradient once.
 
+#include "sum_exp.h"
+
 namespace margin_kernels::MK_ISA {
 
 // Beyond this many competitors a partial sort of all classes is cheaper than keeping a sorted list.
@@ -128,27 +130,6 @@ MK_FN void scan_list(const scalar_t* z, int64_t begin, int64_t end, int64_t k, t
   for (; i < end; ++i) {
     if (static_cast<acc>(z[i]) > threshold()) insert(static_cast<acc>(z[i]), i);
   }
-}
-
-// sum_i exp(z_i - max)
-template <class scalar_t>
-MK_FN double sum_exp(const scalar_t* z, int64_t classes, typename Lane<scalar_t>::acc max) {
-  using L = Lane<scalar_t>;
-  using vector = typename L::vector;
-  constexpr int64_t W = L::width;
-  vector a{}, b{};
-  int64_t i = 0;
-  for (; i + 2 * W <= classes; i += 2 * W) {
-    a += exp_nonpositive(load(z + i) - max);
-    b += exp_nonpositive(load(z + i + W) - max);
-  }
-  for (; i + W <= classes; i += W) a += exp_nonpositive(load(z + i) - max);
-  if (i < classes) {
-    // Lanes behind the row hold max and add exp(0) each.
-    b += exp_nonpositive(load_part(z + i, classes - i, max) - max);
-    return sum(fold(a) + fold(b)) - static_cast<double>(W - (classes - i));
-  }
-  return sum(fold(a) + fold(b));
 }
 
 template <class scalar_t>

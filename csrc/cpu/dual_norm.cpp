@@ -1,5 +1,5 @@
 // Dual norms of gradient rows on the CPU: reads every gradient once, writes one number per row.
-#include "../math/dual_norm.h"
+#include "dual_norm.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -9,25 +9,9 @@
 
 #include <algorithm>
 #include <numeric>
-#include <type_traits>
 
 #include "../check.h"
 #include "../ops.h"
-
-namespace margin_kernels {
-
-// Rows of one layer: row r = (r / inner, r % inner) over the batch dimensions, `length` elements in one dense run.
-template <class scalar_t>
-struct Rows {
-  scalar_t* data;
-  int64_t inner, outer_stride, inner_stride, length;
-  scalar_t* at(int64_t r) const {
-    if (inner == 1) return data + r * outer_stride;
-    return data + (r / inner) * outer_stride + (r % inner) * inner_stride;
-  }
-};
-
-}  // namespace margin_kernels
 
 #define MK_KERNEL "dual_norm_kernel.h"
 #include "foreach_isa.h"
@@ -69,23 +53,6 @@ int64_t count_rows(const Tensor& g, int64_t batch_dims) { return batch_dims == 2
 
 // Rows per task: at least 32k elements each, so that small problems stay on one thread.
 int64_t grain(int64_t length) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(length, 1)); }
-
-template <class Body>
-void with_norm(double p, const Body& body) {
-  using math::Norm;
-  switch (math::norm_of(p)) {
-    case Norm::MAX:
-      return body(std::integral_constant<Norm, Norm::MAX>());
-    case Norm::SUM:
-      return body(std::integral_constant<Norm, Norm::SUM>());
-    case Norm::SQUARE:
-      return body(std::integral_constant<Norm, Norm::SQUARE>());
-    case Norm::THREE_HALVES:
-      return body(std::integral_constant<Norm, Norm::THREE_HALVES>());
-    case Norm::GENERAL:
-      return body(std::integral_constant<Norm, Norm::GENERAL>());
-  }
-}
 
 Tensor dual_norm_cpu(TensorList gradients, double p, int64_t batch_dims) {
   check::dual_norm(gradients, p, batch_dims);

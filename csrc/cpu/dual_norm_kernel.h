@@ -62,17 +62,6 @@ struct Sums<Norm::THREE_HALVES> {
 };
 #endif
 
-MK_FN f64x8 widen_low(f32x16 v) {
-  f32x8 half[2];
-  std::memcpy(half, &v, sizeof(v));
-  return __builtin_convertvector(half[0], f64x8);
-}
-MK_FN f64x8 widen_high(f32x16 v) {
-  f32x8 half[2];
-  std::memcpy(half, &v, sizeof(v));
-  return __builtin_convertvector(half[1], f64x8);
-}
-
 // sum of power(|g_i|) for SUM, SQUARE, THREE_HALVES
 template <Norm norm, class scalar_t>
 MK_FN double row_total(const scalar_t* g, int64_t n) {

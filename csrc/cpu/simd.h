@@ -173,6 +173,17 @@ MK_FN f64x8 fold(f32x16 v) {
 }
 MK_FN f64x8 fold(f64x8 v) { return v; }
 
+MK_FN f64x8 widen_low(f32x16 v) {
+  f32x8 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return __builtin_convertvector(half[0], f64x8);
+}
+MK_FN f64x8 widen_high(f32x16 v) {
+  f32x8 half[2];
+  std::memcpy(half, &v, sizeof(v));
+  return __builtin_convertvector(half[1], f64x8);
+}
+
 MK_FN double sum(f64x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 MK_FN double sum(f32x16 v) { return sum(fold(v)); }
 

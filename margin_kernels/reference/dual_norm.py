@@ -23,7 +23,7 @@ def dual_exponent(p: float) -> float:
 def dual_norm(gradients: Sequence[Tensor], p: float, batch_dims: int) -> Tensor:
     q = dual_exponent(p)
     double = any(g.dtype == torch.float64 for g in gradients)
-    return torch.stack([_row_norm(_rows(g, batch_dims, double), q) for g in gradients], dim=-1)
+    return torch.stack([row_norm(_rows(g, batch_dims, double), q) for g in gradients], dim=-1)
 
 
 def _rows(gradient: Tensor, batch_dims: int, double: bool) -> Tensor:
@@ -32,7 +32,8 @@ def _rows(gradient: Tensor, batch_dims: int, double: bool) -> Tensor:
     return g.reshape(*lead, math.prod(g.shape[batch_dims:]))
 
 
-def _row_norm(g: Tensor, q: float) -> Tensor:
+def row_norm(g: Tensor, q: float) -> Tensor:
+    """|| g ||_q over the last dimension."""
     if g.shape[-1] == 0:
         return g.sum(dim=-1)
     if q == 1:
