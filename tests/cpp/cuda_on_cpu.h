@@ -16,6 +16,7 @@
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -114,9 +115,11 @@ enum class Collective { SHUFFLE, BALLOT, SYNC };
 struct Thread {
   enum State { READY, AT_BARRIER, AT_COLLECTIVE, DONE };
   ucontext_t context;
+  jmp_buf jump;
+  bool begun;
   std::unique_ptr<char[]> stack;
   uint3 index;
-  State state;
+  State state = READY;
   std::source_location where;  // of the barrier it waits at
   Collective kind;             // of the collective it waits at
   uint32_t mask;
@@ -147,15 +150,8 @@ class Block {
     for (unsigned t = 0; t < count_; ++t) {
       Thread& thread = *threads_[t];
       thread.index = {t % threads.x, t / threads.x % threads.y, t / threads.x / threads.y};
+      if (thread.state != Thread::DONE) begin(thread);
       thread.state = Thread::READY;
-#if defined(__SANITIZE_ADDRESS__)
-      __asan_unpoison_memory_region(thread.stack.get(), kStack);  // of a fiber that an error left behind
-#endif
-      getcontext(&thread.context);
-      thread.context.uc_stack.ss_sp = thread.stack.get();
-      thread.context.uc_stack.ss_size = kStack;
-      thread.context.uc_link = nullptr;
-      makecontext(&thread.context, &Block::enter, 0);
     }
     order_.resize(count_);
     std::iota(order_.begin(), order_.end(), 0u);
@@ -270,6 +266,19 @@ class Block {
                              std::to_string(count_ - done - at_collective) + " at a barrier" + where);
   }
 
+  // A new fiber, or one that an error left in the middle of a kernel. Finished ones are used again as they are.
+  void begin(Thread& thread) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(thread.stack.get(), kStack);
+#endif
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStack;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, &Block::enter, 0);
+    thread.begun = false;
+  }
+
   void resume(Thread& thread) {
     current_ = &thread;
     threadIdx = thread.index;
@@ -279,7 +288,11 @@ class Block {
     swapcontext(&scheduler_, &thread.context);
     __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
 #else
-    swapcontext(&scheduler_, &thread.context);
+    // As swapcontext, without its system call for the signal mask.
+    if (_setjmp(scheduler_) != 0) return;
+    if (thread.begun) _longjmp(thread.jump, 1);
+    thread.begun = true;
+    setcontext(&thread.context);
 #endif
   }
 
@@ -288,11 +301,11 @@ class Block {
     Thread& me = *current_;
 #if defined(__SANITIZE_ADDRESS__)
     void* saved;
-    __sanitizer_start_switch_fiber(me.state == Thread::DONE ? nullptr : &saved, scheduler_stack_, scheduler_size_);
+    __sanitizer_start_switch_fiber(&saved, scheduler_stack_, scheduler_size_);
     swapcontext(&me.context, &scheduler_);
     __sanitizer_finish_switch_fiber(saved, &scheduler_stack_, &scheduler_size_);
 #else
-    swapcontext(&me.context, &scheduler_);
+    if (_setjmp(me.jump) == 0) _longjmp(scheduler_, 1);
 #endif
   }
 
@@ -301,22 +314,26 @@ class Block {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_, &block.scheduler_size_);
 #endif
-    (*block.kernel_)();
-    block.current_->state = Thread::DONE;
-    block.leave();
+    for (;;) {
+      (*block.kernel_)();
+      block.current_->state = Thread::DONE;
+      block.leave();
+    }
   }
 
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<unsigned> order_;
   unsigned count_ = 0;
   Thread* current_ = nullptr;
-  ucontext_t scheduler_;
   const std::function<void()>* kernel_ = nullptr;
   std::unique_ptr<char[]> shared_;
   std::string error_;
 #if defined(__SANITIZE_ADDRESS__)
+  ucontext_t scheduler_;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_size_ = 0;
+#else
+  jmp_buf scheduler_;
 #endif
 };
 

@@ -1,11 +1,6 @@
 // csrc/cuda/margin_hinge.cuh, run without a GPU, against the op on the CPU.
-#include <ATen/ATen.h>
-
-#include <limits>
-#include <string>
-
-#include "check.h"
 #include "cuda/margin_hinge.cuh"
+#include "device_tensors.h"
 #include "ops.h"
 
 namespace {
@@ -15,17 +10,7 @@ namespace mk = margin_kernels;
 using mk::cuda::MarginHinge;
 using mk::math::Aggregation;
 
-constexpr double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
 const char* const kNames[] = {"max", "sum", "mean", "mean_distance"};
-
-// Outputs start as NaN: what a kernel leaves out shows.
-Tensor unwritten(at::IntArrayRef sizes, at::ScalarType type) { return at::full(sizes, nan, type); }
-
-void expect_close(const Tensor& actual, const Tensor& expected, double tolerance, const std::string& where) {
-  const bool close = at::allclose(actual, expected, tolerance, tolerance, /*equal_nan=*/true);
-  if (!close) std::printf("%s differs\n", where.c_str());
-  EXPECT(close);
-}
 
 template <class T>
 void agrees_with_the_cpu(int64_t n, int64_t k, int64_t layers, bool optional) {
@@ -34,7 +19,7 @@ void agrees_with_the_cpu(int64_t n, int64_t k, int64_t layers, bool optional) {
   Tensor gap = at::randn({n, k}, type), norm = at::rand({n, k, layers}, type) + 0.1;
   const Tensor gamma = at::rand({layers}, type) + 0.5, grad = at::randn({n}, type);
   if (n > 3) {
-    gap[1][k - 1] = nan;
+    gap[1][k - 1] = nan_value;
     norm[2][0][0] = 0;
     norm[3][k / 2][layers - 1] = inf;
     gap[3].fill_(gap[3][0]);  // ties
@@ -68,15 +53,15 @@ void agrees_with_the_cpu(int64_t n, int64_t k, int64_t layers, bool optional) {
         const cuda_on_cpu::Launch launch;
         Tensor loss_ = unwritten({n}, type), distance_ = unwritten({n, k, layers}, type);
         mk::cuda::margin_hinge_forward(launch, in, loss_.data_ptr<T>(), distance_.data_ptr<T>());
-        expect_close(distance_, distance, tolerance, "distance " + where);
-        expect_close(loss_, loss, tolerance, "loss " + where);
+        expect_close(distance_, distance, tolerance, "distance " + where, 1);
+        expect_close(loss_, loss, tolerance, "loss " + where, 1);
         Tensor dgap_ = unwritten({n, k}, type), dnorm_ = unwritten({n, k, layers}, type);
         mk::cuda::margin_hinge_backward(launch, in, grad.data_ptr<T>(), dgap_.data_ptr<T>(), dnorm_.data_ptr<T>());
-        expect_close(dgap_, dgap, tolerance, "dgap " + where);
-        expect_close(dnorm_, dnorm, tolerance, "dnorm " + where);
-        dgap_.fill_(nan);
+        expect_close(dgap_, dgap, tolerance, "dgap " + where, 1);
+        expect_close(dnorm_, dnorm, tolerance, "dnorm " + where, 1);
+        dgap_.fill_(nan_value);
         mk::cuda::margin_hinge_backward(launch, in, grad.data_ptr<T>(), dgap_.data_ptr<T>(), static_cast<T*>(nullptr));
-        expect_close(dgap_, dgap, tolerance, "dgap alone " + where);
+        expect_close(dgap_, dgap, tolerance, "dgap alone " + where, 1);
       });
     }
   }
