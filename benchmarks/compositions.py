@@ -27,3 +27,9 @@ def hinge(gap: Tensor, norm: Tensor, gamma: float, eps: float = 1e-6) -> Tensor:
     """mean over layers of max_j max(gamma - d, 0), [N]."""
     distance = -gap.unsqueeze(-1) / (eps + norm)
     return (gamma - distance).clamp(min=0).amax(dim=1).mean(dim=1)
+
+
+def row_differences(rows: Tensor, index: Tensor, target: Tensor, p: float) -> Tensor:
+    """[N, k]: norms of the materialised differences of gathered rows."""
+    differences = rows[index] - rows[target].unsqueeze(1)
+    return vector_norms([differences.flatten(0, 1)], p).view(index.shape)

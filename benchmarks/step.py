@@ -90,8 +90,13 @@ def cross_entropy_step_with_pass(batch: int) -> Callable[[], None]:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Largest sum of live bytes allocated during one call by PyTorch's CPU allocator."""
+    """Largest sum of live bytes allocated during one call by PyTorch's allocator."""
     call()  # the optimiser's buffers exist from here on
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         call()
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -117,7 +122,8 @@ def measure(batch: int, rounds: int, backends: list[str]) -> dict[str, Any]:
     cases = [(k, p, backend) for backend in backends for k in (1, 9) for p in (2, float("inf"))]
     for k, p, backend in cases:
         runs[f"{k} {p} {backend}"] = margin_step(batch, k, p, backend)
-    times = interleaved(runs, rounds, warmup=3)
+    device = torch.get_default_device().type
+    times = interleaved(runs, rounds, warmup=3, inner=10 if device == "cuda" else 1, device=device)
     table = []
     for k, p, backend in cases:
         seconds, floor = times[f"{k} {p} {backend}"], times["cross-entropy"] + k * times["pass"]
@@ -139,6 +145,7 @@ def measure(batch: int, rounds: int, backends: list[str]) -> dict[str, Any]:
         "network": NETWORK,
         "batch": batch,
         "taps": list(TAPS),
+        "device": device,
         "threads": torch.get_num_threads(),
         "cross_entropy_milliseconds": times["cross-entropy"] * 1e3,
         "pass_milliseconds": times["pass"] * 1e3,
@@ -167,9 +174,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="a small batch and few rounds: shows that it runs")
     arguments = parser.parse_args()
     batch, rounds = (16, 3) if arguments.quick else (128, 15)
+    torch.set_default_device(arguments.device)
     result: dict[str, Any] = {"environment": environment(), "memory": memory(batch), "time": []}
     for threads in arguments.threads:
         torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,30 @@ import margin_kernels
 from margin_kernels import backends
 
 
+def _host_seconds(call: Callable[[], Any], inner: int) -> float:
+    start = time.perf_counter()
+    for _ in range(inner):
+        call()
+    return time.perf_counter() - start
+
+
+def _device_seconds(call: Callable[[], Any], inner: int) -> float:
+    """Between two events on the current stream: what the device takes, or the host where it cannot keep up."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(inner):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def interleaved(
-    competitors: Mapping[str, Callable[[], Any]], rounds: int, inner: int = 1, warmup: int = 2
+    competitors: Mapping[str, Callable[[], Any]], rounds: int, inner: int = 1, warmup: int = 2, device: str = "cpu"
 ) -> dict[str, float]:
     """Median seconds per call of each competitor over `rounds` rounds of `inner` calls."""
+    seconds = _device_seconds if device == "cuda" else _host_seconds
     order = list(competitors)
     generator = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in order}
@@ -29,11 +50,7 @@ def interleaved(
     for _ in range(rounds):
         generator.shuffle(order)
         for name in order:
-            call = competitors[name]
-            start = time.perf_counter()
-            for _ in range(inner):
-                call()
-            times[name].append((time.perf_counter() - start) / inner)
+            times[name].append(seconds(competitors[name], inner) / inner)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -66,4 +83,13 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda_version": torch.version.cuda,
+        "triton": _version_of("triton"),
     }
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

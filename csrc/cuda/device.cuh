@@ -14,6 +14,7 @@
 #include <cuda_fp16.h>
 
 #define MK_UNROLL _Pragma("unroll")
+#define MK_ROLLED _Pragma("unroll 1")
 #define MK_DYNAMIC_SHARED(type, name)                              \
   extern __shared__ __align__(16) unsigned char mk_shared_bytes[]; \
   type* const name = reinterpret_cast<type*>(mk_shared_bytes)
@@ -21,6 +22,7 @@
 #include "cuda_on_cpu.h"
 
 #define MK_UNROLL _Pragma("GCC unroll 16")
+#define MK_ROLLED
 #define MK_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(cuda_on_cpu::dynamic_shared())
 #endif
 

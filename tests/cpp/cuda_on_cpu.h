@@ -153,6 +153,8 @@ class Block {
       if (thread.state != Thread::DONE) begin(thread);
       thread.state = Thread::READY;
     }
+    at_barrier_ = 0;
+    waiting_.assign((count_ + 31) / 32, 0);
     order_.resize(count_);
     std::iota(order_.begin(), order_.end(), 0u);
     if (schedule() == Schedule::DESCENDING) std::reverse(order_.begin(), order_.end());
@@ -179,18 +181,16 @@ class Block {
     current_->where = where;
     current_->value = value;
     current_->state = Thread::AT_BARRIER;
-    uint64_t total = 0;
-    bool complete = true;
-    for (unsigned t = 0; t < count_; ++t) {
-      complete = complete && threads_[t]->state == Thread::AT_BARRIER;
-      total += threads_[t]->value;
-    }
-    if (complete) {
+    if (++at_barrier_ == count_) {
+      at_barrier_ = 0;
       for (unsigned t = 0; t < count_; ++t) {
-        if (name(threads_[t]->where) != name(where)) {
-          fail("threads wait at different barriers: " + name(threads_[t]->where) + " and " + name(where));
+        const auto& there = threads_[t]->where;
+        if (there.line() != where.line() || std::strcmp(there.file_name(), where.file_name()) != 0) {
+          fail("threads wait at different barriers: " + name(there) + " and " + name(where));
         }
       }
+      uint64_t total = 0;
+      for (unsigned t = 0; t < count_; ++t) total += threads_[t]->value;
       for (unsigned t = 0; t < count_; ++t) {
         threads_[t]->result = total;
         threads_[t]->state = Thread::READY;
@@ -210,20 +210,17 @@ class Block {
     me.source = source;
     me.state = Thread::AT_COLLECTIVE;
     const unsigned first = linear(me.index) / 32 * 32;
-    bool complete = true;
-    uint64_t bits = 0;
-    for (unsigned l = 0; l < 32; ++l) {
-      if ((mask >> l & 1) == 0) continue;
-      if (first + l >= count_ || threads_[first + l]->state == Thread::DONE) fail("a mask names a lane that is gone");
-      const Thread& other = *threads_[first + l];
-      if (other.state != Thread::AT_COLLECTIVE) {
-        complete = false;
-      } else {
+    uint32_t& waiting = waiting_[first / 32];
+    waiting |= 1u << lane();
+    if ((mask & ~waiting) == 0) {
+      waiting &= ~mask;
+      uint64_t bits = 0;
+      for (unsigned l = 0; l < 32; ++l) {
+        if ((mask >> l & 1) == 0) continue;
+        const Thread& other = *threads_[first + l];
         if (other.kind != kind || other.mask != mask) fail("lanes of a mask meet with different calls or masks");
         bits |= uint64_t{other.value != 0} << l;
       }
-    }
-    if (complete) {
       for (unsigned l = 0; l < 32; ++l) {
         if ((mask >> l & 1) == 0) continue;
         Thread& other = *threads_[first + l];
@@ -323,7 +320,8 @@ class Block {
 
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<unsigned> order_;
-  unsigned count_ = 0;
+  std::vector<uint32_t> waiting_;  // lanes of each warp that wait at a collective
+  unsigned count_ = 0, at_barrier_ = 0;
   Thread* current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   std::unique_ptr<char[]> shared_;

@@ -11,7 +11,8 @@ using mk::cuda::acc_t;
 using mk::cuda::NormLayer;
 using mk::cuda::NormPlan;
 
-const double kPs[] = {1, 1.01, 1.5, 2, 3, 4, inf};  // q = inf, 101, 3, 2, 3/2, 4/3, 1
+const std::vector<double> kAll{1, 1.01, 1.5, 2, 3, 4, inf};  // q = inf, 101, 3, 2, 3/2, 4/3, 1
+const std::vector<double> kOneEach{1, 1.5, 2, 3, inf};       // each kernel once
 
 template <class T>
 constexpr at::ScalarType type_of = c10::CppTypeToScalarType<T>::value;
@@ -67,12 +68,13 @@ double rounding() {
 }
 
 template <class T>
-void agrees_with_the_cpu(const std::vector<Tensor>& gradients, const std::string& what) {
+void agrees_with_the_cpu(const std::vector<Tensor>& gradients, const std::string& what,
+                         const std::vector<double>& ps = kAll) {
   const double tolerance = type_of<T> == at::kDouble ? 1e-12 : 1e-6;
   const auto lead = gradients[0].sizes().slice(0, 2);
   const int64_t numel = gradients[0].numel();
   const Tensor grads = at::randn({lead[0], lead[1], static_cast<int64_t>(gradients.size())}, type_of<acc_t<T>>);
-  for (const double p : kPs) {
+  for (const double p : ps) {
     const std::string where = what + " p=" + std::to_string(p) + " " + c10::toString(type_of<T>);
     const Tensor expected = mk::dual_norm(gradients, p, 2);
     Tensor first;
@@ -102,13 +104,15 @@ Tensor random(int64_t n, int64_t k, int64_t length) {
 
 template <class T>
 void every_length_and_layout() {
-  for (const int64_t length : {1, 2, 7, 16, 31, 128, 1000, 1023}) {
+  for (const int64_t length : {1, 7, 16, 31, 1023}) {
     agrees_with_the_cpu<T>({random<T>(3, 3, length)}, "length " + std::to_string(length));
   }
   // A warp, a block and several blocks per row; rows that begin anywhere; rows with gaps between them.
   const int64_t part = 65536 / sizeof(T);
-  agrees_with_the_cpu<T>({random<T>(2, 1, part + 1), random<T>(2, 1, 3), random<T>(2, 1, 5001)}, "three layers");
-  agrees_with_the_cpu<T>({misaligned(random<T>(1, 2, 2 * part)), misaligned(random<T>(1, 2, 777))}, "misaligned");
+  agrees_with_the_cpu<T>({random<T>(2, 1, part + 1), random<T>(2, 1, 3), random<T>(2, 1, 5001)}, "three layers",
+                         kOneEach);
+  agrees_with_the_cpu<T>({misaligned(random<T>(1, 2, 2 * part)), misaligned(random<T>(1, 2, 777))}, "misaligned",
+                         kOneEach);
   agrees_with_the_cpu<T>({random<T>(2, 4, 2100).slice(2, 3, 2090).slice(1, 0, 4, 2)}, "strided");
   agrees_with_the_cpu<T>({random<T>(1, 2, 50).expand({3, 2, 50})}, "expanded");
 }
@@ -135,7 +139,7 @@ void special_values() {
     }
     g[0][10].slice(0, 1, length) = 0;
     g[0][11].slice(0, 0, length - 1) = 0;
-    agrees_with_the_cpu<T>({g}, "special values, length " + std::to_string(length));
+    agrees_with_the_cpu<T>({g}, "special values, length " + std::to_string(length), length < 1000 ? kAll : kOneEach);
   }
 }
 
@@ -145,7 +149,7 @@ void rows_are_independent() {
   for (const int64_t length : {77, 2500, 33333}) {
     const Tensor many = random<T>(3, 3, length);
     const std::vector<Tensor> all{many}, one{misaligned(many.slice(0, 2, 3).slice(1, 1, 2))};
-    for (const double p : kPs) {
+    for (const double p : kOneEach) {
       expect_same_bits(Device<T>(one).norms(p)[0][0], Device<T>(all).norms(p)[2][1], "a row alone");
     }
   }
@@ -155,7 +159,7 @@ void more_layers_than_a_table_holds() {
   std::vector<Tensor> gradients;
   for (int64_t l = 0; l < 83; ++l) gradients.push_back(random<float>(2, 1, l % 7 == 3 ? 20000 : 10 * l + 1));
   EXPECT((Device<float>(gradients).plan.launches.size() == 3));
-  agrees_with_the_cpu<float>(gradients, "83 layers");
+  agrees_with_the_cpu<float>(gradients, "83 layers", {1, 2});
 }
 
 void nothing_to_do() {
