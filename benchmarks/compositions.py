@@ -33,3 +33,21 @@ def row_differences(rows: Tensor, index: Tensor, target: Tensor, p: float) -> Te
     """[N, k]: norms of the materialised differences of gathered rows."""
     differences = rows[index] - rows[target].unsqueeze(1)
     return vector_norms([differences.flatten(0, 1)], p).view(index.shape)
+
+
+def one_to_n_pairs(logits: Tensor, target: Tensor, delta: float) -> Tensor:
+    """The mean of -log of the paper's eq. 8 as printed: an N x N table of negatives, bounds as hinges."""
+    own = torch.exp(delta - (delta - logits.gather(1, target.unsqueeze(1)).squeeze(1)).relu())
+    pairs = torch.exp(-delta + (delta + logits[:, target].t()).relu())  # [i, j]: sample j in the column of y_i
+    others = target.unsqueeze(1) != target.unsqueeze(0)
+    return -torch.log(own / (own + (pairs * others).sum(1))).mean()
+
+
+def nearest_boundary(gap: Tensor, gradients: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """step [N, D] and distance [N] of one DeepFool step for p = 2 or inf: norms, argmin, gather, scale."""
+    norms = torch.linalg.vector_norm(gradients, dual_exponent(p), dim=2)
+    distance, choice = (gap.abs() / norms).min(dim=1)
+    sample = torch.arange(len(gap), device=gap.device)
+    w = gradients[sample, choice]
+    slope = w.sign() if math.isinf(p) else w / norms[sample, choice].unsqueeze(1)
+    return distance.unsqueeze(1) * slope, distance

@@ -25,6 +25,15 @@ def op_samples():
     gaps, sizes = torch.randn(3, 2, requires_grad=True), (0.5 + torch.rand(3, 2, 2)).requires_grad_()
     gamma, cap = torch.tensor([0.5, 1.0]), torch.tensor([0.7, 0.9])
     hinge = (gaps, sizes, gamma, cap, None, 1e-6, "max", "mean")
+    rows, index = sample_gradients(7, 5, seed=2).requires_grad_(), (target[:, None] + torch.tensor([1, 3])) % 7
+    pair_norms = torch.ops.margin_kernels.row_distance(rows, index, target, 3.0).detach()
+    bounds = (1.0, "positive", True)
+    loss, column, row_normalizer = (t.detach() for t in torch.ops.margin_kernels.one_to_n(logits, target, *bounds))
+    active = torch.tensor([True, False, True])
+    step, distance, choice, norm = (
+        t.detach() for t in torch.ops.margin_kernels.deepfool_step(gaps, layers[1], active, 3.0)
+    )
+    step_grads = torch.randn_like(step).requires_grad_(), torch.randn_like(distance).requires_grad_()
     return [
         ("competitors", (logits, target, 2)),
         (
@@ -42,11 +51,23 @@ def op_samples():
         ("dual_norm_backward", (torch.randn_like(norms).requires_grad_(), layers, norms, 3.0, 2)),
         ("margin_hinge", hinge),
         ("margin_hinge_backward", (torch.randn(3, requires_grad=True), *hinge, True)),
+        ("row_distance", (rows, index, target, 3.0)),
+        (
+            "row_distance_backward",
+            (torch.randn_like(pair_norms).requires_grad_(), rows, index, target, pair_norms, 3.0),
+        ),
+        ("one_to_n", (logits, target, *bounds)),
+        (
+            "one_to_n_backward",
+            (torch.randn_like(loss).requires_grad_(), logits, target, column, row_normalizer, *bounds),
+        ),
+        ("deepfool_step", (gaps, layers[1], active, 3.0)),
+        ("deepfool_step_backward", (*step_grads, gaps, layers[1], choice, norm, active, 3.0)),
     ]
 
 
 @needs_extension
-@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("which", range(12))
 def test_opcheck(which):
     name, arguments = op_samples()[which]
     results = opcheck(getattr(torch.ops.margin_kernels, name).default, arguments)
@@ -62,7 +83,10 @@ def test_every_schema_is_checked():
 def margin_loss(logits, target, layers, backend="auto"):
     result = functional.competitors(logits, target, 2, backend=backend)
     norm = functional.dual_norm(layers, 2, backend=backend)
-    return functional.margin_hinge(result.gap, norm, 1.0, backend=backend) + result.nll.mean()
+    step = functional.deepfool_step(result.gap, layers[-1], None, 3, backend=backend)
+    total = functional.margin_hinge(result.gap, norm, 1.0, backend=backend) + result.nll.mean()
+    total = total + functional.row_distance(logits.t(), result.index[:, :1], target, 3, backend=backend).mean()
+    return total + functional.one_to_n(logits, target, backend=backend) + step.distance.mean() + step.step.mean()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -172,8 +196,12 @@ def test_results_are_the_same_for_every_instruction_set():
     code = (
         "import torch, margin_kernels as mk; from margin_kernels.testing import *; "
         "z, y = sample_logits(5, 333); r = mk.functional.competitors(z, y, 3, backend='cpu'); "
-        "n = mk.functional.dual_norm([sample_gradients(2, 2, 5001)], 3, backend='cpu'); "
-        "print([*r.index.flatten().tolist(), *r.gap.flatten().tolist(), *r.nll.tolist(), *n.flatten().tolist()])"
+        "g = sample_gradients(2, 2, 5001); n = mk.functional.dual_norm([g], 3, backend='cpu'); "
+        "l = mk.functional.one_to_n(z, y, reduction='none', backend='cpu'); "
+        "d = mk.functional.row_distance(z, y[:, None] % 5, y % 4, 3, backend='cpu'); "
+        "s = mk.functional.deepfool_step(r.gap[:2, :2], g, None, 3, backend='cpu'); "
+        "print([*r.index.flatten().tolist(), *r.gap.flatten().tolist(), *r.nll.tolist(), *n.flatten().tolist(), "
+        "*l.tolist(), *d.flatten().tolist(), *s.distance.tolist(), *s.step[:, :40].flatten().tolist()])"
     )
     first, *others = (eval(run_python(code, MARGIN_KERNELS_ISA=isa)) for isa in ("", "avx2", "baseline"))
     for other in others:

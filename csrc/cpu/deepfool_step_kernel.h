@@ -31,6 +31,7 @@ template <Norm norm, class scalar_t>
 MK_TARGET void step_rows(const DeepFoolForward<scalar_t>& at, int64_t begin, int64_t end, double q) {
   using acc = typename Lane<scalar_t>::acc;
   constexpr acc nan = std::numeric_limits<acc>::quiet_NaN();
+  std::vector<double> sizes(at.k);
   for (int64_t n = begin; n < end; ++n) {
     scalar_t* step = at.step + n * at.length;
     if (at.active && !at.active[n]) {
@@ -39,15 +40,17 @@ MK_TARGET void step_rows(const DeepFoolForward<scalar_t>& at, int64_t begin, int
       at.choice[n] = 0;
       continue;
     }
+    norms_of<norm, scalar_t>(
+        at.k, at.length, q, [&](int64_t j) MK_TARGET { return at.row(n, j); },
+        [&](int64_t j, double value) MK_TARGET { sizes[j] = value; });
     bool usable = true;
     acc distance = 0, chosen = 0;
     int64_t choice = 0;
     for (int64_t j = 0; j < at.k && usable; ++j) {
       const acc gap = at.gap[n * at.k + j];
-      const double wide = row_norm<norm>(at.row(n, j), at.length, q);
       // A norm beyond the range of its type can come from finite entries: only then each is looked at.
-      usable = std::isfinite(gap) && (std::isfinite(wide) || all_finite(at.row(n, j), at.length));
-      const acc value = static_cast<acc>(wide), d = math::boundary_distance(gap, value);
+      usable = std::isfinite(gap) && (std::isfinite(sizes[j]) || all_finite(at.row(n, j), at.length));
+      const acc value = static_cast<acc>(sizes[j]), d = math::boundary_distance(gap, value);
       if (j == 0 || d < distance) {
         distance = d;
         chosen = value;

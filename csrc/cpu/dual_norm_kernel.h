@@ -221,28 +221,33 @@ MK_FN double row_norm(const scalar_t* g, int64_t n, double q) {
   return row_norm_scaled<norm>(g, n, q);
 }
 
-// norms[r * norm_stride] for rows r in [begin, end) of one layer
-template <Norm norm, class scalar_t>
-MK_TARGET void norm_rows(const Rows<const scalar_t>& rows, int64_t begin, int64_t end, double q,
-                         typename Lane<scalar_t>::acc* norms, int64_t norm_stride) {
-  using acc = typename Lane<scalar_t>::acc;
+// put(j, norm of the row at row(j)) for j in [0, count). row(j) may be asked for twice.
+template <Norm norm, class scalar_t, class Row, class Put>
+MK_FN void norms_of(int64_t count, int64_t length, double q, const Row& row, const Put& put) {
   if constexpr (norm == Norm::THREE_HALVES && !std::is_same_v<scalar_t, double>) {
-    for (int64_t r = begin; r < end; r += 8) {
-      const int64_t count = end - r < 8 ? end - r : 8;
+    for (int64_t begin = 0; begin < count; begin += 8) {
+      const int64_t eight = count - begin < 8 ? count - begin : 8;
       f64x8 totals = splat(1.0);
-      for (int64_t j = 0; j < count; ++j) totals[j] = row_total<norm>(rows.at(r + j), rows.length);
+      for (int64_t j = 0; j < eight; ++j) totals[j] = row_total<norm>(row(begin + j), length);
       const f64x8 values = two_thirds_power(totals);
-      for (int64_t j = 0; j < count; ++j) {
-        const double value =
-            trustworthy<scalar_t>(totals[j]) ? values[j] : row_norm_scaled<norm>(rows.at(r + j), rows.length, q);
-        norms[(r + j) * norm_stride] = static_cast<acc>(value);
+      for (int64_t j = 0; j < eight; ++j) {
+        const bool direct = trustworthy<scalar_t>(totals[j]);
+        put(begin + j, direct ? values[j] : row_norm_scaled<norm>(row(begin + j), length, q));
       }
     }
     return;
   }
-  for (int64_t r = begin; r < end; ++r) {
-    norms[r * norm_stride] = static_cast<acc>(row_norm<norm>(rows.at(r), rows.length, q));
-  }
+  for (int64_t j = 0; j < count; ++j) put(j, row_norm<norm>(row(j), length, q));
+}
+
+// norms[r * norm_stride] for rows r in [begin, end) of one layer
+template <Norm norm, class scalar_t>
+MK_TARGET void norm_rows(const Rows<const scalar_t>& rows, int64_t begin, int64_t end, double q,
+                         typename Lane<scalar_t>::acc* norms, int64_t norm_stride) {
+  norms_of<norm, scalar_t>(
+      end - begin, rows.length, q, [&](int64_t j) MK_TARGET { return rows.at(begin + j); },
+      [&](int64_t j, double value)
+          MK_TARGET { norms[(begin + j) * norm_stride] = static_cast<typename Lane<scalar_t>::acc>(value); });
 }
 
 // out_i = grad * d norm / d g_i

@@ -26,15 +26,15 @@ MK_TARGET void distance_rows(const RowPairs<scalar_t>& at, int64_t begin, int64_
                              typename Lane<scalar_t>::acc* norms) {
   using acc = typename Lane<scalar_t>::acc;
   std::vector<acc> buffer(at.length);
-  for (int64_t n = begin; n < end; ++n) {
-    const scalar_t* label = at.row(at.target[n]);
-    for (int64_t j = 0; j < at.k; ++j) {
-      const int64_t next = std::min(n * at.k + j + 1, end * at.k - 1);
-      difference(at.row(at.index[n * at.k + j]), label, at.length, buffer.data(), at.row(at.index[next]),
-                 at.row(at.target[next / at.k]));
-      norms[n * at.k + j] = static_cast<acc>(row_norm<norm>(buffer.data(), at.length, q));
-    }
-  }
+  const int64_t first = begin * at.k, last = end * at.k - 1;
+  const auto row = [&](int64_t j) MK_TARGET {
+    const int64_t pair = first + j, next = std::min(pair + 1, last);
+    difference(at.row(at.index[pair]), at.row(at.target[pair / at.k]), at.length, buffer.data(), at.row(at.index[next]),
+               at.row(at.target[next / at.k]));
+    return static_cast<const acc*>(buffer.data());
+  };
+  norms_of<norm, acc>(last + 1 - first, at.length, q, row,
+                      [&](int64_t j, double value) MK_TARGET { norms[first + j] = static_cast<acc>(value); });
 }
 
 // drows[c] for c in [begin, end): the slopes of the pairs that c takes part in, in their order, rounded once

@@ -14,11 +14,13 @@ MK_HOST_DEVICE T finite_or_nan(T z) {
 // Both keep NaN; d a / d z = 1 where not z >= delta, d b / d z = 1 where not z <= -delta.
 template <class T>
 MK_HOST_DEVICE T bounded_label(T z, T delta) {
-  return z >= delta ? delta : finite_or_nan(z);
+  const T x = finite_or_nan(z);
+  return x >= delta ? delta : x;
 }
 template <class T>
 MK_HOST_DEVICE T bounded_negative(T z, T delta) {
-  return z <= -delta ? -delta : finite_or_nan(z);
+  const T x = finite_or_nan(z);
+  return x <= -delta ? -delta : x;
 }
 
 template <class T>

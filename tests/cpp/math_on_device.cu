@@ -1,7 +1,10 @@
 // Every formula of csrc/math, called from a kernel: the headers are meant for the device too. Compiled, never run.
 #include "math/competitors.h"
+#include "math/deepfool_step.h"
 #include "math/dual_norm.h"
 #include "math/margin_hinge.h"
+#include "math/one_to_n.h"
+#include "math/row_distance.h"
 
 using namespace margin_kernels::math;
 
@@ -19,6 +22,16 @@ __global__ void all_formulas(const T* in, T* out) {
   const T d = signed_distance(a, b, c);
   out[5] = active(d, b, c) ? term(d, b, c) : gap_slope(a, b, c) + norm_slope(a, b, c, d);
   out[6] = static_cast<T>(dual_exponent(static_cast<double>(a)));
+  out[7] = is_class(static_cast<int64_t>(a), 3)
+               ? pair_slope<Norm::SUM>(a, b, c, d) + pair_slope<Norm::SQUARE>(a, b, c, d)
+               : pair_slope<Norm::GENERAL>(a, b, c, d);
+  out[8] = bounded_label(a, b) + bounded_negative(a, b) + softplus(a) + negative_share(a, b);
+  out[9] = one_to_n_loss(a, b) + one_to_n_cross_entropy_loss(a, b, c) + negative_gradient(a, b, c, d) +
+           label_part(a, b, c, d) + softmax_part(a, b, c, d);
+  out[10] = boundary_distance(a, b) + gap_gradient(a, b, c) + row_gradient<Norm::MAX>(a, b, c, d, a, b, c, d) +
+            row_gradient<Norm::SQUARE>(a, b, c, d, a, b, c, d) +
+            row_gradient<Norm::THREE_HALVES>(a, b, c, d, a, b, c, d) +
+            row_gradient<Norm::GENERAL>(a, b, c, d, a, b, c, d);
 }
 
 template __global__ void all_formulas<float>(const float*, float*);

@@ -52,6 +52,44 @@ void a_hinge_on_the_distance() {
   EXPECT_NEAR(gradient(loss.sum(), gap).item<double>(), 0.5, 1e-15);
 }
 
+void rows_at_a_distance() {
+  const Tensor rows = at::tensor({0.0, 0.0, 3.0, -4.0}, at::kDouble).reshape({2, 2}).requires_grad_();
+  const Tensor index = at::tensor({int64_t{1}, int64_t{0}}).reshape({1, 2}), target = at::tensor({int64_t{0}});
+  const Tensor norm = mk::row_distance(rows, index, target, 2);
+  EXPECT_NEAR(norm[0][0].item<double>(), 5, 1e-15);
+  EXPECT(norm[0][1].item<double>() == 0);
+  const Tensor slope = gradient(norm.sum(), rows, true);
+  EXPECT_NEAR(slope[0][0].item<double>(), -0.6, 1e-15);
+  EXPECT_NEAR(slope[1][1].item<double>(), -0.8, 1e-15);
+  EXPECT_NEAR(gradient(slope[1][0], rows)[1][0].item<double>(), (1 - 0.36) / 5, 1e-13);
+}
+
+void one_sample_against_all_others() {
+  const Tensor logits = at::tensor({0.5, -2.0, 0.25, 3.0}, at::kDouble).reshape({2, 2}).requires_grad_();
+  const auto [loss, column, normalizer] =
+      mk::one_to_n(logits, at::tensor({int64_t{0}, int64_t{1}}), 1, "symmetric", false);
+  // Sample 0: a = 0.5, its negative z[1,0] = 0.25. Sample 1: a = min(3, 1), its negative max(-2, -1).
+  EXPECT_NEAR(loss[0].item<double>(), std::log1p(std::exp(0.25 - 0.5)), 1e-14);
+  EXPECT_NEAR(loss[1].item<double>(), std::log1p(std::exp(-2)), 1e-14);
+  const double s = 1 / (1 + std::exp(0.25));
+  const Tensor slope = gradient(loss.sum(), logits, true);
+  EXPECT_NEAR(slope[0][0].item<double>(), -s, 1e-13);
+  EXPECT_NEAR(slope[1][0].item<double>(), s, 1e-13);
+  EXPECT(slope[0][1].item<double>() == 0 && slope[1][1].item<double>() == 0);
+  EXPECT_NEAR(gradient(slope[1][0], logits)[0][0].item<double>(), -s * (1 - s), 1e-12);
+}
+
+void a_step_to_the_nearest_boundary() {
+  const Tensor gap = at::tensor({-10.0, -2.0}, at::kDouble).reshape({1, 2}).requires_grad_();
+  const Tensor w = at::tensor({3.0, -4.0, 0.0, 1.0}, at::kDouble).reshape({1, 2, 2}).requires_grad_();
+  const auto [step, distance, choice, norm] = mk::deepfool_step(gap, w, {}, std::numeric_limits<double>::infinity());
+  EXPECT(choice.item<int64_t>() == 0);
+  EXPECT_NEAR(distance.item<double>(), 10.0 / 7, 1e-15);
+  EXPECT_NEAR(step[0][1].item<double>(), -10.0 / 7, 1e-15);
+  EXPECT_NEAR(gradient(distance.sum(), gap)[0][0].item<double>(), -1.0 / 7, 1e-15);
+  EXPECT_NEAR(gradient(distance.sum(), w)[0][0][1].item<double>(), 10.0 / 49, 1e-14);
+}
+
 // Row lengths around every vector width and unrolling, each tensor exactly as long as its rows: a step beyond a row is
 // a step beyond the allocation, which AddressSanitizer sees.
 void every_row_length_stays_inside_and_agrees_with_aten() {
@@ -72,11 +110,34 @@ void every_row_length_stays_inside_and_agrees_with_aten() {
         truth[0][length / 2] -= 1;
         EXPECT((slope - truth).abs().max().item<double>() < (type == at::kBFloat16 ? 4e-3 : 5e-4));
       }
+      // Rows around a tile of 16, with a negative for every class.
+      for (const int64_t n : {int64_t{2}, int64_t{15}, int64_t{16}, int64_t{17}, int64_t{33}}) {
+        const Tensor logits = at::randn({n, length}).to(type).requires_grad_(), labels = at::arange(n) % 2;
+        const auto [loss, column, normalizer] = mk::one_to_n(logits, labels, 10, "symmetric", true);
+        const Tensor z = logits.detach().to(at::kDouble), own = labels.unsqueeze(1) == at::arange(length);
+        const Tensor negatives = z.masked_fill(own, -std::numeric_limits<double>::infinity()).logsumexp(0);
+        EXPECT((column.to(at::kDouble) - negatives).abs().max().item<double>() < tolerance * 10);
+        EXPECT((normalizer.to(at::kDouble) - z.logsumexp(1)).abs().max().item<double>() < tolerance * 10);
+        EXPECT(gradient(loss.sum(), logits).isfinite().all().item<bool>());
+      }
       for (const double p : {1.0, 2.0, 3.0, 4.0, std::numeric_limits<double>::infinity()}) {
         const double q = p == 1 ? std::numeric_limits<double>::infinity() : std::isinf(p) ? 1 : p / (p - 1);
         const Tensor norm = mk::dual_norm({row}, p, 1);
         EXPECT_NEAR(norm.item<double>(), at::linalg_vector_norm(wide.detach(), q).item<double>(), tolerance);
         EXPECT(gradient(norm.sum(), row).isfinite().all().item<bool>());
+        const Tensor pair = at::randn({2, length}).to(type).requires_grad_();
+        const Tensor apart = mk::row_distance(pair, at::ones({1, 1}, at::kLong), at::zeros({1}, at::kLong), p);
+        const Tensor difference = pair.detach().to(apart.scalar_type()).to(at::kDouble);
+        const Tensor truth = at::linalg_vector_norm((difference[1] - difference[0]).to(apart.scalar_type()), q);
+        EXPECT_NEAR(apart.item<double>(), truth.item<double>(), tolerance);
+        EXPECT(gradient(apart.sum(), pair).isfinite().all().item<bool>());
+        const Tensor gap = at::full({1, 2}, -1.0, row.options());
+        const Tensor candidates = pair.detach().reshape({1, 2, length}).clone().requires_grad_();
+        const auto [step, distance, choice, size] = mk::deepfool_step(gap, candidates, {}, p);
+        const Tensor chosen = candidates.detach()[0][choice.item<int64_t>()].to(at::kDouble);
+        EXPECT_NEAR((chosen * step[0].detach().to(at::kDouble)).sum().item<double>(), 1,
+                    type == at::kDouble ? 1e-12 : 0.05);
+        EXPECT(gradient(distance.sum(), candidates).isfinite().all().item<bool>());
       }
     }
   }
@@ -98,6 +159,9 @@ int main() {
   competitors_select_and_differentiate();
   norms_are_dual();
   a_hinge_on_the_distance();
+  rows_at_a_distance();
+  one_sample_against_all_others();
+  a_step_to_the_nearest_boundary();
   every_row_length_stays_inside_and_agrees_with_aten();
   a_target_outside_the_classes_is_named();
   return report("ops");
