@@ -63,27 +63,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deepfool_step_cuda(const Tensor& gap,
   const cuda::OnDevice device(gap);
   const bool is_double = gap.scalar_type() == at::kDouble || gradients.scalar_type() == at::kDouble;
   const Inputs inputs(gap, gradients, active, is_double ? at::kDouble : at::kFloat);
-  const int64_t n = gap.size(0), k = gap.size(1);
+  const int64_t n = gap.size(0);
   auto sizes = gradients.sizes().vec();
   sizes.erase(sizes.begin() + 1);
   Tensor step = at::empty(sizes, inputs.gradients.options());
   Tensor distance = at::empty({n}, inputs.gap.options()), norm = at::empty_like(distance);
   Tensor choice = at::empty({n}, gap.options().dtype(at::kLong));
-  const Tensor norms = at::empty({n, k}, inputs.gap.options());
-  cuda::NormLayer layer{};
-  layer.data = inputs.gradients.const_data_ptr();
-  layer.outer_stride = inputs.gradients.stride(0);
-  layer.inner_stride = inputs.gradients.stride(1);
-  layer.length = inputs.length;
-  const cuda::NormPlan plan({layer}, n * k, k, 1, static_cast<int>(inputs.gradients.element_size()));
-  TORCH_CHECK_VALUE(plan.fits(), "gradients are too large for one launch: ", gradients.sizes());
-  const Tensor partials = at::empty({2 * plan.partials}, gap.options().dtype(at::kDouble));
+  const Tensor norms = dual_norm({inputs.gradients}, p, /*batch_dims=*/2);
   cuda::with_type(inputs.gradients.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc = cuda::acc_t<T>;
-    cuda::deepfool_step_forward<T>(device.launch, inputs.pointers<T>(in<acc>(norms)), p, plan, out<acc>(norms),
-                                   out<cuda::Partial>(partials), out<T>(step), out<acc>(distance), out<int64_t>(choice),
-                                   out<acc>(norm));
+    cuda::deepfool_step_forward<T>(device.launch, inputs.pointers<T>(in<acc>(norms)), p, out<T>(step),
+                                   out<acc>(distance), out<int64_t>(choice), out<acc>(norm));
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {step.to(gradients.scalar_type()), distance, choice, norm};

@@ -1,5 +1,5 @@
-// One DeepFool step: norms of all candidates by dual_norm.cuh, then the choice and the step in one launch, all on the
-// device: a loop of steps never waits for the host.
+// One DeepFool step from the norms of all candidates, which dual_norm.cuh measures: the choice and the step in one
+// launch, all on the device, so that a loop of steps never waits for the host.
 //
 // Forward reads every gradient once and the chosen one again, and writes one step per sample. Backward reads the chosen
 // gradient and grad_step twice (the product <u, grad_step> first) and writes the gradient of every candidate once:
@@ -17,7 +17,7 @@ struct DeepFool {
   const T* gradients;   // [N, k, D]
   int64_t outer_stride, inner_stride;
   const bool* active;     // [N] or null: all
-  const acc_t<T>* norms;  // [N, k]
+  const acc_t<T>* norms;  // [N, k]: dual_norm of the gradients
   int64_t samples, k, length;
 
   __device__ const T* row(int64_t n, int64_t j) const { return gradients + n * outer_stride + j * inner_stride; }
@@ -210,12 +210,10 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   }
 }
 
-// in.norms is filled here by dual_norm, whose plan has one layer.
 template <class T, class Launch>
-void deepfool_step_forward(const Launch& launch, const DeepFool<T>& in, double p, const NormPlan& plan, acc_t<T>* norms,
-                           Partial* partials, T* step, acc_t<T>* distance, int64_t* choice, acc_t<T>* value) {
+void deepfool_step_forward(const Launch& launch, const DeepFool<T>& in, double p, T* step, acc_t<T>* distance,
+                           int64_t* choice, acc_t<T>* value) {
   if (in.samples == 0) return;
-  dual_norm_forward<T>(launch, plan, p, norms, partials);
   const double q = math::dual_exponent(p);
   const int64_t parts = step_parts(in.length);
   with_norm(p, [&](auto tag) {

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kOneToNThreads) one_to_n_columns_kernel(OneToN
         const acc poison = in.valid(y) ? acc(0) : nan;
         MK_UNROLL
         for (int i = 0; i < size; ++i) {
-          const acc value = math::bounded_negative(math::finite_or_nan(widen(pack.data[i])) + poison, in.delta);
+          const acc value = math::bounded_negative(widen(pack.data[i]) + poison, in.delta);
           b[r][i] = inside && y != column + i ? value : nothing;
         }
       }
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kOneToNThreads) one_to_n_rows_kernel(OneToN<T>
 // a_i, NaN for a target outside [0, C)
 template <class T>
 __device__ __forceinline__ acc_t<T> label_score(const OneToN<T>& in, int64_t n, int64_t y) {
-  return math::bounded_label(math::finite_or_nan(widen(in.logits[n * in.stride + y])), in.delta);
+  return math::bounded_label(widen(in.logits[n * in.stride + y]), in.delta);
 }
 
 template <class T>

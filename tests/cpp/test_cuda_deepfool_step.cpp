@@ -36,14 +36,12 @@ void agrees_with_the_cpu(int64_t n, int64_t k, int64_t length, const char* what 
     gap[5].fill_(-0.5);
   }
   const Tensor grad_step = at::randn({n, length}).to(type_of<T>), grad_distance = at::randn({n}, wide);
-  const mk::cuda::NormLayer layer{w.data_ptr<T>(), nullptr, w.stride(0), w.stride(1), 0, 0, length, 0, 0, 0, 0};
-  const mk::cuda::NormPlan plan({layer}, n * k, k, 1, sizeof(T));
   for (const double p : kPs) {
     const std::string where = kind + " p=" + std::to_string(p) + " D=" + std::to_string(length);
     const auto [step, distance, choice, norm] = mk::deepfool_step(gap, w, active, p);
     const auto check = [&] {
       const cuda_on_cpu::Launch launch;
-      const Tensor norms = unwritten({n, k}, wide), partials = unwritten({2 * plan.partials}, at::kDouble);
+      const Tensor norms = mk::dual_norm({w}, p, 2);
       const DeepFool<T> in{gap.data_ptr<acc>(),
                            w.data_ptr<T>(),
                            w.stride(0),
