@@ -130,10 +130,11 @@ void every_path() {
   std::vector<int64_t> sizes{3, 10, 128, 129, 1000, 2049, 40001};
   if (type_of<T> == at::kFloat) sizes = {2, 3, 10, 17, 33, 64, 65, 100, 128, 129, 131, 1000, 2048, 2049, 5003, 40001};
   for (const int64_t classes : sizes) {
-    const int64_t n = classes < 200 ? 71 : classes < 3000 ? 9 : 2;
     for (const int64_t k : {int64_t{1}, int64_t{3}, int64_t{32}, int64_t{70}, classes - 1}) {
       if (k >= classes || k > 130 || (k == 70 && classes > 3000) || (k > 3 && classes < 128 && k != classes - 1))
         continue;
+      if (k > 3 && classes > 3000 && type_of<T> != at::kFloat) continue;
+      const int64_t n = classes < 200 ? (k < 10 ? 71 : 9) : classes < 3000 ? 9 : 2;
       agrees_with_the_cpu<T>(random<T>(n, classes), random_target(n, classes), k, "random");
     }
   }
@@ -154,7 +155,7 @@ void ties() {
     logits[0].zero_();
     logits[1].zero_().slice(0, 0, classes, 2).mul_(-1);
     logits[2].copy_(at::arange(classes, type_of<acc_t<T>>).div(-16).floor().clamp(-50, 0));
-    for (const int64_t k : {int64_t{1}, int64_t{5}, std::min<int64_t>(classes - 1, 45)}) {
+    for (const int64_t k : {int64_t{1}, int64_t{5}, classes == 300 ? int64_t{45} : int64_t{6}}) {
       agrees_with_the_cpu<T>(logits, random_target(4, classes), k, "ties");
     }
   }
@@ -162,7 +163,7 @@ void ties() {
 
 template <class T>
 void extreme_values() {
-  for (const int64_t classes : {5, 128, 700, 2600, 33000}) {
+  for (const int64_t classes : {5, 700, 2600, 33000}) {
     Tensor logits = random<T>(8, classes);
     const double large = type_of<T> == at::kHalf ? 6e4 : type_of<T> == at::kDouble ? 1e300 : 1e30;
     logits[0][classes - 1] = nan_value;
@@ -184,7 +185,7 @@ void invalid_targets() {
   for (const int64_t classes : {5, 300, 3000, 33000}) {
     const Tensor logits = random<T>(4, classes);
     const Tensor valid = random_target(4, classes);
-    for (const int64_t k : {int64_t{2}, std::min<int64_t>(classes - 1, 35)}) {
+    for (const int64_t k : {int64_t{2}, classes == 300 ? int64_t{35} : int64_t{1}}) {
       for (const int64_t wrong : {int64_t{-1}, classes, int64_t{1} << 40, -(int64_t{1} << 40)}) {
         const Tensor target = valid.clone();
         target[1] = wrong;
@@ -232,8 +233,10 @@ void all() {
 int main() {
   at::manual_seed(0);
   all<float>();
-  all<double>();
   all<c10::BFloat16>();
+#if !defined(__SANITIZE_ADDRESS__)  // minutes, for the same accesses
+  all<double>();
   all<c10::Half>();
+#endif
   return report("cuda_competitors");
 }
