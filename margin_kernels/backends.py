@@ -65,14 +65,8 @@ if EXTENSION_ERROR is not None and "was not built" not in EXTENSION_ERROR:
     # Built, but not for what runs here. Without it all works, slower: said once, at import, with the remedy.
     warnings.warn(f"falling back to the reference implementation: {EXTENSION_ERROR}", RuntimeWarning, stacklevel=3)
 
-# The ops with a CUDA kernel. Asked once: a compiler that traces a call cannot look into the extension.
-CUDA_OPS: frozenset[str] = frozenset(
-    op
-    for op in reference.__all__
-    if EXTENSION is not None
-    and EXTENSION.build_info()["cuda"]
-    and torch._C._dispatch_has_kernel_for_dispatch_key(f"margin_kernels::{op}", "CUDA")
-)
+# Asked once: a compiler that traces a call cannot look into the extension.
+HAS_CUDA = EXTENSION is not None and EXTENSION.build_info()["cuda"]
 
 
 def why_not(backend: str, op: str, tensors: Sequence[Tensor]) -> str | None:
@@ -85,10 +79,8 @@ def _why_not_compiled(op: str, tensors: Sequence[Tensor], device: str) -> str | 
         return EXTENSION_ERROR
     if not hasattr(EXTENSION, op):
         return f"margin_kernels._C was built from a source without {op}: {_REBUILD}"
-    if device == "cuda" and not CUDA_OPS:
+    if device == "cuda" and not HAS_CUDA:
         return f"margin_kernels._C was built without CUDA: {_REBUILD_CUDA}"
-    if device == "cuda" and op not in CUDA_OPS:
-        return f"{op} has no CUDA kernel: pass backend='auto'"
     found = tensors[0].device.type
     if found != device and found != "meta":
         return f"the {device} backend runs on {device.upper()} tensors and got one on {found}: move it, or use 'auto'"

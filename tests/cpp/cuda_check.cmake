@@ -32,7 +32,7 @@ foreach(line ${lines})
     else()
       execute_process(COMMAND c++filt ${kernel} OUTPUT_VARIABLE kernel OUTPUT_STRIP_TRAILING_WHITESPACE)
     endif()
-    string(REGEX REPLACE "\\([A-Za-z_:]+\\)([0-9])" "\\1" kernel "${kernel}")  # (Norm)2 as a template argument
+    string(REGEX REPLACE "\\(margin_kernels::math::Norm\\)" "norm " kernel "${kernel}")
     string(REGEX REPLACE "^void |margin_kernels::|cuda::|math::|\\(.*$" "" kernel "${kernel}")
   elseif(line MATCHES "([0-9]+) bytes spill stores, ([0-9]+) bytes spill loads")
     math(EXPR spilled "${CMAKE_MATCH_1} + ${CMAKE_MATCH_2}")
