@@ -53,12 +53,14 @@ format: install
 	$(BIN)/ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
-# CUDA_CHECK=ON also compiles the device code with nvcc, without a GPU; SANITIZE=ON uses AddressSanitizer and UBSan.
+# CUDA_CHECK=ON also compiles the device code with nvcc, without a GPU; SANITIZE=ON uses AddressSanitizer and UBSan, in a
+# folder of its own.
+CPPTEST := build/$(if $(filter ON,$(SANITIZE)),sanitize,cmake)
 cpptest: install
-	cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	cmake -S . -B $(CPPTEST) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	    -DMARGIN_KERNELS_CUDA_CHECK=$(or $(CUDA_CHECK),OFF) -DMARGIN_KERNELS_SANITIZE=$(or $(SANITIZE),OFF)
-	cmake --build build/cmake
-	ctest --test-dir build/cmake --output-on-failure
+	cmake --build $(CPPTEST)
+	ctest --test-dir $(CPPTEST) --output-on-failure
 
 clean:
 	rm -rf build dist *.egg-info margin_kernels/_C*.so margin_kernels/_build.py

@@ -12,6 +12,11 @@ from typing import Any
 import compositions
 import torch
 from bench_competitors import SHAPES, step
+from bench_deepfool_step import SHAPES as STEP_SHAPES
+from bench_one_to_n import SHAPES as BATCHES
+from bench_one_to_n import step as one_to_n_step
+from bench_row_distance import CLASSES, COMPETITORS, FEATURES, SAMPLES
+from bench_row_distance import forward as row_distance_forward
 from timing import environment, interleaved
 
 from margin_kernels import functional
@@ -81,6 +86,94 @@ def competitors(rounds: int, shapes: list[tuple[int, int]]) -> list[dict[str, An
     return table
 
 
+def row_distance(rounds: int, classes: int) -> list[dict[str, Any]]:
+    """One core. Share = (bytes of k + 1 rows per sample / time) / (bytes read and written / time of a copy)."""
+    torch.set_num_threads(1)
+    rows, g = torch.randn(classes, FEATURES), torch.randn(8_000_000)
+    to = torch.empty_like(g)
+    runs: dict[str, Any] = {"copy": lambda: to.copy_(g)}
+    size = 0
+    for p in (1, 2, 3, 4, math.inf):
+        runs[f"ours {p}"], size = row_distance_forward("ours", p, rows)
+    times = interleaved(runs, rounds)
+    slow = {f"eager {p}": row_distance_forward("eager", p, rows)[0] for p in (1, 2, 3, 4, math.inf)}
+    slow |= {f"ours {p}": runs[f"ours {p}"] for p in (1, 2, 3, 4, math.inf)}
+    slow_times = interleaved(slow, max(3, rounds // 2), warmup=1)
+    copy = 2 * g.numel() * g.element_size() / times["copy"]
+    table = []
+    for p in (1, 2, 3, 4, math.inf):
+        table.append(
+            {
+                "classes": classes,
+                "features": FEATURES,
+                "pairs": [SAMPLES, COMPETITORS],
+                "p": "inf" if math.isinf(p) else p,
+                "microseconds": times[f"ours {p}"] * 1e6,
+                "copy_GB_per_s": copy / 1e9,
+                "GB_per_s": size / times[f"ours {p}"] / 1e9,
+                "share": size / times[f"ours {p}"] / copy,
+                "to_eager": slow_times[f"ours {p}"] / slow_times[f"eager {p}"],
+            }
+        )
+        print(table[-1], flush=True)
+    return table
+
+
+def one_to_n(rounds: int, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Forward + backward against F.cross_entropy's and against the paper's N x N form."""
+    table = []
+    for threads, dtype in ((1, torch.float32), (2, torch.float32), (2, torch.bfloat16)):
+        torch.set_num_threads(threads)
+        for n, classes in shapes:
+            logits = torch.randn(n, classes).to(dtype).requires_grad_()
+            target = torch.randint(0, classes, (n,))
+            kinds = ("cross_entropy", "ours", "ours with cross-entropy")
+            times = interleaved({kind: one_to_n_step(kind, logits, target) for kind in kinds}, rounds)
+            # The N x N form takes a hundred times as long: fewer rounds, beside one of ours.
+            slow = interleaved({kind: one_to_n_step(kind, logits, target) for kind in ("ours", "pairs")}, 3, warmup=1)
+            table.append(
+                {
+                    "n": n,
+                    "classes": classes,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "threads": threads,
+                    "milliseconds": times["ours"] * 1e3,
+                    "to_cross_entropy": times["ours"] / times["cross_entropy"],
+                    "with_cross_entropy_to_cross_entropy": times["ours with cross-entropy"] / times["cross_entropy"],
+                    "to_pairs": slow["ours"] / slow["pairs"],
+                }
+            )
+            print(table[-1], flush=True)
+    return table
+
+
+def deepfool_step(rounds: int, shapes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    """Forward on one core against the composition of norms, argmin and gather."""
+    torch.set_num_threads(1)
+    table = []
+    for n, k, length in shapes:
+        gap, gradients = torch.randn(n, k), torch.randn(n, k, length)
+        for p in (2, math.inf):
+            runs = {
+                "ours": lambda g=gap, w=gradients, p=p: functional.deepfool_step(g, w, None, p),
+                "eager": lambda g=gap, w=gradients, p=p: compositions.nearest_boundary(g, w, p),
+            }
+            times = interleaved(runs, rounds, inner=3)
+            table.append(
+                {
+                    "n": n,
+                    "k": k,
+                    "length": length,
+                    "p": "inf" if math.isinf(p) else p,
+                    "microseconds": times["ours"] * 1e6,
+                    "GB_per_s": 4 * (gradients.numel() + n * length) / times["ours"] / 1e9,
+                    "to_eager": times["ours"] / times["eager"],
+                }
+            )
+            print(table[-1], flush=True)
+    return table
+
+
 def overhead(rounds: int) -> dict[str, float]:
     """Microseconds of one call at 8 x 8, one thread."""
     torch.set_num_threads(1)
@@ -93,6 +186,9 @@ def overhead(rounds: int) -> dict[str, float]:
         "dual_norm": lambda: functional.dual_norm([g], 2, 1),
         "margin_hinge, reduction none": lambda: functional.margin_hinge(gap, norm, gamma, reduction="none"),
         "margin_hinge, reduction mean": lambda: functional.margin_hinge(gap, norm, gamma),
+        "row_distance": lambda: functional.row_distance(g, target[:, None], target),
+        "one_to_n": lambda: functional.one_to_n(logits, target),
+        "deepfool_step": lambda: functional.deepfool_step(gap, norm),
         "torch.nn.functional.cross_entropy": lambda: torch.nn.functional.cross_entropy(logits, target),
     }
     times = interleaved(runs, rounds, inner=100, warmup=200)
@@ -111,6 +207,9 @@ def main() -> None:
         "environment": environment(),
         "dual_norm": dual_norm(3 if quick else 25, 4 if quick else 64),
         "competitors": competitors(3 if quick else 15, [(256, 256)] if quick else SHAPES),
+        "row_distance": row_distance(3 if quick else 81, 10_000 if quick else CLASSES),
+        "one_to_n": one_to_n(3 if quick else 15, [(128, 100)] if quick else BATCHES),
+        "deepfool_step": deepfool_step(3 if quick else 25, STEP_SHAPES),
         "overhead_microseconds": overhead(5 if quick else 50),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

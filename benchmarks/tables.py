@@ -49,6 +49,60 @@ def competitors(run: dict) -> str:
     return table(["N x C", "dtype", "threads", "k", "ms", "to cross_entropy", "to eager composition"], rows)
 
 
+def row_distance(run: dict) -> str:
+    rows = [
+        [
+            f"{cell['classes']:,} x {cell['features']}",
+            str(cell["p"]),
+            f"{cell['microseconds']:.0f}",
+            f"{cell['GB_per_s']:.1f}",
+            f"{100 * cell['share']:.0f}",
+            f"{cell['to_eager']:.2f}",
+        ]
+        for cell in run["row_distance"]
+    ]
+    return table(["rows", "p", "us", "GB/s", "% of copy", "to eager composition"], rows)
+
+
+def one_to_n(run: dict) -> str:
+    rows = [
+        [
+            f"{cell['n']} x {cell['classes']}",
+            cell["dtype"],
+            str(cell["threads"]),
+            f"{cell['milliseconds']:.2f}",
+            f"{cell['to_cross_entropy']:.2f}",
+            f"{cell['with_cross_entropy_to_cross_entropy']:.2f}",
+            f"{cell['to_pairs']:.3f}",
+        ]
+        for cell in run["one_to_n"]
+    ]
+    head = [
+        "N x C",
+        "dtype",
+        "threads",
+        "ms",
+        "to cross_entropy",
+        "with the CE term, to cross_entropy",
+        "to N x N form",
+    ]
+    return table(head, rows)
+
+
+def deepfool_step(run: dict) -> str:
+    rows = [
+        [
+            f"{cell['n']} x {cell['k']} x {cell['length']}",
+            str(cell["p"]),
+            f"{cell['microseconds']:.0f}",
+            f"{cell['GB_per_s']:.1f}",
+            f"{cell['to_eager']:.2f}",
+        ]
+        for cell in run["deepfool_step"]
+    ]
+    return table(["N x k x D", "p", "us", "GB/s", "to eager composition"], rows)
+
+
 def steps(run: dict) -> str:
     rows = []
     for part in run["time"]:
@@ -74,6 +128,18 @@ def overhead(run: dict) -> str:
     return table(["call", "microseconds"], [[n, f"{v:.1f}"] for n, v in run["overhead_microseconds"].items()])
 
 
+# The parts of a results file and their tables.
+PARTS = {
+    "dual_norm": dual_norm,
+    "competitors": competitors,
+    "row_distance": row_distance,
+    "one_to_n": one_to_n,
+    "deepfool_step": deepfool_step,
+    "overhead_microseconds": overhead,
+    "time": steps,
+}
+
+
 def robustness(path: Path) -> str:
     """One row per trained network, from the results.csv that `margin-kernels demo` and `report` write."""
     percent = ("clean", "fgsm_ce", "fgsm_gap", "ifgsm_ce", "ifgsm_gap")
@@ -92,11 +158,12 @@ def main() -> None:
         path = RESULTS / name / "results.csv"
         if path.is_file():
             print(f"## {name}/results.csv\n\n{robustness(path)}\n")
-    for name, parts in (("kernels_cpu", (dual_norm, competitors, overhead)), ("step_cpu", (steps,))):
+    for name in ("kernels_cpu", "step_cpu"):
         run = json.loads((RESULTS / f"{name}.json").read_text())
         print(f"## {name}.json: {where(run['environment'])}\n")
-        for part in parts:
-            print(part(run), "\n")
+        for part, as_table in PARTS.items():
+            if part in run:
+                print(as_table(run), "\n")
         if "memory" in run:
             print(json.dumps(run["memory"], indent=1))
 

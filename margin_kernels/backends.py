@@ -65,6 +65,9 @@ if EXTENSION_ERROR is not None and "was not built" not in EXTENSION_ERROR:
     # Built, but not for what runs here. Without it all works, slower: said once, at import, with the remedy.
     warnings.warn(f"falling back to the reference implementation: {EXTENSION_ERROR}", RuntimeWarning, stacklevel=3)
 
+# Asked once: a compiler that traces a call cannot look into the extension.
+HAS_CUDA = EXTENSION is not None and EXTENSION.build_info()["cuda"]
+
 
 def why_not(backend: str, op: str, tensors: Sequence[Tensor]) -> str | None:
     """None where `backend` can run `op` on `tensors`, else one sentence with the reason and the remedy."""
@@ -76,7 +79,7 @@ def _why_not_compiled(op: str, tensors: Sequence[Tensor], device: str) -> str | 
         return EXTENSION_ERROR
     if not hasattr(EXTENSION, op):
         return f"margin_kernels._C was built from a source without {op}: {_REBUILD}"
-    if device == "cuda" and not EXTENSION.build_info()["cuda"]:
+    if device == "cuda" and not HAS_CUDA:
         return f"margin_kernels._C was built without CUDA: {_REBUILD_CUDA}"
     found = tensors[0].device.type
     if found != device and found != "meta":

@@ -10,6 +10,7 @@ is alive. Near the logits z = W h + b no pass is needed. With c the derivative o
     tap before global average pooling over S         G = c W / S      D = S^(1/q - 1) ||c W||_q
 
 and the pass of deeper taps starts at h with the rows c W, which spares the head's backward and a cotangent [N,C].
+Where logit scores need nothing but ||W_i - W_y||_q, `row_distance` measures it without the rows [N,D].
 """
 
 from __future__ import annotations
@@ -157,14 +158,20 @@ def difference_norms(
     plan = make_plan(captured, space, dual_exponent(p), layer_scale)
     logits = captured.logits
     with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
-        norms: list[Tensor] = []
-        if plan.cotangent or plan.rows or plan.taps:
+        measured: Tensor | None = None
+        if plan.rows and not plan.taps and space == "logit":
+            assert captured.head is not None
+            weight = captured.head.weight if second_order else captured.head.weight.detach()
+            measured = functional.row_distance(weight, index, target, p, backend=backend).unsqueeze(-1)
+        elif plan.cotangent or plan.rows or plan.taps:
+            norms: list[Tensor] = []
             cotangents = Cotangents(captured, target, space, second_order)
             for competitor in index.unbind(1):
                 gradients = _gradients(captured, plan, cotangents.of(competitor), second_order)
                 norms.append(functional.dual_norm(gradients, p, batch_dims=1, backend=backend))
                 del gradients
-        return _columns(norms, plan.sources, index, logits.dtype)
+            measured = torch.stack(norms, 1)
+        return _columns(measured, plan.sources, index, logits.dtype)
 
 
 def _gradients(
@@ -202,9 +209,8 @@ def _backward(start: Tensor, seed: Tensor, taps: Sequence[Tap], second_order: bo
     return list(gradients)
 
 
-def _columns(norms: list[Tensor], sources: list[Source], index: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N,k,L] from the measured norms, [N,*] per competitor, and the constants, each times its scale."""
-    measured = torch.stack(norms, 1) if norms else None
+def _columns(measured: Tensor | None, sources: list[Source], index: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N,k,L] from the measured norms [N,k,*] and the constants, each times its scale."""
     if measured is not None and sources == [Source(column, 1.0) for column in range(measured.shape[-1])]:
         return measured
     columns = []

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,7 +133,8 @@ def test_torch_func_transforms_run_on_the_reference():
 @needs_extension
 def test_a_named_backend_that_cannot_run_says_why_and_what_to_do():
     logits, target = sample_logits(2, 3)
-    with pytest.raises(BackendError, match=r"backend 'cuda' cannot run competitors: .* without CUDA: reinstall with"):
+    why = "got one on cpu: move it" if backends.HAS_CUDA else "without CUDA: reinstall with"
+    with pytest.raises(BackendError, match=rf"backend 'cuda' cannot run competitors: .* {why}"):
         functional.competitors(logits, target, backend="cuda")
     with pytest.raises(BackendError, match=r"torch\.func transforms: pass backend='reference'"):
         torch.func.vmap(lambda z, y: functional.competitors(z[None], y[None], backend="cpu").nll)(logits, target)
@@ -188,6 +190,16 @@ def test_a_missing_extension_is_named_with_the_remedy(monkeypatch):
     extension, reason = backends._load_extension()
     assert extension is None
     assert reason.startswith("the compiled extension margin_kernels._C was not built: reinstall with 'pip install")
+
+
+@needs_extension
+def test_an_extension_built_before_an_op_existed_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(backends, "EXTENSION", SimpleNamespace(build_info=backends.EXTENSION.build_info))
+    logits, target = sample_logits(4, 5)
+    with pytest.raises(BackendError, match=r"_C was built from a source without one_to_n: reinstall with 'pip install"):
+        functional.one_to_n(logits, target, backend="cpu")
+    expected = functional.one_to_n(logits, target, backend="reference")
+    assert torch.equal(functional.one_to_n(logits, target), expected)  # "auto" still runs
 
 
 @needs_extension

@@ -14,6 +14,9 @@ ROOMS = [
     "csrc/math/{}.h",
     "csrc/autograd/{}.cpp",
     "csrc/cpu/{}.cpp",
+    "csrc/cuda/{}.cu",
+    "csrc/cuda/{}.cuh",
+    "tests/cpp/test_cuda_{}.cpp",
     "margin_kernels/reference/{}.py",
     "margin_kernels/triton/{}.py",
     "tests/test_{}.py",
@@ -30,6 +33,18 @@ def test_every_op_has_its_room(op, room):
 @pytest.mark.parametrize("folder,suffix", [("csrc/autograd", ".cpp"), ("csrc/cpu", ".cpp"), ("csrc/cuda", ".cu")])
 def test_no_source_stands_for_something_that_is_not_an_op(folder, suffix):
     assert {path.stem for path in (ROOT / folder).glob(f"*{suffix}")} <= set(OPS)
+
+
+@pytest.mark.parametrize("launcher", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)
+def test_every_launcher_has_kernels_without_torch_and_a_test_of_them(launcher):
+    kernels = launcher.with_suffix(".cuh").read_text()
+    for header in ("ATen", "torch", "c10"):
+        assert f"#include <{header}" not in kernels
+    assert "asm" not in kernels and "atomicAdd" not in kernels
+    text = launcher.read_text()
+    for name in (launcher.stem, f"{launcher.stem}_backward"):
+        assert f'm.impl("{name}",' in text
+    assert f'"cuda/{launcher.stem}.cuh"' in (ROOT / f"tests/cpp/test_cuda_{launcher.stem}.cpp").read_text()
 
 
 def test_every_op_has_a_schema_and_a_shape_function():

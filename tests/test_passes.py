@@ -67,6 +67,38 @@ def test_the_closed_forms_are_those_of_the_formulas(p) -> None:
     torch.testing.assert_close(out["norm"], torch.stack([norm * pooled, norm, torch.full_like(norm, output)], -1))
 
 
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, "inf"])
+@pytest.mark.parametrize("space", ["logit", "probability"])
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("layers", [("3",), ("1", "3"), ("2", "output")])
+def test_closed_forms_alone_equal_the_pass(p, space, second_order, layers) -> None:
+    """No tap needs a pass: for logits the head's rows are then measured where they lie."""
+    x, y = batch()
+    closed, passed = pooled_net(), pooled_net(HiddenHead)
+    loss = LargeMarginLoss(3.0, p, top_k=3, aggregation="sum", space=space, second_order=second_order)
+    actual, expected = MarginTask(closed, loss, layers)(x, y), MarginTask(passed, loss, layers)(x, y)
+    torch.testing.assert_close(actual["norm"], expected["norm"], rtol=1e-12, atol=1e-14)
+    actual["loss"].backward()
+    expected["loss"].backward()
+    for a, b in zip(closed.parameters(), passed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_rows_of_the_head_are_not_gathered_where_only_their_norm_is_needed(monkeypatch, second_order) -> None:
+    called: list[str] = []
+    for name in ("row_distance", "dual_norm"):
+        original = getattr(functional, name)
+        monkeypatch.setattr(
+            passes.functional, name, lambda *a, n=name, f=original, **o: (called.append(n), f(*a, **o))[1]
+        )
+    for layers, space in ((CLOSED, "logit"), (("output",), "logit"), (CLOSED, "probability"), (LAYERS, "logit")):
+        called.append("-")
+        loss = LargeMarginLoss(top_k=2, space=space, second_order=second_order)
+        assert MarginTask(pooled_net(), loss, layers)(*batch())["norm"].shape == (6, 2, len(layers))
+    assert called == ["-", "row_distance", "-", "-", "dual_norm", "dual_norm", "-", "dual_norm", "dual_norm"]
+
+
 @pytest.mark.parametrize("space", ["logit", "probability"])
 def test_numel_divides_closed_forms_and_passes_alike(space) -> None:
     x, y = batch()

@@ -23,7 +23,6 @@ MK_FN void add_tile(const scalar_t* const* z, int64_t column, int64_t rows, int6
                     typename Lane<scalar_t>::acc delta, typename Lane<scalar_t>::acc* max, double* sum) {
   using L = Lane<scalar_t>;
   using vector = typename L::vector;
-  using acc = typename L::acc;
   using integers = typename L::integers;
   constexpr int64_t W = L::width;
   const vector floor = splat(-delta), before = load(max);

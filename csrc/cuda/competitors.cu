@@ -1,0 +1,108 @@
+// Launcher of competitors.cuh. Targets are checked where the kernel reads them, never on the host: an invalid one gives
+// NaN in its row.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "../check.h"
+#include "../ops.h"
+#include "competitors.cuh"
+#include "on_device.h"
+
+namespace margin_kernels {
+namespace {
+
+using cuda::in;
+using cuda::out;
+
+Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
+
+void check_size(const Tensor& logits) {
+  const int64_t n = logits.size(0), classes = logits.size(1);
+  TORCH_CHECK_VALUE(classes <= int64_t{1} << 30 && n <= 0x7fffffff / (1 + classes / cuda::kPartClasses),
+                    "logits are too large for one launch: ", logits.sizes());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cuda(const Tensor& logits, const Tensor& target, int64_t k) {
+  check::competitors(logits, target, k);
+  check_size(logits);
+  const cuda::OnDevice device(logits);
+  const int64_t n = logits.size(0), classes = logits.size(1);
+  const Tensor z = unit_stride_rows(logits);
+  const auto options = logits.options().dtype(check::accumulate_type(logits.scalar_type()));
+  Tensor index = at::empty({n, k}, target.options()), gap = at::empty({n, k}, options);
+  Tensor nll = at::empty({n}, options), normalizer = at::empty({n, 2}, options);
+  const auto [lists, sums] = cuda::competitors_workspace(n, static_cast<int>(classes), static_cast<int>(k));
+  const Tensor values = at::empty({lists}, options), indices = at::empty({lists}, options.dtype(at::kInt));
+  const Tensor totals = at::empty({3 * sums}, options);
+  cuda::with_type(z.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using acc = cuda::acc_t<T>;
+    static_assert(sizeof(cuda::SumExp<acc>) == 3 * sizeof(acc));
+    const cuda::CompetitorsIn<T> arguments{in<T>(z),
+                                           z.stride(0),
+                                           in<int64_t>(target),
+                                           target.stride(0),
+                                           n,
+                                           static_cast<int>(classes),
+                                           static_cast<int>(k),
+                                           out<acc>(gap),
+                                           out<acc>(nll),
+                                           out<int64_t>(index),
+                                           out<acc>(normalizer)};
+    cuda::competitors_forward(device.launch, arguments,
+                              {out<acc>(values), out<int>(indices), out<cuda::SumExp<acc>>(totals)});
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {gap, nll, index, normalizer};
+}
+
+Tensor competitors_backward_cuda(const std::optional<Tensor>& grad_gap, const std::optional<Tensor>& grad_nll,
+                                 const Tensor& logits, const Tensor& target, const Tensor& index,
+                                 const Tensor& normalizer) {
+  check_size(logits);
+  const cuda::OnDevice device(logits);
+  const Tensor z = unit_stride_rows(logits);
+  Tensor dlogits = at::empty_like(logits, at::MemoryFormat::Contiguous);
+  const auto as_acc = [&](const std::optional<Tensor>& t) {
+    return t && t->defined() ? t->to(normalizer.scalar_type()) : Tensor();
+  };
+  const Tensor from_gap = as_acc(grad_gap), from_nll = as_acc(grad_nll);
+  const Tensor places = index.contiguous(), scale = normalizer.contiguous();
+  cuda::with_type(z.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using acc = cuda::acc_t<T>;
+    cuda::CompetitorsBackwardIn<T> arguments{};
+    arguments.logits = in<T>(z);
+    arguments.row_stride = z.stride(0);
+    arguments.target = in<int64_t>(target);
+    arguments.target_stride = target.stride(0);
+    arguments.rows = logits.size(0);
+    arguments.classes = static_cast<int>(logits.size(1));
+    arguments.k = static_cast<int>(index.size(1));
+    arguments.index = in<int64_t>(places);
+    arguments.normalizer = in<acc>(scale);
+    if (from_gap.defined()) {
+      arguments.grad_gap = in<acc>(from_gap);
+      arguments.gap_strides[0] = from_gap.stride(0);
+      arguments.gap_strides[1] = from_gap.stride(1);
+    }
+    if (from_nll.defined()) {
+      arguments.grad_nll = in<acc>(from_nll);
+      arguments.nll_stride = from_nll.stride(0);
+    }
+    arguments.dlogits = out<T>(dlogits);
+    cuda::competitors_backward(device.launch, arguments);
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return dlogits;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(margin_kernels, CUDA, m) {
+  m.impl("competitors", competitors_cuda);
+  m.impl("competitors_backward", competitors_backward_cuda);
+}
+
+}  // namespace margin_kernels

@@ -1,0 +1,144 @@
+// What the kernels share: launches, 16-byte loads, conversions and reductions over a warp.
+//
+// No torch header and no inline PTX: g++ compiles the same kernels against tests/cpp/cuda_on_cpu.h, and the tests run
+// them without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define MK_UNROLL _Pragma("unroll")
+#define MK_ROLLED _Pragma("unroll 1")
+#define MK_DYNAMIC_SHARED(type, name)                              \
+  extern __shared__ __align__(16) unsigned char mk_shared_bytes[]; \
+  type* const name = reinterpret_cast<type*>(mk_shared_bytes)
+#else
+#include "cuda_on_cpu.h"
+
+#define MK_UNROLL _Pragma("GCC unroll 16")
+#define MK_ROLLED
+#define MK_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(cuda_on_cpu::dynamic_shared())
+#endif
+
+// An invalid target gives NaN in its row. Compiled with MARGIN_KERNELS_DEVICE_ASSERT it stops the kernel instead, which
+// names the line and leaves the device unusable for the rest of the process.
+#if defined(MARGIN_KERNELS_DEVICE_ASSERT) && defined(__CUDACC__)
+#include <cassert>
+#define MK_DEVICE_ASSERT(condition) assert(condition)
+#else
+#define MK_DEVICE_ASSERT(condition) ((void)0)
+#endif
+
+namespace margin_kernels::cuda {
+
+using half = __half;
+using bfloat16 = __nv_bfloat16;
+
+#if defined(__CUDACC__)
+// launch(kernel, grid, block, shared_bytes, arguments...) on one stream. What decides between kernels and sizes takes
+// the launcher as an argument, so the tests run the same decisions with cuda_on_cpu::Launch.
+struct Launch {
+  cudaStream_t stream;
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                  const Arguments&... arguments) const {
+    kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  }
+};
+#endif
+
+constexpr uint32_t kWarp = 0xffffffffu;
+
+// The type of sums, norms and losses: float64 for float64, float32 for all others.
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T narrow(acc_t<T> x) {
+  if constexpr (std::is_same_v<T, half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// 16 bytes of a row. Which elements a thread takes depends on their place in the row, never on the address, so that the
+// order of a sum does not change with the alignment; rows that do not begin at a multiple of 16 bytes are read in
+// smaller words.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T data[size];
+};
+
+// The word in which a row at `address` is read: 16, 4 or sizeof(T) bytes.
+template <class T>
+__host__ __device__ inline int word_of(const T* address) {
+  const auto place = reinterpret_cast<uintptr_t>(address);
+  if (place % 16 == 0) return 16;
+  return place % 4 == 0 && sizeof(T) <= 4 ? 4 : static_cast<int>(sizeof(T));
+}
+
+template <class T>
+__device__ __forceinline__ Pack<T> load_pack(const T* from, int word) {
+  Pack<T> pack;
+  if (word == 16) {
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+    memcpy(static_cast<void*>(&pack), &bits, 16);
+  } else if (sizeof(T) == 2 && word == 4) {
+    uint32_t bits[4];
+    MK_UNROLL
+    for (int i = 0; i < 4; ++i) bits[i] = __ldg(reinterpret_cast<const uint32_t*>(from) + i);
+    memcpy(static_cast<void*>(&pack), bits, 16);
+  } else {
+    MK_UNROLL
+    for (int i = 0; i < Pack<T>::size; ++i) pack.data[i] = from[i];
+  }
+  return pack;
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack, int word) {
+  if (word == 16) {
+    uint4 bits;
+    memcpy(&bits, static_cast<const void*>(&pack), 16);
+    *reinterpret_cast<uint4*>(to) = bits;
+  } else if (sizeof(T) == 2 && word == 4) {
+    uint32_t bits[4];
+    memcpy(bits, static_cast<const void*>(&pack), 16);
+    MK_UNROLL
+    for (int i = 0; i < 4; ++i) reinterpret_cast<uint32_t*>(to)[i] = bits[i];
+  } else {
+    MK_UNROLL
+    for (int i = 0; i < Pack<T>::size; ++i) to[i] = pack.data[i];
+  }
+}
+
+// combine() over `width` neighbouring lanes, in a fixed order; every lane gets the result.
+template <class T, class Combine>
+__device__ __forceinline__ T reduce_lanes(T value, int width, const Combine& combine) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    value = combine(value, __shfl_xor_sync(kWarp, value, offset));
+  }
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ T sum_lanes(T value, int width = 32) {
+  return reduce_lanes(value, width, [](T a, T b) { return a + b; });
+}
+
+}  // namespace margin_kernels::cuda

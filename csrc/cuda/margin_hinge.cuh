@@ -1,0 +1,197 @@
+// Distance, hinge, clip and aggregation: one launch each way over gap [N, k] and norm [N, k, L].
+//
+// `width` neighbouring lanes work on one sample and share its competitors: one lane for few of them, up to a warp for
+// many. Forward reads N k (L + 1) numbers and writes N (k L + 1); backward reads N (k L + k + 1) and writes N k (L +
+// 1). Blocks of 128 threads: with the loops this short the launch is what one waits for.
+#pragma once
+
+#include "../math/margin_hinge.h"
+#include "device.cuh"
+
+namespace margin_kernels::cuda {
+
+using math::Aggregation;
+
+template <class T>
+struct MarginHinge {
+  const T* gap;     // [N, k]
+  const T* norm;    // [N, k, L]
+  const T* gamma;   // [L]
+  const T* cap;     // [L] or null: infinity
+  const T* weight;  // [L] or null: 1
+  int64_t rows;
+  int k, layers;
+  T eps;
+  Aggregation aggregation;
+  bool mean_over_layers;  // weights divided by their sum
+};
+
+constexpr int kMarginHingeThreads = 128;
+
+// What the lanes of one sample see.
+template <class T>
+struct Sample {
+  const MarginHinge<T>& in;
+  int64_t n;
+  int lane, width;
+  T scale;  // 1 / sum of the weights for the mean over layers
+
+  __device__ Sample(const MarginHinge<T>& in_, int width_)
+      : in(in_),
+        n((static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / width_),
+        lane(threadIdx.x % width_),
+        width(width_),
+        scale(1) {
+    if (in.mean_over_layers) {
+      T total = 0;
+      for (int l = 0; l < in.layers; ++l) total += in.weight ? in.weight[l] : T(1);
+      scale = 1 / total;
+    }
+  }
+
+  // Lanes behind the last sample stay for the shuffles: they repeat it and write nothing.
+  __device__ bool beyond() {
+    if (n < in.rows) return false;
+    n = in.rows - 1;
+    return true;
+  }
+
+  __device__ T weight(int l) const { return in.weight ? in.weight[l] * scale : scale; }
+  __device__ T cap(int l) const { return in.cap ? in.cap[l] : static_cast<T>(HUGE_VAL); }
+  __device__ int64_t place(int j, int l) const { return (n * in.k + j) * in.layers + l; }
+  __device__ T distance(int j, int l) const {
+    return math::signed_distance(in.gap[n * in.k + j], in.norm[place(j, l)], in.eps);
+  }
+
+  // The competitor with the smallest distance, the first of equals; the first NaN where there is one.
+  __device__ int nearest(int l, T& smallest) const {
+    const auto comes_first = [](T a, int i, T b, int j) {
+      if (a != a || b != b) return a != a && (b == b || i < j);
+      return a < b || (a == b && i < j);
+    };
+    smallest = static_cast<T>(HUGE_VAL);
+    int best = in.k;
+    for (int j = lane; j < in.k; j += width) {
+      const T d = distance(j, l);
+      if (comes_first(d, j, smallest, best)) {
+        smallest = d;
+        best = j;
+      }
+    }
+    for (int offset = width / 2; offset > 0; offset /= 2) {
+      const T d = __shfl_xor_sync(kWarp, smallest, offset);
+      const int j = __shfl_xor_sync(kWarp, best, offset);
+      if (comes_first(d, j, smallest, best)) {
+        smallest = d;
+        best = j;
+      }
+    }
+    return best;
+  }
+
+  __device__ T mean_distance(int l) const {
+    T total = 0;
+    for (int j = lane; j < in.k; j += width) total += distance(j, l);
+    return sum_lanes(total, width) / in.k;
+  }
+
+  __device__ T term(T distance, int l) const { return math::term(distance, in.gamma[l], cap(l)); }
+  __device__ bool active(T distance, int l) const { return math::active(distance, in.gamma[l], cap(l)); }
+
+  __device__ T layer_term(int l) const {
+    if (in.aggregation == Aggregation::MAX) {
+      T smallest;
+      nearest(l, smallest);
+      return term(smallest, l);
+    }
+    if (in.aggregation == Aggregation::MEAN_DISTANCE) return term(mean_distance(l), l);
+    T total = 0;
+    for (int j = lane; j < in.k; j += width) total += term(distance(j, l), l);
+    total = sum_lanes(total, width);
+    return in.aggregation == Aggregation::SUM ? total : total / in.k;
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kMarginHingeThreads, 1) margin_hinge_kernel(MarginHinge<T> in, int width,
+                                                                              T* loss,        // [N]
+                                                                              T* distance) {  // [N, k, L]
+  Sample<T> sample(in, width);
+  const bool beyond = sample.beyond();
+  T total = 0;
+  for (int l = 0; l < in.layers; ++l) total += sample.weight(l) * sample.layer_term(l);
+  if (beyond) return;
+  if (sample.lane == 0) loss[sample.n] = total;
+  for (int j = sample.lane; j < in.k; j += width) {
+    for (int l = 0; l < in.layers; ++l) distance[sample.place(j, l)] = sample.distance(j, l);
+  }
+}
+
+// With c the weight of an active term:  dgap[n,j] = sum_l grad c / e,  dnorm = -grad c gap / e^2,  e = eps + norm.
+template <class T>
+__global__ void __launch_bounds__(kMarginHingeThreads, 1) margin_hinge_backward_kernel(MarginHinge<T> in, int width,
+                                                                                       const T* grad,  // [N]
+                                                                                       T* dgap,        // [N, k]
+                                                                                       T* dnorm) {  // [N, k, L] or null
+  Sample<T> sample(in, width);
+  const bool beyond = sample.beyond();
+  const T g = grad[sample.n];
+  for (int l = 0; l < in.layers; ++l) {
+    const T weight = sample.weight(l),
+            share = in.aggregation == Aggregation::MAX || in.aggregation == Aggregation::SUM ? weight : weight / in.k;
+    int only = -1;       // the one competitor with a slope, for the maximum
+    bool every = false;  // all have one, for the mean distance
+    if (in.aggregation == Aggregation::MAX) {
+      T smallest;
+      const int j = sample.nearest(l, smallest);
+      if (sample.active(smallest, l)) only = j;
+    } else if (in.aggregation == Aggregation::MEAN_DISTANCE) {
+      every = sample.active(sample.mean_distance(l), l);
+    }
+    if (beyond) continue;
+    for (int j = sample.lane; j < in.k; j += width) {
+      bool active = every || j == only;
+      if (in.aggregation == Aggregation::SUM || in.aggregation == Aggregation::MEAN) {
+        active = sample.active(sample.distance(j, l), l);
+      }
+      // An inactive term has slope 0 even where the norm is 0 or NaN, and so has one of weight 0.
+      active = active && share != T(0);
+      const int64_t row = sample.n * in.k + j;
+      const T norm = in.norm[sample.place(j, l)], coefficient = g * share;
+      const T slope = active ? math::gap_slope(coefficient, norm, in.eps) : T(0);
+      dgap[row] = l == 0 ? slope : dgap[row] + slope;
+      if (dnorm) {
+        dnorm[sample.place(j, l)] = active ? math::norm_slope(coefficient, in.gap[row], norm, in.eps) : T(0);
+      }
+    }
+  }
+}
+
+// Lanes per sample: about four competitors each. Depends on k only, and so does the order of the sums.
+inline int margin_hinge_width(int k) {
+  int width = 1;
+  while (width < 32 && 4 * width < k) width *= 2;
+  return width;
+}
+
+inline unsigned margin_hinge_blocks(int64_t rows, int width) {
+  return static_cast<unsigned>((rows * width + kMarginHingeThreads - 1) / kMarginHingeThreads);
+}
+
+template <class T, class Launch>
+void margin_hinge_forward(const Launch& launch, const MarginHinge<T>& in, T* loss, T* distance) {
+  if (in.rows == 0) return;
+  const int width = margin_hinge_width(in.k);
+  launch(margin_hinge_kernel<T>, margin_hinge_blocks(in.rows, width), kMarginHingeThreads, 0, in, width, loss,
+         distance);
+}
+
+template <class T, class Launch>
+void margin_hinge_backward(const Launch& launch, const MarginHinge<T>& in, const T* grad, T* dgap, T* dnorm) {
+  if (in.rows == 0) return;
+  const int width = margin_hinge_width(in.k);
+  launch(margin_hinge_backward_kernel<T>, margin_hinge_blocks(in.rows, width), kMarginHingeThreads, 0, in, width, grad,
+         dgap, dnorm);
+}
+
+}  // namespace margin_kernels::cuda
