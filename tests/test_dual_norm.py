@@ -96,7 +96,9 @@ def test_slopes(backend, dtype, p):
 def test_first_and_second_derivatives(backend, p):
     lead = (1, 2) if interpreted(backend) else (2, 3)
     a = sample_gradients(*lead, 3 if interpreted(backend) else 5, dtype=torch.float64, seed=1).requires_grad_()
-    b = sample_gradients(*lead, 2, 2, dtype=torch.float64, seed=2).requires_grad_()
+    b = sample_gradients(
+        *lead, *((2,) if interpreted(backend) else (2, 2)), dtype=torch.float64, seed=2
+    ).requires_grad_()
 
     def f(a, b):
         return functional.dual_norm([a, b], p, backend=backend)
