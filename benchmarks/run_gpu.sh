@@ -44,7 +44,9 @@ stage build 300 "$python" setup.py build_ext --inplace
 # The experiments' own tests need their extra; without it they cannot be collected.
 ignore=()
 "$python" -c 'import jsonargparse' 2>/dev/null || ignore=("--ignore-glob=*test_experiments*")
-stage tests 240 "$python" -m pytest -q -m gpu --durations=15 -p no:cacheprovider "${ignore[@]}"
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+stage tests 300 "$python" -m pytest -q -m gpu --durations=15 -p no:cacheprovider "${ignore[@]}" "${workers[@]}"
 stage kernels 200 "$python" benchmarks/kernels_gpu.py --out "$out/kernels_gpu.json"
 stage step 90 "$python" benchmarks/step.py --device cuda --threads 1 --out "$out/step_gpu.json"
 stage memcheck 90 bash -c 'sanitizer memcheck'
