@@ -2,6 +2,7 @@
 
 MARGIN_KERNELS_NO_EXT=1       build nothing: reference and Triton backends only
 MARGIN_KERNELS_CUDA=auto|0|1  CUDA kernels; auto: where torch has CUDA, a toolkit is found and csrc/cuda has kernels
+MARGIN_KERNELS_DEBUG=1        device code asserts that classes are in range, instead of giving NaN
 TORCH_CUDA_ARCH_LIST          default 8.0;9.0+PTX
 """
 
@@ -63,11 +64,13 @@ def extension() -> dict:
     files = sources("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "python/*.cpp")
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        # A target outside the classes then stops the kernel with its line instead of giving NaN.
+        debug = ["-DMARGIN_KERNELS_DEVICE_ASSERT"] if os.environ.get("MARGIN_KERNELS_DEBUG") == "1" else []
         module = cpp_extension.CUDAExtension(
             "margin_kernels._C",
             files + sources("csrc/cuda/*.cu"),
             define_macros=macros,
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo"]},
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo", *debug]},
             extra_link_args=openmp,
         )
     else:

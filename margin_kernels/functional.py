@@ -1,7 +1,9 @@
 """One function per op. Formulas: z logits [N, C], y target [N], k competitors, L layers, q = p / (p - 1).
 
 Inputs may be float64, float32, bfloat16 or float16 with any strides; gaps, norms, distances and losses are float32
-(float64 for float64 inputs). All are differentiable twice; nothing synchronises with the device.
+(float64 for float64 inputs). All are differentiable twice; nothing synchronises with the device. So targets are checked
+where they are read: on the CPU one outside [0, C) is an error that names it, on a GPU it gives NaN, and a device-side
+assert only in a debug build (MARGIN_KERNELS_DEBUG=1 at installation).
 `backend` is "auto", "cuda", "cpu", "triton" or "reference" (see margin_kernels.backends).
 """
 
