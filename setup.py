@@ -65,7 +65,7 @@ def extension() -> dict:
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         # A target outside the classes then stops the kernel with its line instead of giving NaN.
-        debug = ["-DMARGIN_KERNELS_DEVICE_ASSERT"] if os.environ.get("MARGIN_KERNELS_DEBUG") == "1" else []
+        debug = ["-DMARGIN_KERNELS_DEVICE_ASSERT", "-UNDEBUG"] if os.environ.get("MARGIN_KERNELS_DEBUG") == "1" else []
         module = cpp_extension.CUDAExtension(
             "margin_kernels._C",
             files + sources("csrc/cuda/*.cu"),
