@@ -45,6 +45,13 @@ inline const char* name_of(at::ScalarType type) {
 }
 
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+// of a result that comes from several tensors
+inline at::ScalarType accumulate_type(at::TensorList tensors) {
+  for (const Tensor& tensor : tensors) {
+    if (tensor.scalar_type() == at::kDouble) return at::kDouble;
+  }
+  return at::kFloat;
+}
 
 inline bool is_floating(const Tensor& tensor) {
   const auto type = tensor.scalar_type();

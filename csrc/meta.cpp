@@ -30,10 +30,7 @@ Tensor dual_norm_meta(TensorList gradients, double p, int64_t batch_dims) {
   check::dual_norm(gradients, p, batch_dims);
   auto sizes = gradients[0].sym_sizes().slice(0, batch_dims).vec();
   sizes.push_back(c10::SymInt(static_cast<int64_t>(gradients.size())));
-  auto type = at::kFloat;
-  for (const Tensor& g : gradients) {
-    if (g.scalar_type() == at::kDouble) type = at::kDouble;
-  }
+  const auto type = check::accumulate_type(gradients);
   return at::empty_symint(sizes, gradients[0].options().dtype(type));
 }
 
@@ -48,7 +45,7 @@ std::tuple<Tensor, Tensor> margin_hinge_meta(const Tensor& gap, const Tensor& no
                                              double eps, std::string_view aggregation,
                                              std::string_view layer_reduction) {
   check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
-  const auto acc = gap.scalar_type() == at::kDouble ? accumulate_options(gap) : accumulate_options(norm);
+  const auto acc = norm.options().dtype(check::accumulate_type({gap, norm}));
   return {at::empty_symint({gap.sym_size(0)}, acc), at::empty_symint(norm.sym_sizes(), acc)};
 }
 
@@ -91,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deepfool_step_meta(const Tensor& gap,
   const auto n = gap.sym_size(0);
   auto sizes = gradients.sym_sizes().vec();
   sizes.erase(sizes.begin() + 1);
-  const auto acc = gap.scalar_type() == at::kDouble ? accumulate_options(gap) : accumulate_options(gradients);
+  const auto acc = gap.options().dtype(check::accumulate_type({gap, gradients}));
   return {at::empty_symint(sizes, gradients.options()), at::empty_symint({n}, acc),
           at::empty_symint({n}, gap.options().dtype(at::kLong)), at::empty_symint({n}, acc)};
 }

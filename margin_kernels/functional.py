@@ -242,7 +242,7 @@ def one_to_n(
 def deepfool_step(
     gap: Tensor, gradients: Tensor, active: Tensor | None = None, p: float = 2, backend: str = "auto"
 ) -> DeepFoolStep:
-    """The step to the nearest linearised decision boundary: norms, choice of the boundary and step in one launch.
+    """The step to the nearest linearised decision boundary: norms, choice of the boundary and step on the device.
 
         distance_j = |gap_j| / || w_j ||_q      w_j = gradients[n, j], q = p / (p - 1); infinity where w_j = 0
         choice     = argmin_j distance_j        equal distances: lowest j

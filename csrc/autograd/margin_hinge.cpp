@@ -60,7 +60,7 @@ struct MarginHingeBackwardFunction : Function<MarginHingeBackwardFunction> {
   // Plain ATen, so it can be differentiated again. va, vb: what arrives at dgap [N,k] and dnorm [N,k,L].
   static variable_list backward(AutogradContext* ctx, const variable_list& v) {
     const auto s = ctx->get_saved_variables();
-    const auto type = s[1].scalar_type() == at::kDouble || s[2].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto type = check::accumulate_type({s[1], s[2]});
     const Tensor grad = s[0].to(type).unsqueeze(-1).unsqueeze(-1);  // [N, 1, 1]
     const Tensor gap = s[1].to(type).unsqueeze(-1);                 // [N, k, 1]
     const Tensor e = s[2].to(type) + ctx->saved_data["eps"].toDouble();

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "fresh_pages.h"
 
@@ -60,8 +61,6 @@ namespace {
 
 // Rows per task: about 32k logits each, so that small problems stay on one thread.
 int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / classes); }
-
-Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits, const Tensor& target, int64_t k) {
   check::competitors(logits, target, k);

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "dual_norm.h"
 #include "fresh_pages.h"
@@ -58,39 +59,18 @@ using math::Norm;
 // Samples per task: at least 32k elements each, so that small problems stay on one thread.
 int64_t grain(int64_t elements) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1)); }
 
-at::ScalarType result_type(const Tensor& gap, const Tensor& gradients) {
-  return gap.scalar_type() == at::kDouble || gradients.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// gradients [N, k, *] with each row in one run of memory, in double where the gap is
-Tensor plain_rows(const Tensor& gradients, at::ScalarType type) {
-  const Tensor wide = type == at::kDouble ? gradients.to(at::kDouble) : gradients;
-  int64_t expected = 1;
-  for (int64_t d = wide.dim() - 1; d >= 2; --d) {
-    if (wide.size(d) != 1 && wide.stride(d) != expected) return wide.contiguous();
-    expected *= wide.size(d);
-  }
-  return wide;
-}
-
 Tensor step_like(const Tensor& gradients) {
   auto sizes = gradients.sizes().vec();
   sizes.erase(sizes.begin() + 1);
   return at::empty(sizes, gradients.options());
 }
 
-int64_t row_length(const Tensor& gradients) {
-  int64_t length = 1;
-  for (int64_t d = 2; d < gradients.dim(); ++d) length *= gradients.size(d);
-  return length;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> deepfool_step_cpu(const Tensor& gap, const Tensor& gradients,
                                                              const std::optional<Tensor>& active, double p) {
   check::deepfool_step(gap, gradients, active, p);
   const int64_t n = gap.size(0);
-  const auto type = result_type(gap, gradients);
-  const Tensor g = gap.to(type).contiguous(), w = plain_rows(gradients, type);
+  const auto type = check::accumulate_type({gap, gradients});
+  const Tensor g = gap.to(type).contiguous(), w = contiguous_rows(widened(gradients, type), 2);
   const Tensor mask = active ? active->contiguous() : Tensor();
   Tensor step = step_like(w);
   Tensor distance = at::empty({n}, gap.options().dtype(type)), norm = at::empty_like(distance);
@@ -98,16 +78,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deepfool_step_cpu(const Tensor& gap, 
   const double q = math::dual_exponent(p);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, w.scalar_type(), "deepfool_step", [&] {
     using acc = typename DeepFoolForward<scalar_t>::acc;
-    const DeepFoolForward<scalar_t> at{g.const_data_ptr<acc>(),
-                                       w.const_data_ptr<scalar_t>(),
-                                       {w.stride(0), w.stride(1)},
-                                       w.size(1),
-                                       row_length(w),
-                                       active ? mask.const_data_ptr<bool>() : nullptr,
-                                       step.data_ptr<scalar_t>(),
-                                       distance.data_ptr<acc>(),
-                                       choice.data_ptr<int64_t>(),
-                                       norm.data_ptr<acc>()};
+    const DeepFoolForward<scalar_t> at{g.const_data_ptr<acc>(),    w.const_data_ptr<scalar_t>(),
+                                       {w.stride(0), w.stride(1)}, w.size(1),
+                                       row_length(w, 2),           active ? mask.const_data_ptr<bool>() : nullptr,
+                                       step.data_ptr<scalar_t>(),  distance.data_ptr<acc>(),
+                                       choice.data_ptr<int64_t>(), norm.data_ptr<acc>()};
     with_norm(p, [&](auto kind) {
       at::parallel_for(0, n, grain(at.k * at.length), [&](int64_t begin, int64_t end) {
         constexpr auto which = decltype(kind)::value;
@@ -162,7 +137,7 @@ std::tuple<Tensor, Tensor> deepfool_step_backward_cpu(const std::optional<Tensor
                                                       const std::optional<Tensor>& active, double p) {
   const int64_t n = gap.size(0);
   const auto type = norm.scalar_type();
-  const Tensor g = gap.to(type).contiguous(), w = plain_rows(gradients, type);
+  const Tensor g = gap.to(type).contiguous(), w = contiguous_rows(widened(gradients, type), 2);
   const Tensor j = choice.contiguous(), sizes = norm.contiguous();
   const Tensor from_step = grad_step ? grad_step->to(w.scalar_type()).contiguous() : Tensor();
   const Tensor from_distance = grad_distance ? grad_distance->to(type).contiguous() : Tensor();
@@ -179,7 +154,7 @@ std::tuple<Tensor, Tensor> deepfool_step_backward_cpu(const std::optional<Tensor
     at.in.strides[0] = w.stride(0);
     at.in.strides[1] = w.stride(1);
     at.in.k = w.size(1);
-    at.in.length = row_length(w);
+    at.in.length = row_length(w, 2);
     at.in.choice = const_cast<int64_t*>(j.const_data_ptr<int64_t>());
     at.in.norm = const_cast<acc*>(sizes.const_data_ptr<acc>());
     at.grad_step = grad_step ? from_step.const_data_ptr<scalar_t>() : nullptr;

@@ -11,6 +11,7 @@
 #include <numeric>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 
 #define MK_KERNEL "dual_norm_kernel.h"
@@ -18,21 +19,6 @@
 
 namespace margin_kernels {
 namespace {
-
-// Do the dimensions behind the batch fill one run of memory, in any order? (channels_last does; a norm sees no order.)
-bool dense_rows(const Tensor& g, int64_t batch_dims) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = batch_dims; d < g.dim(); ++d) {
-    if (g.size(d) != 1) dims.emplace_back(g.stride(d), g.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
 
 template <class scalar_t>
 Rows<scalar_t> rows_of(const Tensor& g, int64_t batch_dims) {
@@ -43,10 +29,9 @@ Rows<scalar_t> rows_of(const Tensor& g, int64_t batch_dims) {
   } else {
     data = g.data_ptr<value_t>();
   }
-  int64_t length = 1;
-  for (int64_t d = batch_dims; d < g.dim(); ++d) length *= g.size(d);
   const bool pairs = batch_dims == 2;
-  return {data, pairs ? std::max<int64_t>(g.size(1), 1) : 1, g.stride(0), pairs ? g.stride(1) : 0, length};
+  return {data, pairs ? std::max<int64_t>(g.size(1), 1) : 1, g.stride(0), pairs ? g.stride(1) : 0,
+          row_length(g, batch_dims)};
 }
 
 int64_t count_rows(const Tensor& g, int64_t batch_dims) { return batch_dims == 2 ? g.size(0) * g.size(1) : g.size(0); }
@@ -57,17 +42,14 @@ int64_t grain(int64_t length) { return std::max<int64_t>(1, 32768 / std::max<int
 Tensor dual_norm_cpu(TensorList gradients, double p, int64_t batch_dims) {
   check::dual_norm(gradients, p, batch_dims);
   const auto layers = static_cast<int64_t>(gradients.size());
-  auto type = at::kFloat;
-  for (const Tensor& g : gradients) {
-    if (g.scalar_type() == at::kDouble) type = at::kDouble;
-  }
+  const auto type = check::accumulate_type(gradients);
   auto sizes = gradients[0].sizes().slice(0, batch_dims).vec();
   sizes.push_back(layers);
   Tensor norms = at::empty(sizes, gradients[0].options().dtype(type));
   const double q = math::dual_exponent(p);
   for (int64_t l = 0; l < layers; ++l) {
     // A float64 result beside float32 layers: those layers are computed in double too.
-    const Tensor wide = type == at::kDouble ? gradients[l].to(at::kDouble) : gradients[l];
+    const Tensor wide = widened(gradients[l], type);
     const Tensor g = dense_rows(wide, batch_dims) ? wide : wide.contiguous();
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, g.scalar_type(), "dual_norm", [&] {
       using acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -92,7 +74,7 @@ std::vector<Tensor> dual_norm_backward_cpu(const Tensor& grad, TensorList gradie
   std::vector<Tensor> result;
   for (int64_t l = 0; l < layers; ++l) {
     Tensor out = at::empty_like(gradients[l]);
-    const Tensor wide = norms.scalar_type() == at::kDouble ? gradients[l].to(at::kDouble) : gradients[l];
+    const Tensor wide = widened(gradients[l], norms.scalar_type());
     const bool native = dense_rows(wide, batch_dims) && wide.scalar_type() == out.scalar_type() &&
                         out.strides().slice(batch_dims) == wide.strides().slice(batch_dims);
     const Tensor g = native ? wide : wide.contiguous();

@@ -20,12 +20,6 @@ namespace {
 
 using math::Aggregation;
 
-Aggregation aggregation_of(std::string_view name) {
-  if (name == "max") return Aggregation::MAX;
-  if (name == "sum") return Aggregation::SUM;
-  return name == "mean" ? Aggregation::MEAN : Aggregation::MEAN_DISTANCE;
-}
-
 // The inputs in one type, contiguous; copies only where they are not so already.
 template <class acc>
 struct Inputs {
@@ -53,7 +47,7 @@ struct Inputs {
         layers(norm_.size(2)),
         eps(static_cast<acc>(eps_)),
         scale(1),
-        aggregation(aggregation_of(aggregation_)) {
+        aggregation(math::aggregation_of(aggregation_)) {
     if (layer_reduction == "mean") {
       acc total = 0;
       for (int64_t l = 0; l < layers; ++l) total += weight_data ? weight_data[l] : acc(1);
@@ -118,16 +112,12 @@ struct Inputs {
   int64_t grain() const { return std::max<int64_t>(1, 8192 / (k * layers)); }
 };
 
-at::ScalarType result_type(const Tensor& gap, const Tensor& norm) {
-  return gap.scalar_type() == at::kDouble || norm.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
                                             const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
                                             double eps, std::string_view aggregation,
                                             std::string_view layer_reduction) {
   check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
-  const auto options = gap.options().dtype(result_type(gap, norm));
+  const auto options = gap.options().dtype(check::accumulate_type({gap, norm}));
   Tensor loss = at::empty({gap.size(0)}, options), distance = at::empty(norm.sizes(), options);
   AT_DISPATCH_FLOATING_TYPES(loss.scalar_type(), "margin_hinge", [&] {
     const Inputs<scalar_t> in(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
@@ -151,7 +141,7 @@ std::tuple<Tensor, Tensor> margin_hinge_backward_cpu(const Tensor& grad, const T
                                                      const std::optional<Tensor>& weight, double eps,
                                                      std::string_view aggregation, std::string_view layer_reduction,
                                                      bool norm_grad) {
-  const auto type = result_type(gap, norm);
+  const auto type = check::accumulate_type({gap, norm});
   Tensor gap_out = at::empty(gap.sizes(), gap.options().dtype(type));
   Tensor norm_out = norm_grad ? at::empty(norm.sizes(), norm.options().dtype(type)) : at::empty({0}, norm.options());
   const Tensor grads = grad.to(type).contiguous();

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "fresh_pages.h"
 
@@ -56,8 +57,6 @@ int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece;
 
 // Rows per task: about 32k logits each, so that small problems stay on one thread.
 int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / classes); }
-
-Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 template <class scalar_t>
 OneToNLogits<scalar_t> logits_of(const Tensor& z, const Tensor& y, double delta) {

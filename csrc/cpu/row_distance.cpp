@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "dual_norm.h"
 #include "fresh_pages.h"
@@ -43,8 +44,6 @@ namespace {
 
 // Samples (or classes) per task: at least 32k elements, so that small problems stay on one thread.
 int64_t grain(int64_t elements) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1)); }
-
-Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 template <class scalar_t>
 RowPairs<scalar_t> pairs_of(const Tensor& rows, const Tensor& index, const Tensor& target) {

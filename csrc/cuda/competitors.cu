@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "competitors.cuh"
 #include "on_device.h"
@@ -14,8 +15,6 @@ namespace {
 
 using cuda::in;
 using cuda::out;
-
-Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 void check_size(const Tensor& logits) {
   const int64_t n = logits.size(0), classes = logits.size(1);

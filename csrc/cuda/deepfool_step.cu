@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "deepfool_step.cuh"
 #include "on_device.h"
@@ -16,29 +17,18 @@ namespace {
 using cuda::in;
 using cuda::out;
 
-// gradients [N, k, *] with each row in one run of memory, in double where the gap is
-Tensor plain_rows(const Tensor& gradients, at::ScalarType type) {
-  const Tensor wide = type == at::kDouble ? gradients.to(at::kDouble) : gradients;
-  int64_t expected = 1;
-  for (int64_t d = wide.dim() - 1; d >= 2; --d) {
-    if (wide.size(d) != 1 && wide.stride(d) != expected) return wide.contiguous();
-    expected *= wide.size(d);
-  }
-  return wide;
-}
-
 // The inputs in the types of the kernel, kept alive while it is launched on their pointers.
 struct Inputs {
   at::ScalarType type;
   Tensor gap, gradients, active;
-  int64_t length = 1;
+  int64_t length;
 
   Inputs(const Tensor& gap_, const Tensor& gradients_, const std::optional<Tensor>& active_, at::ScalarType type_)
       : type(type_),
         gap(gap_.to(type).contiguous()),
-        gradients(plain_rows(gradients_, type)),
-        active(active_ ? active_->contiguous() : Tensor()) {
-    for (int64_t d = 2; d < gradients.dim(); ++d) length *= gradients.size(d);
+        gradients(contiguous_rows(widened(gradients_, type), 2)),
+        active(active_ ? active_->contiguous() : Tensor()),
+        length(row_length(gradients, 2)) {
     TORCH_CHECK_VALUE(gap.numel() * cuda::step_parts(length) <= std::numeric_limits<int>::max(),
                       "gradients are too large for one launch: ", gradients.sizes());
   }
@@ -61,8 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deepfool_step_cuda(const Tensor& gap,
                                                               const std::optional<Tensor>& active, double p) {
   check::deepfool_step(gap, gradients, active, p);
   const cuda::OnDevice device(gap);
-  const bool is_double = gap.scalar_type() == at::kDouble || gradients.scalar_type() == at::kDouble;
-  const Inputs inputs(gap, gradients, active, is_double ? at::kDouble : at::kFloat);
+  const Inputs inputs(gap, gradients, active, check::accumulate_type({gap, gradients}));
   const int64_t n = gap.size(0);
   auto sizes = gradients.sizes().vec();
   sizes.erase(sizes.begin() + 1);

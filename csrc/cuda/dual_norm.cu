@@ -3,11 +3,10 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <limits>
-#include <utility>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "dual_norm.cuh"
 #include "on_device.h"
@@ -21,21 +20,6 @@ using cuda::out;
 
 constexpr at::ScalarType kTypes[] = {at::kDouble, at::kFloat, at::kBFloat16, at::kHalf};
 
-// Do the dimensions behind the batch fill one run of memory, in any order? (channels_last does; a norm sees no order.)
-bool dense_rows(const Tensor& g, int64_t batch_dims) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = batch_dims; d < g.dim(); ++d) {
-    if (g.size(d) != 1) dims.emplace_back(g.stride(d), g.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
 int64_t inner_rows(const Tensor& g, int64_t batch_dims) { return batch_dims == 2 ? g.size(1) : 1; }
 
 NormLayer layer_of(const Tensor& g, int64_t batch_dims, int column) {
@@ -43,8 +27,7 @@ NormLayer layer_of(const Tensor& g, int64_t batch_dims, int column) {
   layer.data = g.const_data_ptr();
   layer.outer_stride = g.stride(0);
   layer.inner_stride = batch_dims == 2 ? g.stride(1) : 0;
-  layer.length = 1;
-  for (int64_t d = batch_dims; d < g.dim(); ++d) layer.length *= g.size(d);
+  layer.length = row_length(g, batch_dims);
   layer.column = column;
   return layer;
 }
@@ -73,10 +56,7 @@ void for_each_type(const std::vector<Tensor>& tensors, const std::vector<NormLay
 Tensor dual_norm_cuda(TensorList gradients, double p, int64_t batch_dims) {
   check::dual_norm(gradients, p, batch_dims);
   const cuda::OnDevice device(gradients[0]);
-  auto type = at::kFloat;
-  for (const Tensor& g : gradients) {
-    if (g.scalar_type() == at::kDouble) type = at::kDouble;
-  }
+  const auto type = check::accumulate_type(gradients);
   auto sizes = gradients[0].sizes().slice(0, batch_dims).vec();
   sizes.push_back(static_cast<int64_t>(gradients.size()));
   Tensor norms = at::empty(sizes, gradients[0].options().dtype(type));
@@ -84,7 +64,7 @@ Tensor dual_norm_cuda(TensorList gradients, double p, int64_t batch_dims) {
   std::vector<NormLayer> layers;
   for (const Tensor& gradient : gradients) {
     // A float64 result beside float32 layers: those layers are computed in double too.
-    const Tensor wide = type == at::kDouble ? gradient.to(at::kDouble) : gradient;
+    const Tensor wide = widened(gradient, type);
     tensors.push_back(dense_rows(wide, batch_dims) ? wide : wide.contiguous());
     layers.push_back(layer_of(tensors.back(), batch_dims, static_cast<int>(layers.size())));
   }
@@ -103,7 +83,7 @@ std::vector<Tensor> dual_norm_backward_cuda(const Tensor& grad, TensorList gradi
   std::vector<NormLayer> layers;
   for (const Tensor& gradient : gradients) {
     result.push_back(at::empty_like(gradient));
-    const Tensor wide = norms.scalar_type() == at::kDouble ? gradient.to(at::kDouble) : gradient;
+    const Tensor wide = widened(gradient, norms.scalar_type());
     const bool native = dense_rows(wide, batch_dims) && wide.scalar_type() == gradient.scalar_type() &&
                         result.back().strides().slice(batch_dims) == wide.strides().slice(batch_dims);
     tensors.push_back(native ? wide : wide.contiguous());

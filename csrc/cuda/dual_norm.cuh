@@ -19,6 +19,7 @@
 namespace margin_kernels::cuda {
 
 using math::Norm;
+using math::with_norm;
 
 constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / 32;
@@ -467,23 +468,6 @@ struct NormPlan {
     return std::all_of(launches.begin(), launches.end(), [](const Launches& l) { return l.blocks <= 0x7fffffff; });
   }
 };
-
-// body(std::integral_constant<Norm, norm>()) for the norm dual to p.
-template <class Body>
-void with_norm(double p, const Body& body) {
-  switch (math::norm_of(p)) {
-    case Norm::MAX:
-      return body(std::integral_constant<Norm, Norm::MAX>());
-    case Norm::SUM:
-      return body(std::integral_constant<Norm, Norm::SUM>());
-    case Norm::SQUARE:
-      return body(std::integral_constant<Norm, Norm::SQUARE>());
-    case Norm::THREE_HALVES:
-      return body(std::integral_constant<Norm, Norm::THREE_HALVES>());
-    case Norm::GENERAL:
-      return body(std::integral_constant<Norm, Norm::GENERAL>());
-  }
-}
 
 template <class T, class Launch>
 void dual_norm_forward(const Launch& launch, const NormPlan& plan, double p, acc_t<T>* norms, Partial* partials) {

@@ -16,16 +16,6 @@ using cuda::in;
 using cuda::out;
 using math::Aggregation;
 
-Aggregation aggregation_of(std::string_view name) {
-  if (name == "max") return Aggregation::MAX;
-  if (name == "sum") return Aggregation::SUM;
-  return name == "mean" ? Aggregation::MEAN : Aggregation::MEAN_DISTANCE;
-}
-
-at::ScalarType result_type(const Tensor& gap, const Tensor& norm) {
-  return gap.scalar_type() == at::kDouble || norm.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 Tensor plain(const Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
 
 // Keeps the converted tensors alive while a kernel is launched on their pointers.
@@ -44,7 +34,7 @@ struct Inputs {
         cap(cap_ ? plain(*cap_, type) : Tensor()),
         weight(weight_ ? plain(*weight_, type) : Tensor()),
         eps(eps_),
-        aggregation(aggregation_of(aggregation_)),
+        aggregation(math::aggregation_of(aggregation_)),
         mean_over_layers(layer_reduction == "mean") {
     TORCH_CHECK_VALUE(
         norm.size(1) <= std::numeric_limits<int>::max() && norm.size(2) <= std::numeric_limits<int>::max(),
@@ -78,7 +68,7 @@ std::tuple<Tensor, Tensor> margin_hinge_cuda(const Tensor& gap, const Tensor& no
                                              std::string_view layer_reduction) {
   check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
   const cuda::OnDevice device(gap);
-  const auto type = result_type(gap, norm);
+  const auto type = check::accumulate_type({gap, norm});
   const auto options = gap.options().dtype(type);
   Tensor loss = at::empty({gap.size(0)}, options), distance = at::empty(norm.sizes(), options);
   const Inputs inputs(type, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
@@ -96,7 +86,7 @@ std::tuple<Tensor, Tensor> margin_hinge_backward_cuda(const Tensor& grad, const 
                                                       std::string_view aggregation, std::string_view layer_reduction,
                                                       bool norm_grad) {
   const cuda::OnDevice device(gap);
-  const auto type = result_type(gap, norm);
+  const auto type = check::accumulate_type({gap, norm});
   Tensor dgap = at::empty(gap.sizes(), gap.options().dtype(type));
   Tensor dnorm = norm_grad ? at::empty(norm.sizes(), norm.options().dtype(type)) : at::empty({0}, norm.options());
   const Tensor grads = plain(grad, type);

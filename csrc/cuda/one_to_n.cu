@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "on_device.h"
 #include "one_to_n.cuh"
@@ -15,8 +16,6 @@ namespace {
 
 using cuda::in;
 using cuda::out;
-
-Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 template <class T>
 cuda::OneToN<T> logits_of(const Tensor& z, const Tensor& y, double delta) {

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "../check.h"
+#include "../layout.h"
 #include "../ops.h"
 #include "on_device.h"
 #include "row_distance.cuh"
@@ -18,8 +19,6 @@ namespace {
 
 using cuda::in;
 using cuda::out;
-
-Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }
 
 template <class T>
 cuda::RowPairs<T> pairs_of(const Tensor& rows, const Tensor& index, const Tensor& target) {

@@ -1,6 +1,8 @@
 // || g ||_q with q = p / (p - 1):  root(sum of power(g_i)), and its derivative.
 #pragma once
 
+#include <type_traits>
+
 #include "host_device.h"
 
 namespace margin_kernels::math {
@@ -19,6 +21,23 @@ MK_HOST_DEVICE Norm norm_of(double p) {
   if (p == 2) return Norm::SQUARE;
   if (p == 3) return Norm::THREE_HALVES;
   return p == HUGE_VAL ? Norm::SUM : Norm::GENERAL;
+}
+
+// body(std::integral_constant<Norm, norm>()) for the norm dual to l_p, on the host.
+template <class Body>
+void with_norm(double p, const Body& body) {
+  switch (norm_of(p)) {
+    case Norm::MAX:
+      return body(std::integral_constant<Norm, Norm::MAX>());
+    case Norm::SUM:
+      return body(std::integral_constant<Norm, Norm::SUM>());
+    case Norm::SQUARE:
+      return body(std::integral_constant<Norm, Norm::SQUARE>());
+    case Norm::THREE_HALVES:
+      return body(std::integral_constant<Norm, Norm::THREE_HALVES>());
+    case Norm::GENERAL:
+      return body(std::integral_constant<Norm, Norm::GENERAL>());
+  }
 }
 
 // |g|^q for a magnitude m = |g| (not for MAX, whose "sum" is a maximum)

@@ -1,11 +1,20 @@
 // Signed distance d = -gap / (eps + norm), the clipped hinge on it, and the derivatives of both.
 #pragma once
 
+#include <string_view>
+
 #include "host_device.h"
 
 namespace margin_kernels::math {
 
 enum class Aggregation { MAX, SUM, MEAN, MEAN_DISTANCE };
+
+// The name as the op takes it, already checked; on the host.
+inline Aggregation aggregation_of(std::string_view name) {
+  if (name == "max") return Aggregation::MAX;
+  if (name == "sum") return Aggregation::SUM;
+  return name == "mean" ? Aggregation::MEAN : Aggregation::MEAN_DISTANCE;
+}
 
 template <class T>
 MK_HOST_DEVICE T signed_distance(T gap, T norm, T eps) {
