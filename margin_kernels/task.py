@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .losses import LargeMarginLoss
+from .batchnorm import running_statistics, training_batchnorms
 from .passes import check_passes
+from .random_state import RandomState
 from .taps import Captured, Taps
 
 BATCHNORM = ("batch", "frozen")
+# What a loss is given besides logits and targets: the taps of the forward pass, nothing, or the model and its input.
+NEEDS = ("taps", "logits", "model")
 
 
 class MarginTask(nn.Module):
@@ -26,10 +28,11 @@ class MarginTask(nn.Module):
 
     Args:
         model: nn.Module, model(x) -> logits [N,C]. Not compiled and not wrapped: compile or wrap the task.
-        loss: LargeMarginLoss.
+        loss: a loss of margin_kernels.losses.
         layers: the taps: names of modules as in model.named_modules(), glob patterns (`*` stays within one part of a
             dotted name, `**` crosses dots), "input" (the model's input), "output" (the logits), "name:index" for one
             call of a module called several times. Default: the input alone, the margin that input perturbations meet.
+            Only for losses that measure at taps.
             `task.layers` holds the resolved names, in the order of the last dimension of distance and norm.
         passes: "auto" or "loop", how the gradients are obtained (margin_kernels.passes).
         batchnorm: for models with batch norm in training mode, where samples are coupled and the gradient of a summed
@@ -45,8 +48,8 @@ class MarginTask(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        loss: LargeMarginLoss,
-        layers: Sequence[str] | str = ("input",),
+        loss: nn.Module,
+        layers: Sequence[str] | str | None = None,
         passes: str = "auto",
         batchnorm: str = "batch",
     ) -> None:
@@ -54,44 +57,54 @@ class MarginTask(nn.Module):
         if batchnorm not in BATCHNORM:
             raise ValueError(f'batchnorm must be one of "batch", "frozen", got {batchnorm!r}')
         _check_model(model)
-        if not isinstance(loss, LargeMarginLoss):
-            raise TypeError(f"loss must be a LargeMarginLoss, got {type(loss).__name__}")
+        if getattr(loss, "needs", None) not in NEEDS:
+            raise TypeError(f"loss must be a loss of margin_kernels.losses, got {type(loss).__name__}")
+        if layers is not None and loss.needs != "taps":
+            raise ValueError(f"layers must be None for {type(loss).__name__}, which measures at no tap, got {layers!r}")
         self.model = model
-        self.loss = loss
+        self.loss: Any = loss
         self.passes = check_passes(passes)
         self.batchnorm = batchnorm
-        self._taps = Taps(model, layers)
+        self._taps = Taps(model, ("input",) if layers is None else layers)
         self._warned = False
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the taps, in the order of the last dimension of distance and norm."""
-        return self._taps.names
+        """Names of the taps, in the order of the last dimension of distance and norm; () where the loss has none."""
+        return self._taps.names if self.loss.needs == "taps" else ()
 
     def forward(self, x: Any, y: Tensor) -> dict[str, Tensor]:
         """Loss and statistics of inputs x [N,*] with targets y [N] int64.
 
-        Returns a dict: loss [] ([N] for reduction="none") and output (logits [N,C]) with gradient; detached: distance,
-        norm, active (bool) [N,k,L], gap, index [N,k], nll [N]. Under no_grad: output, gap, index and nll only.
+        Returns a dict: loss [] ([N] for reduction="none") and output (logits [N,C]) with gradient, and the other fields
+        that the loss measured, detached. For LargeMarginLoss: distance, norm, active (bool) [N,k,L], gap, index [N,k],
+        nll [N]. Under no_grad: output and what the logits alone show.
         """
         if getattr(self, "_is_replica", False):
             raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
         if not torch.is_grad_enabled():
             logits = self.model(x)
-            index, gap, nll = self.loss.gaps(logits, y)
-            return {"output": logits, "nll": nll, "gap": gap, "index": index}
-        logits, captured = self._forward(x)
-        margins = self.loss.margins(logits, y, captured, self.passes)
-        return {"output": logits, **margins._asdict()}
+            return {"output": logits, **self.loss.logit_statistics(logits, y)}
+        if self.loss.needs == "logits":
+            logits = self.model(x)
+            measured = self.loss.margins(logits, y)
+        elif self.loss.needs == "model":
+            random = RandomState.now(x)
+            logits = self.model(x)
+            measured = self.loss.margins(logits, y, self.model, x, random)
+        else:
+            logits, captured = self._forward(x)
+            measured = self.loss.margins(logits, y, captured, self.passes)
+        return {"output": logits, **measured._asdict()}
 
     def _forward(self, x: Any) -> tuple[Tensor, Captured]:
         """The logits of the ordinary forward pass, and the forward pass whose taps are measured."""
-        training = [module for module in self.model.modules() if isinstance(module, _BatchNorm) and module.training]
+        training = training_batchnorms(self.model)
         if not training:
             captured = self._taps.capture(self.model, x)
             return captured.logits, captured
         if self.batchnorm == "frozen":
-            with _running_statistics(training), _same_random_numbers(x):
+            with running_statistics(training), RandomState.now(x).replayed():
                 captured = self._taps.capture(self.model, x)
             return self.model(x), captured
         self._check_coupling(training)
@@ -123,34 +136,3 @@ def _check_model(model: nn.Module) -> None:
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             where = f"its module {name!r}" if name else "it"
             raise ValueError(f"model must not be compiled, but {where} is: compile the task, not the model")
-
-
-@contextmanager
-def _running_statistics(modules: list[_BatchNorm]) -> Iterator[None]:
-    """Batch norms in eval mode, on copies of their statistics.
-
-    Copies, because the backward reads the statistics again and the next forward changes them in place, which autograd
-    does not notice.
-    """
-    kept: list[tuple[_BatchNorm, Tensor, Tensor]] = []
-    for module in modules:
-        if module.running_mean is None or module.running_var is None:
-            raise ValueError('batchnorm="frozen" needs running statistics, and one has track_running_stats=False')
-        kept.append((module, module.running_mean, module.running_var))
-    try:
-        for module, mean, variance in kept:
-            module.training = False
-            module.running_mean, module.running_var = mean.clone(), variance.clone()
-        yield
-    finally:
-        for module, mean, variance in kept:
-            module.training = True
-            module.running_mean, module.running_var = mean, variance
-
-
-@contextmanager
-def _same_random_numbers(x: Any) -> Iterator[None]:
-    """Afterwards the random state is the one before: the next forward pass draws the same dropout masks."""
-    devices = [x.device] if isinstance(x, Tensor) and x.device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
-        yield

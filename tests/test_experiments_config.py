@@ -16,7 +16,7 @@ def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
     path.write_text("loss:\n  kind: large_margin\n  gamma: [1, 2.5]\n  p: inf\ntraining:\n  epochs: 3\n  seed: 4\n")
     parsed = config.parse(["--config", str(path), "--training.epochs", "7", "--loss.top_k=2"])
     assert (parsed.training.epochs, parsed.training.seed, parsed.loss.top_k) == (7, 4, 2)
-    assert parsed.loss.gamma == [1.0, 2.5] and parsed.loss.norm == math.inf
+    assert parsed.loss.gamma == [1.0, 2.5] and config.exponent(parsed.loss.p) == math.inf
     assert parsed.optimiser == config.OptimiserConfig()
 
 
@@ -85,6 +85,9 @@ def test_every_field_is_an_option_and_documented():
             config.DataConfig,
             config.ModelConfig,
             config.LossConfig,
+            config.SensitivityConfig,
+            config.AdversarialConfig,
+            config.OneToNConfig,
             config.OptimiserConfig,
             config.ScheduleConfig,
             config.TrainingConfig,

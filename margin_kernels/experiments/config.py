@@ -58,9 +58,81 @@ class ModelConfig:
     initial: str | None = None
 
 
+def exponent(p: float | str) -> float:
+    """p as a number."""
+    return math.inf if p == "inf" else float(p)
+
+
+@dataclass
+class SensitivityConfig:
+    """Options of MarginSensitivityLoss [M].
+
+    Args:
+        weight: factor C of the norm of the gradient difference
+        p: norm of the distances, p >= 1 or inf
+        power: of the norm, 1 or 2
+        classification: hinge or cross_entropy
+        candidates: rivals whose gradient is looked at, the largest logits; null for all
+    """
+
+    weight: float = 0.1
+    p: float | Literal["inf"] = 2.0
+    power: int = 2
+    classification: Literal["hinge", "cross_entropy"] = "hinge"
+    candidates: int | None = None
+
+
+@dataclass
+class AdversarialConfig:
+    """Options of AdversarialMarginLoss [D] [A].
+
+    Args:
+        weight: factor lambda of the margin term
+        c: slope for samples classified correctly
+        d: slope for the others
+        aggregation: avg (all samples) or min (per class the sample with the smallest margin)
+        shrinkage: lin, exp or inv
+        normalize: divide each perturbation by the norm of its image (Deep Defense)
+        max_iter: DeepFool iterations at most
+        overshoot: of each DeepFool step
+        candidates: largest logits that take part, the prediction included
+        gradient: unrolled, envelope or first_order
+        p: norm of the perturbations, 1, 2 or inf
+    """
+
+    weight: float = 32.0
+    c: float = 2.0
+    d: float = 1.0
+    aggregation: Literal["avg", "min"] = "min"
+    shrinkage: Literal["lin", "exp", "inv"] = "exp"
+    normalize: bool = False
+    max_iter: int = 5
+    overshoot: float = 0.02
+    candidates: int = 10
+    gradient: Literal["unrolled", "envelope", "first_order"] = "unrolled"
+    p: float | Literal["inf"] = 2.0
+
+
+@dataclass
+class OneToNConfig:
+    """Options of OneToNLoss [N], and delta of the squared hinge.
+
+    Args:
+        delta: bound of the logits
+        bound: symmetric [-delta, delta] or positive [0, delta]
+        cross_entropy: add the classes of the sample itself (equation 14)
+        weight_norm: divide each logit by the norm of its weight row
+    """
+
+    delta: float = 1.0
+    bound: Literal["symmetric", "positive"] = "symmetric"
+    cross_entropy: bool = False
+    weight_norm: bool = False
+
+
 @dataclass
 class LossConfig:
-    """Which loss, and the options of LargeMarginLoss, which the others ignore.
+    """Which loss, the options of LargeMarginLoss, which the others ignore, and a section for each other loss.
 
     Args:
         kind: cross_entropy, hinge or large_margin
@@ -80,6 +152,9 @@ class LossConfig:
         layers: taps; input, output, module names, or hidden for every hidden layer of the network
         batchnorm: batch or frozen statistics in the margin passes
         passes: how the margin gradients are obtained, auto or loop
+        sensitivity: options of margin_sensitivity
+        adversarial: options of adversarial_margin
+        one_to_n: options of one_to_n
     """
 
     kind: str = "cross_entropy"
@@ -99,11 +174,9 @@ class LossConfig:
     layers: list[str] = field(default_factory=lambda: ["input", "hidden", "output"])
     batchnorm: Literal["batch", "frozen"] = "batch"
     passes: str = "auto"
-
-    @property
-    def norm(self) -> float:
-        """p as a number."""
-        return math.inf if self.p == "inf" else float(self.p)
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    one_to_n: OneToNConfig = field(default_factory=OneToNConfig)
 
 
 @dataclass
@@ -276,15 +349,19 @@ def _suggestion(name: str, known: list[str]) -> str:
 
 def from_namespace(namespace: Namespace) -> Config:
     """The typed config of a parsed namespace."""
-    values = namespace.as_dict()
-    sections = {item.name for item in dataclasses.fields(Config)} - {"name"}
-    parts = {name: _section(name)(**values[name]) for name in sections}
-    return Config(name=values["name"], **parts)
+    return _build(Config, namespace.as_dict())
 
 
-def _section(name: str) -> Any:
-    (item,) = (item for item in dataclasses.fields(Config) if item.name == name)
-    return item.default_factory
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    """An instance of the dataclass cls from a nested dict that may hold more than its fields."""
+    given = {}
+    for item in dataclasses.fields(cls):
+        if item.name not in values:
+            continue
+        value = values[item.name]
+        nested = isinstance(value, dict) and item.default_factory is not dataclasses.MISSING
+        given[item.name] = _build(item.default_factory, value) if nested else value  # type: ignore[arg-type]
+    return cls(**given)
 
 
 def parse(arguments: list[str]) -> Config:
@@ -334,8 +411,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of to_dict; unknown keys raise ConfigError."""
     check_keys(values, "config")
-    parts = {k: _section(k)(**v) if isinstance(v, dict) else v for k, v in values.items()}
-    return Config(**parts)
+    return _build(Config, values)
 
 
 def to_yaml(config: Config) -> str:

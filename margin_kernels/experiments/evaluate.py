@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..deepfool import deepfool
 from . import attacks
-from .config import Config, EvaluationConfig
+from .config import Config, EvaluationConfig, exponent
 from .data import Dataset, Split
 from .distance import signed_distance, tap_names
 from .training import Trainer, accuracy
@@ -52,7 +52,7 @@ def evaluate(
         tick(0.6 / len(config.curve))
     result.update(boundary_norms(model, split.head(config.deepfool_samples), config, device))
     tick(0.2)
-    p = math.inf if config.distance_p == "inf" else float(config.distance_p)
+    p = exponent(config.distance_p)
     distances = signed_distance(model, split.head(config.distance_samples), hidden, p, config.batch_size, device)
     taps = tap_names(hidden)
     result["distance_p"] = config.distance_p

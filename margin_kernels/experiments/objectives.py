@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import margin_kernels as mk
 
 from .attacks import logit_gap
-from .config import LossConfig
+from .config import LossConfig, exponent
 
 
 def hinge(logits: Tensor, target: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _hinge(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Mo
 def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
     loss = mk.LargeMarginLoss(
         gamma=config.gamma,
-        p=config.norm,
+        p=exponent(config.p),
         top_k=config.top_k,
         aggregation=config.aggregation,
         alpha=config.alpha,

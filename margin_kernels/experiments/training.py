@@ -21,7 +21,7 @@ import margin_kernels as mk
 
 from . import checkpoint, models, objectives
 from .attacks import eval_mode
-from .config import Config, to_dict, to_yaml
+from .config import Config, exponent, to_dict, to_yaml
 from .data import Dataset, Split
 from .distance import signed_distance, tap_names
 from .records import flatten, machine, versions, write_csv, write_json, write_text
@@ -219,7 +219,7 @@ class Trainer:
     def mean_distance(self) -> dict[str, float]:
         """Mean signed distance per tap on the first `distance_samples` validation images."""
         settings = self.config.training
-        p = math.inf if settings.distance_p == "inf" else float(settings.distance_p)
+        p = exponent(settings.distance_p)
         part = self.dataset.validation.head(settings.distance_samples)
         mean = signed_distance(self.model, part, self.hidden, p, device=self.device).mean(0)
         return dict(zip(tap_names(self.hidden), mean.tolist(), strict=True))

@@ -1,22 +1,19 @@
-"""Losses as nn.Module.
-
-LargeMarginLoss   min( max(gamma_l - d[n,j,l], 0), cap_l ),   d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])
-"""
+"""Large margin loss: min( max(gamma_l - d[n,j,l], 0), cap_l ),   d[n,j,l] = -gap[n,j] / (eps + D[n,j,l])."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import functional, taps
-from .backends import BACKENDS
-from .passes import difference_norms
-from .reference.margin_hinge import AGGREGATIONS
-from .taps import Captured, cut_sources
+from .. import functional, taps
+from ..backends import BACKENDS
+from ..passes import difference_norms
+from ..reference.margin_hinge import AGGREGATIONS
+from ..taps import Captured, cut_sources
+from .options import choice, count, flag, is_number, norm_exponent, number, numbers
 
 SPACES = ("logit", "probability")
 LAYER_SCALES = (None, "numel")
@@ -72,6 +69,9 @@ class LargeMarginLoss(nn.Module):
     Source: Elsayed, Krishnan, Mobahi, Regan, Bengio. Large Margin Deep Networks for Classification. NeurIPS 2018.
     """
 
+    # What MarginTask gives it: the taps of one forward pass.
+    needs = "taps"
+
     def __init__(
         self,
         gamma: float | Sequence[float] = 1.0,
@@ -91,23 +91,23 @@ class LargeMarginLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.gamma = _number("gamma", gamma, above=0) if _is_number(gamma) else _numbers("gamma", gamma, above=0)
-        self.p = _norm_exponent(p)
-        self.top_k = _count("top_k", top_k)
-        self.aggregation = _choice("aggregation", aggregation, AGGREGATIONS)
-        self.alpha = None if alpha is None else _number("alpha", alpha, above=0)
-        self.eps = _number("eps", eps, least=0)
-        self.layer_weights = None if layer_weights is None else _numbers("layer_weights", layer_weights, least=0)
+        self.gamma = number("gamma", gamma, above=0) if is_number(gamma) else numbers("gamma", gamma, above=0)
+        self.p = norm_exponent(p)
+        self.top_k = count("top_k", top_k)
+        self.aggregation = choice("aggregation", aggregation, AGGREGATIONS)
+        self.alpha = None if alpha is None else number("alpha", alpha, above=0)
+        self.eps = number("eps", eps, least=0)
+        self.layer_weights = None if layer_weights is None else numbers("layer_weights", layer_weights, least=0)
         if self.layer_weights is not None and sum(self.layer_weights) == 0:
             raise ValueError(f"layer_weights must not all be 0, got {layer_weights}")
-        self.layer_scale = _choice("layer_scale", layer_scale, LAYER_SCALES)
-        self.space = _choice("space", space, SPACES)
-        self.second_order = _flag("second_order", second_order)
-        self.margin_weight = _number("margin_weight", margin_weight, least=0)
-        self.cross_entropy_weight = _number("cross_entropy_weight", cross_entropy_weight, least=0)
-        self.layer_reduction = _choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
-        self.reduction = _choice("reduction", reduction, REDUCTIONS)
-        self.backend = _choice("backend", backend, ("auto", *BACKENDS))
+        self.layer_scale = choice("layer_scale", layer_scale, LAYER_SCALES)
+        self.space = choice("space", space, SPACES)
+        self.second_order = flag("second_order", second_order)
+        self.margin_weight = number("margin_weight", margin_weight, least=0)
+        self.cross_entropy_weight = number("cross_entropy_weight", cross_entropy_weight, least=0)
+        self.layer_reduction = choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
+        self.reduction = choice("reduction", reduction, REDUCTIONS)
+        self.backend = choice("backend", backend, ("auto", *BACKENDS))
         # Hyper-parameters as tensors [L] on a device, made once: no buffers, which .half() would round.
         self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
@@ -150,6 +150,11 @@ class LargeMarginLoss(nn.Module):
         total = self._total(loss, nll)
         cut_sources(total, captured)
         return Margins(total, nll.detach(), gap.detach(), index, norm.detach(), distance, active)
+
+    def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """What the logits alone show, detached: gap, index [N,k] and nll [N]."""
+        index, gap, nll = self.gaps(logits, target)
+        return {"nll": nll, "gap": gap, "index": index}
 
     def gaps(self, logits: Tensor, target: Tensor) -> functional.Competitors:
         """index [N,k], gap [N,k] in the loss's space and nll [N] of logits [N,C]: all that needs no activations."""
@@ -212,55 +217,3 @@ class LargeMarginLoss(nn.Module):
         }
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _number(name: str, value: Any, least: float | None = None, above: float | None = None) -> float:
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if above is not None and not (math.isfinite(value) and value > above):
-        raise ValueError(f"{name} must be finite and > {above:g}, got {value}")
-    if least is not None and not (math.isfinite(value) and value >= least):
-        raise ValueError(f"{name} must be finite and >= {least:g}, got {value}")
-    return float(value)
-
-
-def _numbers(name: str, values: Any, least: float | None = None, above: float | None = None) -> list[float]:
-    if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a list of numbers, one for each layer, got {type(values).__name__}")
-    if len(values) == 0:
-        raise ValueError(f"{name} must hold one number for each layer, got an empty list")
-    return [_number(f"{name}[{i}]", value, least, above) for i, value in enumerate(values)]
-
-
-def _norm_exponent(p: Any) -> float:
-    if p == "inf":
-        return math.inf
-    if not _is_number(p):
-        raise TypeError(f'p must be a number >= 1 or "inf", got {p!r}')
-    if not p >= 1:
-        raise ValueError(f'p must be >= 1 or "inf", got {p}')
-    return float(p)
-
-
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1 (and at most the number of classes - 1), got {value}")
-    return value
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-    return value
-
-
-def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value

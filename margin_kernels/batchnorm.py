@@ -1,0 +1,37 @@
+"""Batch norm in training mode, which couples the samples of a batch, held at its running statistics for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def training_batchnorms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms of the model that are in training mode."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+
+
+@contextmanager
+def running_statistics(modules: list[_BatchNorm]) -> Iterator[None]:
+    """Batch norms in eval mode, on copies of their statistics.
+
+    Copies, because the backward reads the statistics again and the next forward changes them in place, which autograd
+    does not notice.
+    """
+    kept: list[tuple[_BatchNorm, Tensor, Tensor]] = []
+    for module in modules:
+        if module.running_mean is None or module.running_var is None:
+            raise ValueError('batchnorm="frozen" needs running statistics, and one has track_running_stats=False')
+        kept.append((module, module.running_mean, module.running_var))
+    try:
+        for module, mean, variance in kept:
+            module.training = False
+            module.running_mean, module.running_var = mean.clone(), variance.clone()
+        yield
+    finally:
+        for module, mean, variance in kept:
+            module.training = True
+            module.running_mean, module.running_var = mean, variance

@@ -1,0 +1,43 @@
+"""The state of the random number generators that a forward pass draws from, kept to draw the same numbers again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RandomState(NamedTuple):
+    """States of the CPU generator and of the generator of `device`, None for inputs on the CPU."""
+
+    cpu: Tensor
+    device: torch.device | None = None
+    state: Tensor | None = None
+
+    @classmethod
+    def now(cls, x: Any) -> RandomState:
+        """The state from which the next forward pass of input x draws; reading it does not wait for a device."""
+        cpu = torch.get_rng_state()
+        if not isinstance(x, Tensor) or x.device.type != "cuda":
+            return cls(cpu)
+        return cls(cpu, x.device, torch.cuda.get_rng_state(x.device))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.device is not None and self.state is not None:
+            torch.cuda.set_rng_state(self.state, self.device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, this state: a forward pass draws the dropout masks it drew then. Afterwards the one before."""
+        kept = RandomState(torch.get_rng_state())
+        if self.device is not None:
+            kept = kept._replace(device=self.device, state=torch.cuda.get_rng_state(self.device))
+        self.restore()
+        try:
+            yield
+        finally:
+            kept.restore()
