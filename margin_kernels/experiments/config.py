@@ -46,15 +46,17 @@ class ModelConfig:
     """Which network.
 
     Args:
-        name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000 or resnet20
-        dropout: probability in front of each fully connected layer but the first
+        name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000, nin or resnet20
+        dropout: probability in front of each fully connected layer but the first; after both pools of nin
         norm: batch or group, for resnet20
+        center: subtract the mean training image inside the network
         initial: folder of a trained run whose weights are the first ones, or null for random ones
     """
 
     name: str = "digits_cnn"
     dropout: float = 0.0
     norm: Literal["batch", "group"] = "batch"
+    center: bool = False
     initial: str | None = None
 
 
@@ -131,11 +133,26 @@ class OneToNConfig:
 
 
 @dataclass
+class AdversarialTrainingConfig:
+    """Options of fgsm_training.
+
+    Args:
+        eps: l_inf radius of the attack, images in [0, 1]
+        steps: 1 for FGSM; more for projected gradient descent from a random start in the ball
+        alpha: size of a step of the latter; null for 2 eps / steps
+    """
+
+    eps: float = 0.2
+    steps: int = 1
+    alpha: float | None = None
+
+
+@dataclass
 class LossConfig:
     """Which loss, the options of LargeMarginLoss, which the others ignore, and a section for each other loss.
 
     Args:
-        kind: cross_entropy, hinge or large_margin
+        kind: cross_entropy, hinge, large_margin or fgsm_training
         gamma: desired distance to the boundary in the units of each tap; one value, or one per tap in the order of
         layers p: norm of the distances, p >= 1 or inf
         top_k: competitors per sample, 1 to C-1
@@ -155,6 +172,7 @@ class LossConfig:
         sensitivity: options of margin_sensitivity
         adversarial: options of adversarial_margin
         one_to_n: options of one_to_n
+        adversarial_training: options of fgsm_training
     """
 
     kind: str = "cross_entropy"
@@ -177,6 +195,7 @@ class LossConfig:
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     one_to_n: OneToNConfig = field(default_factory=OneToNConfig)
+    adversarial_training: AdversarialTrainingConfig = field(default_factory=AdversarialTrainingConfig)
 
 
 @dataclass
@@ -217,6 +236,8 @@ class TrainingConfig:
 
     Args:
         epochs: passes over the training images
+        stop_at_train_accuracy: stop after the epoch in which this share of the training labels (the noisy ones, where
+            there is noise) was predicted, counted batch by batch during the epoch; null for all epochs
         batch_size: images per optimiser step
         accumulate: equal parts a batch is cut into, one backward pass each
         seed: initial weights, order of the data, dropout
@@ -232,6 +253,7 @@ class TrainingConfig:
     """
 
     epochs: int = 30
+    stop_at_train_accuracy: float | None = None
     batch_size: int = 64
     accumulate: int = 1
     seed: int = 0

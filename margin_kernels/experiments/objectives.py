@@ -3,6 +3,7 @@
     cross_entropy   mean_n logsumexp_i z_ni - z_ny
     hinge           mean_n max(0, 1 + max_{j != y} z_nj - z_ny)        the multi-class hinge of [M]
     large_margin    LargeMarginLoss over named taps [E]
+    fgsm_training   1/2 CE(x) + 1/2 CE(x'), x' = x attacked by FGSM or PGD          adversarial training
 
 A new loss is one entry of OBJECTIVES.
 """
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 
 import margin_kernels as mk
 
+from . import attacks
 from .attacks import logit_gap
-from .config import LossConfig, exponent
+from .config import AdversarialTrainingConfig, LossConfig, exponent
 
 
 def hinge(logits: Tensor, target: Tensor) -> Tensor:
@@ -39,6 +41,30 @@ class LogitTask(nn.Module):
         return {"loss": self.loss(logits.float(), target), "output": logits.detach()}
 
 
+class AdversarialTrainingTask(nn.Module):
+    """loss = 1/2 CE(x) + 1/2 CE(x'), both in the model's own mode; x' maximises CE within eps of x, clipped to [0, 1].
+
+    The attack runs in eval mode, so that it meets the network that will be attacked: dropout masks are off and batch
+    norm's running statistics see no attack iterates, only x and x' once each. x' is a constant of the backward pass.
+    """
+
+    def __init__(self, model: nn.Module, config: AdversarialTrainingConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        eps, steps, alpha = self.config.eps, self.config.steps, self.config.alpha
+        if steps == 1:
+            attack = attacks.fgsm(self.model, x, target, eps)
+        else:
+            attack = attacks.pgd(self.model, x, target, eps, alpha, steps, objective="ce")
+        logits = self.model(x)
+        attacked = self.model(attack.images)
+        loss = 0.5 * (F.cross_entropy(logits.float(), target) + F.cross_entropy(attacked.float(), target))
+        return {"loss": loss, "output": logits.detach()}
+
+
 def layers(names: list[str], hidden: tuple[str, ...]) -> tuple[str, ...]:
     """Tap names with `hidden` replaced by the network's hidden layers."""
     return tuple(tap for name in names for tap in (hidden if name == "hidden" else (name,)))
@@ -50,6 +76,10 @@ def _cross_entropy(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) 
 
 def _hinge(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
     return LogitTask(model, hinge)
+
+
+def _fgsm_training(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    return AdversarialTrainingTask(model, config.adversarial_training)
 
 
 def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
@@ -75,6 +105,7 @@ OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Modu
     "cross_entropy": _cross_entropy,
     "hinge": _hinge,
     "large_margin": _large_margin,
+    "fgsm_training": _fgsm_training,
 }
 
 
