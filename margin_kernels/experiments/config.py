@@ -274,13 +274,15 @@ class EvaluationConfig:
 
     Args:
         eps: l_inf radius of the attacks in the table
-        curve: radii of the accuracy curves
+        curve: radii of the accuracy curves; 0 costs no attack, and eps none but the table's
         steps: of IFGSM, each of size 2 eps / steps
         batch_size: images per evaluation batch
         attack_samples: test images attacked; null for all
-        deepfool_samples: test images measured by DeepFool
+        ifgsm_samples: those among them that are attacked by IFGSM, which costs `steps` times as much; null for all of
+            them, 0 for none
+        deepfool_samples: test images measured by DeepFool; 0 for none
         deepfool_iterations: at most
-        distance_samples: test images whose signed distance is measured
+        distance_samples: test images whose signed distance is measured; 0 for none
         distance_p: norm of that distance
         timing_repeats: interleaved pairs of training steps; 0 for no timing
     """
@@ -290,6 +292,7 @@ class EvaluationConfig:
     steps: int = 10
     batch_size: int = 500
     attack_samples: int | None = None
+    ifgsm_samples: int | None = None
     deepfool_samples: int = 500
     deepfool_iterations: int = 50
     distance_samples: int = 1000
