@@ -230,8 +230,8 @@ def test_mistakes_are_answered_in_one_sentence(tmp_path, capsys):
     assert "loss.kind is 'svm'; allowed: cross_entropy, hinge, large_margin" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path)]) == 1
     assert "is not the folder of a training run" in capsys.readouterr().err
-    assert cli.main(["sweep"]) == 2
-    assert "unknown command 'sweep'" in capsys.readouterr().err
+    assert cli.main(["swep"]) == 2
+    assert "unknown command 'swep'" in capsys.readouterr().err
 
 
 def test_print_config_shows_the_resolved_config(capsys):

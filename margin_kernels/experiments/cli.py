@@ -1,8 +1,9 @@
-"""`margin-kernels`: train | evaluate | report | demo | info.
+"""`margin-kernels`: train | evaluate | report | sweep | demo | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
 margin-kernels report runs/ce runs/l2 --out report
+margin-kernels sweep sensitivity_mnist_mlp --data-dir DIR --out sweeps/sensitivity --budget cpu --jobs 2
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from . import checkpoint, config, data, models, records, report, table
+from . import checkpoint, config, data, models, records, report, summary, sweep, sweep_run, table
 from .config import Config, ConfigError
 from .evaluate import evaluate, time_steps
 from .progress import Meter
@@ -31,6 +32,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
   train      train a network; --config FILE or the name of a shipped config, dotted overrides, --print_config
   evaluate   measure trained networks: accuracy, attacks, distances, cost of a step
   report     compare evaluated runs: one HTML page, CSV, JSON, PNG
+  sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
   demo       train and compare five losses on scikit-learn's digits
   info       versions, machine, backends, shipped configs
 
@@ -75,7 +77,7 @@ def train(arguments: list[str]) -> int:
     if not namespace.resume and (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} already holds a run; continue it with --resume, or choose another --out")
     console = Console()
-    dataset = load_data(settings)
+    dataset = data.of(settings.data)
     trainer = Trainer(settings, dataset, folder)
     if namespace.resume:
         trainer.resume()
@@ -86,12 +88,6 @@ def train(arguments: list[str]) -> int:
     console.print(f"done in {time.perf_counter() - start:.0f} s: {folder}", highlight=False, soft_wrap=True)
     console.print(f"next: margin-kernels evaluate {folder}", highlight=False, soft_wrap=True)
     return 0
-
-
-def load_data(settings: Config) -> data.Dataset:
-    """The dataset of a config."""
-    d = settings.data
-    return data.load(d.name, d.dir, d.validation_size, d.train_fraction, d.label_noise, d.seed, d.verify)
 
 
 def evaluate_runs(arguments: list[str]) -> int:
@@ -109,7 +105,7 @@ def evaluate_runs(arguments: list[str]) -> int:
         for folder in options.runs:
             settings = read_config(folder, options)
             meter.advance(0, f"evaluating {settings.name}")
-            dataset = load_data(settings)
+            dataset = data.of(settings.data)
             evaluation = evaluate_run(folder, settings, dataset, meter)
             if settings.evaluation.timing_repeats and not options.no_timing:
                 base = replace(settings, loss=config.LossConfig())
@@ -203,6 +199,56 @@ def facts(run: dict[str, Any], seconds: float) -> dict[str, Any]:
     }
 
 
+def run_sweep(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="margin-kernels sweep",
+        description="Trains and evaluates every cell of a sweep file. Finished cells are never repeated: the same "
+        "command continues a sweep that was stopped.",
+    )
+    parser.add_argument("sweep", help=f"a YAML file, or one of {', '.join(sweep.shipped())}")
+    parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: sweeps/NAME)")
+    parser.add_argument("--budget", default="full", help="quick, cpu, full: what the file offers (default: full)")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
+    parser.add_argument("--device", default=None, help="training device of all cells (default: as the file says)")
+    parser.add_argument("--keep-weights", action="store_true", help="keep the weights of every cell")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left to do")
+    options = parser.parse_args(arguments)
+    for name in ("jobs", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; allowed: at least 1")
+    path = sweep.find(options.sweep)
+    cells = sweep.read(path, options.budget)
+    out = options.out or Path("sweeps") / path.stem
+    console = Console()
+    how = sweep_run.Options(
+        options.data_dir, options.jobs, options.threads, options.device, keep_weights=options.keep_weights
+    )
+    runner = sweep_run.Runner(cells, out, how, console)
+    if options.dry_run:
+        for cell in cells:
+            state = "finished" if runner.finished(cell) else "begun" if runner.begun(cell) else "to do"
+            console.print(f"{state:8}  {cell.config.training.epochs:4} epochs  {cell.name}", highlight=False)
+        done = sum(map(runner.finished, cells))
+        console.print(f"{len(cells)} cells, {done} finished, {len(cells) - done} to do", highlight=False)
+        return 0
+    try:
+        failed = runner.run()
+        status = 1 if failed else 0
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here", highlight=False)
+        failed, status = runner.failed, 130
+    records_found = summary.load(out, list(runner.cells))
+    table_rows = summary.write(out, path.stem, options.budget, records_found, failed)
+    if table_rows:
+        summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(records_found)} of {len(cells)} cells")
+    for name, error in failed.items():
+        print(f"{name} failed: {error}", file=sys.stderr)
+    console.print(f"{out / 'summary.csv'}, {out / 'summary.json'}", highlight=False, soft_wrap=True)
+    return status
+
+
 def run_demo(arguments: list[str]) -> int:
     from . import demo
 
@@ -225,6 +271,7 @@ def info(arguments: list[str]) -> int:
         console.print(f"{name:15} {value}", highlight=False, markup=False)
     console.print(f"{'cuda devices':15} {torch.cuda.device_count()}", highlight=False)
     console.print(f"{'configs':15} {', '.join(config.shipped())}", highlight=False)
+    console.print(f"{'sweeps':15} {', '.join(sweep.shipped())}", highlight=False)
     return 0
 
 
@@ -232,6 +279,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate_runs,
     "report": make_report,
+    "sweep": run_sweep,
     "demo": run_demo,
     "info": info,
 }

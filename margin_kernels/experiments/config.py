@@ -428,6 +428,17 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
     return result
 
 
+def typed(values: dict[str, Any]) -> Config:
+    """Config from a nested dict as a YAML file holds it: keys and types are checked. Raises ConfigError."""
+    check_keys(values, "config")
+    parser = ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    try:
+        return from_namespace(parser.parse_object(values))
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from None
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict: what JSON and YAML store."""
     return dataclasses.asdict(config)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from . import cifar, idx
+from .config import DataConfig
 from .idx import DataError
 
-__all__ = ["DATASETS", "DataError", "Dataset", "Split", "flip_labels", "load"]
+__all__ = ["DATASETS", "DataError", "Dataset", "Split", "flip_labels", "load", "of"]
 
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
@@ -113,6 +114,19 @@ def load(
     if label_noise > 0:
         train = Split(train.images, flip_labels(train.labels, label_noise, dataset.num_classes, generator))
     return replace(dataset, train=train)
+
+
+def of(config: DataConfig) -> Dataset:
+    """The dataset that a config describes."""
+    return load(
+        config.name,
+        config.dir,
+        config.validation_size,
+        config.train_fraction,
+        config.label_noise,
+        config.seed,
+        config.verify,
+    )
 
 
 def flip_labels(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,157 @@
+"""A sweep's records as one table: mean and standard deviation over the seeds for each model at each point.
+
+mean = sum x_s / S      std = sqrt(sum (x_s - mean)^2 / (S - 1)), none for one seed
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from .records import write_csv, write_json
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column: its name in the files, its heading, the number in a record (None: not measured), how it prints
+    (factor and digits), and whether it is printed at all."""
+
+    key: str
+    heading: str
+    value: Callable[[Record], float | None]
+    factor: float = 1.0
+    digits: int = 3
+    shown: bool = True
+
+
+def _evaluation(key: str) -> Callable[[Record], float | None]:
+    return lambda record: record["evaluation"].get(key)
+
+
+def _error(key: str) -> Callable[[Record], float | None]:
+    def value(record: Record) -> float | None:
+        accuracy = record["evaluation"].get(key)
+        return None if accuracy is None else 1 - accuracy
+
+    return value
+
+
+def _last(key: str) -> Callable[[Record], float | None]:
+    return lambda record: record["history"][-1][key] if record["history"] else None
+
+
+def _ms_per_step(record: Record) -> float | None:
+    epochs = [epoch["ms_per_step"] for epoch in record["history"]]
+    return statistics.median(epochs) if epochs else None
+
+
+MEASURES = (
+    Measure("error", "error %", _error("clean"), 100, 2),
+    Measure("fgsm_error", "FGSM %", _error("fgsm_ce"), 100, 2),
+    Measure("fgsm_gap_error", "FGSM gap %", _error("fgsm_gap"), 100, 2),
+    Measure("ifgsm_error", "IFGSM %", _error("ifgsm_ce"), 100, 2, shown=False),
+    Measure("ifgsm_gap_error", "IFGSM gap %", _error("ifgsm_gap"), 100, 2),
+    Measure("worst_error", "worst %", _error("worst"), 100, 2, shown=False),
+    Measure("zero_ce", "zero grad. %", _evaluation("zero_ce"), 100, 1),
+    Measure("margin", "margin", _evaluation("margin")),
+    Measure("deepfool", "of correct", _evaluation("deepfool"), shown=False),
+    Measure("rho_adv", "rho_adv", _evaluation("rho_adv"), 1, 4),
+    Measure("validation_accuracy", "valid. %", _last("validation_accuracy"), 100, 2),
+    Measure("train_accuracy", "train %", _last("train_accuracy"), 100, 2, shown=False),
+    Measure("epochs", "epochs", lambda record: len(record["history"]), 1, 0, shown=False),
+    Measure("ms_per_step", "ms/step", _ms_per_step, 1, 1),
+    Measure("seconds", "seconds", lambda record: sum(record["seconds"].values()), 1, 0, shown=False),
+)
+
+
+def load(folder: Path, names: list[str]) -> list[Record]:
+    """The records of those of the named cells that are finished."""
+    paths = [folder / "records" / f"{name}.json" for name in names]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
+def rows(records: list[Record]) -> list[dict[str, Any]]:
+    """One row per model and point, in the order of the sweep: labels, values, number of seeds, and mean and std of each
+    measure that some record has; None where a seed has no number (no image classified correctly, say)."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["point"], record["model_label"]), []).append(record)
+    points = list(dict.fromkeys(point for point, _ in groups))
+    result = []
+    for (point, model), group in sorted(groups.items(), key=lambda item: points.index(item[0][0])):
+        row: dict[str, Any] = {"model": model, "point": point, **group[0]["values"], "seeds": len(group)}
+        for measure in MEASURES:
+            found = [value for record in group if (value := measure.value(record)) is not None]
+            if found:
+                complete = len(found) == len(group)
+                row[f"{measure.key}_mean"] = statistics.fmean(found) if complete else None
+                row[f"{measure.key}_std"] = statistics.stdev(found) if complete and len(found) > 1 else None
+        result.append(row)
+    return result
+
+
+def write(folder: Path, name: str, budget: str, records: list[Record], failed: dict[str, str]) -> list[dict[str, Any]]:
+    """summary.csv and summary.json; returns the rows."""
+    table = rows(records)
+    write_csv(folder / "summary.csv", table)
+    first = records[0] if records else {}
+    write_json(
+        folder / "summary.json",
+        {
+            "sweep": name,
+            "budget": budget,
+            "eps": first["evaluation"]["eps"] if records else None,
+            "rows": table,
+            "failed": sorted(failed),
+            "versions": first.get("versions"),
+            "machine": first.get("machine"),
+        },
+    )
+    return table
+
+
+def show(console: Console, table: list[dict[str, Any]], title: str) -> None:
+    """Prints the rows: a block per point, a line per model, `mean +- std`."""
+    shown = [m for m in MEASURES if m.shown and any(f"{m.key}_mean" in row for row in table)]
+    printed = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    printed.add_column("", no_wrap=True)
+    for measure in shown:
+        printed.add_column(measure.heading, justify="right", no_wrap=True)
+    previous = ""
+    for row in table:
+        if row["point"] != previous:
+            previous = row["point"]
+            printed.add_row(f"[italic]{previous}[/italic]")
+        printed.add_row(row["model"], *(cell(measure, row) for measure in shown))
+    # as wide as it needs to be, also where the output goes into a file
+    wide = Console(file=console.file, width=1000)
+    wide.width = max(Measurement.get(wide, wide.options, printed).maximum, console.width)
+    wide.print(printed)
+
+
+def cell(measure: Measure, row: dict[str, Any]) -> str:
+    """A printed mean with its standard deviation, or a dash."""
+    mean, std = row.get(f"{measure.key}_mean"), row.get(f"{measure.key}_std")
+    if mean is None:
+        return "-"
+    text = f"{measure.factor * mean:.{measure.digits}f}"
+    return text if std is None else f"{text} ± {measure.factor * std:.{measure.digits}f}"
+
+
+def line(record: Record) -> str:
+    """A finished cell in one line."""
+    row = rows([record])[0]
+    wanted = ("error", "fgsm_gap_error", "margin", "rho_adv")
+    parts = [f"{m.heading} {cell(m, row)}" for m in MEASURES if m.key in wanted and f"{m.key}_mean" in row]
+    return f"{', '.join(parts)}, {sum(record['seconds'].values()):.0f} s"

@@ -1,0 +1,217 @@
+"""A sweep: models x points x seeds as a YAML file, read into cells. Each cell is one training run and its evaluation.
+
+    base: mnist_cross_entropy            a config by name or file, or a mapping with the keys of a config
+    models:                              label -> overrides of the base
+      cross-entropy: {}
+      margin: {after: cross-entropy, loss: {kind: large_margin}}      goes on from the weights of a model above it
+    grid: {data.label_noise: [0.0, 0.4]} every combination of the values;
+    points:                              and, or instead, a list of overrides, each with an optional label
+      - {label: 68 samples, data.train_fraction: 0.00124, training.epochs: 2000}
+    seeds: [0, 1, 2]
+    seed_keys: [training.seed, data.seed]      which keys a seed sets; these two by default
+    budgets:                             name -> overrides of the base; seeds, grid and points replace those above
+      quick: {training.epochs: 1, seeds: [0]}
+
+Keys may be nested or dotted. Later ones win: base, budget, model, point, grid, seed. The budget "full" is the file as
+it stands unless the file says otherwise. The seeds are the outermost loop, so that a sweep that is stopped early has
+compared all models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import config, models, objectives
+from .config import Config, ConfigError
+
+KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets")
+REPLACED = ("seeds", "grid", "points")  # what a budget may replace
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `config.model.initial` is the name of the cell it goes on from, not a folder."""
+
+    name: str
+    model: str
+    point: str
+    values: dict[str, Any]  # dotted key -> value of the point and the grid
+    seed: int
+    config: Config
+    after: str | None
+
+
+def shipped() -> dict[str, Path]:
+    """The sweep files that come with the package, by name."""
+    folder = Path(str(resources.files("margin_kernels.experiments") / "sweeps"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """A path to a YAML file, or the name of a shipped sweep."""
+    if Path(name).is_file():
+        return Path(name)
+    if name in shipped():
+        return shipped()[name]
+    raise ConfigError(f"sweep {name}: no such file, and not one of the shipped sweeps: {', '.join(shipped())}")
+
+
+def read(path: Path, budget: str = "full") -> list[Cell]:
+    """The cells of a sweep file, in the order in which they are started. Raises ConfigError naming the key."""
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a mapping is expected, {type(content).__name__} found")
+    _known(str(path), "key", content, KEYS)
+    if not content.get("models"):
+        raise ConfigError(f"{path}: models: at least one label with its overrides is expected")
+    budgets = {"full": {}, **_mapping(path, "budgets", content.get("budgets"))}
+    _known(f"{path}: --budget", "budget", [budget], tuple(budgets))
+    chosen = dict(_mapping(path, f"budgets.{budget}", budgets[budget]))
+    content = {**content, **{key: chosen.pop(key) for key in REPLACED if key in chosen}}
+    base = _merge(_base(path, content.get("base")), _overrides(path, f"budgets.{budget}", chosen))
+    seed_keys = content.get("seed_keys", ["training.seed", "data.seed"])
+    cells: dict[str, Cell] = {}
+    for seed, point in itertools.product(_seeds(path, content), _points(path, content)):
+        label, values = point
+        for model, given in _mapping(path, "models", content["models"]).items():
+            own = dict(_mapping(path, f"models.{model}", given))
+            after = _predecessor(path, content["models"], model, own.pop("after", None))
+            overrides = _merge(_overrides(path, f"models.{model}", own), _nested(values))
+            overrides = _merge(overrides, _overrides(path, "seed_keys", dict.fromkeys(seed_keys, seed)))
+            name = cell_name(model, label, seed)
+            if name in cells:
+                raise ConfigError(f"{path}: two cells are called {name}; give models and points distinct labels")
+            before = None if after is None else cell_name(after, label, seed)
+            own_part = {"name": name} if before is None else {"name": name, "model": {"initial": before}}
+            settings = _typed(f"{path}: {name}", _merge(_merge(base, overrides), own_part))
+            cells[name] = Cell(name, str(model), label, values, seed, settings, before)
+    return list(cells.values())
+
+
+def cell_name(model: str, point: str, seed: int) -> str:
+    """A file name: model, point where there is one, and seed."""
+    parts = [re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_") for text in (str(model), point) if text]
+    return "__".join([*parts, f"seed{seed}"])
+
+
+def _base(path: Path, base: Any) -> dict[str, Any]:
+    if isinstance(base, str):
+        file = Path(base) if Path(base).is_file() else config.find(base)
+        loaded = yaml.safe_load(file.read_text())
+        config.check_keys(loaded, str(file))
+        return loaded
+    return _overrides(path, "base", _mapping(path, "base", base))
+
+
+def _seeds(path: Path, content: dict[str, Any]) -> list[int]:
+    seeds = content.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ConfigError(f"{path}: seeds is {seeds!r}; a list of integers is expected")
+    return seeds
+
+
+def _points(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Label and dotted overrides of each point combined with each grid point; one empty point where there is none."""
+    grid = _mapping(path, "grid", content.get("grid"))
+    _overrides(path, "grid", grid)
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{path}: grid.{key} is {values!r}; a list of values is expected")
+    points = content.get("points", [{}])
+    if not isinstance(points, list) or not points:
+        raise ConfigError(f"{path}: points is {points!r}; a list of mappings is expected")
+    result = []
+    for number, given in enumerate(points):
+        own = dict(_mapping(path, f"points[{number}]", given))
+        label = own.pop("label", None)
+        values = _dotted(_overrides(path, f"points[{number}]", own))
+        label = _words(values) if label is None else str(label)
+        for combination in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, combination, strict=True))
+            result.append((" ".join(filter(None, (label, _words(chosen)))), {**values, **chosen}))
+    return result
+
+
+def _words(values: dict[str, Any]) -> str:
+    return " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
+
+
+def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None) -> str | None:
+    if after is None:
+        return None
+    earlier = list(labels)[: list(labels).index(model)]
+    _known(f"{path}: models.{model}.after", "model above it", [after], tuple(map(str, earlier)))
+    return after
+
+
+def _typed(where: str, values: dict[str, Any]) -> Config:
+    """The config of a cell, with types, network and loss checked before anything is trained."""
+    try:
+        settings = config.typed(values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    for key, value, allowed in (
+        ("model.name", settings.model.name, models.MODELS),
+        ("loss.kind", settings.loss.kind, objectives.OBJECTIVES),
+    ):
+        _known(f"{where}: {key}", "value", [value], tuple(allowed))
+    return settings
+
+
+def _mapping(path: Path, where: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: {where} is {value!r}; a mapping is expected")
+    return value
+
+
+def _overrides(path: Path, where: str, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` nested, after a look at its keys."""
+    nested = _nested(values)
+    config.check_keys(nested, f"{path}: {where}")
+    return nested
+
+
+def _known(where: str, what: str, given: Any, known: tuple[str, ...]) -> None:
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(known) or 'none'}"
+            raise ConfigError(f"{where}: unknown {what} {name!r}; {hint}")
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1, "c": {"d": 2}} -> {"a": {"b": 1}, "c": {"d": 2}}."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        value = _nested(value) if isinstance(value, dict) else value
+        for part in reversed(str(key).split(".")):
+            value = {part: value}
+        result = _merge(result, value)
+    return result
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The inverse of _nested."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`low` with the entries of `high` in place of its own, recursively."""
+    result = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merge(result[key], value) if both else value
+    return result

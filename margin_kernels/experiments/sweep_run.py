@@ -1,0 +1,204 @@
+"""Runs the cells of a sweep, J processes at a time, and keeps what they find.
+
+    OUT/records/CELL.json   one finished cell: config, history, evaluation, seconds, versions, machine; never run again
+    OUT/cells/CELL/         an unfinished cell: checkpoint, log.txt; weights where they are kept
+    OUT/summary.csv, .json  mean and standard deviation over the seeds
+
+A sweep that was killed goes on with the same command: finished cells stand, the others continue from their
+checkpoints. A cell that fails is reported and the others go on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from . import summary
+from .config import to_dict
+from .progress import Meter
+from .records import finite, write_json
+from .sweep import Cell
+from .training import RESUMABLE, differing
+
+TRAINED = 0.9  # share of a cell that counts as done when its epochs are
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: where the data files are, processes at a time, CPU threads of each, training device (None: as the
+    file says), whether all weights are kept."""
+
+    data_dir: str | None = None
+    jobs: int = 1
+    threads: int = 1
+    device: str | None = None
+    keep_weights: bool = False
+
+
+class Runner:
+    """The cells of one sweep in one folder."""
+
+    def __init__(self, cells: list[Cell], out: Path, options: Options, console: Console) -> None:
+        self.cells = {cell.name: cell for cell in cells}
+        self.out, self.options, self.console = out, options, console
+        # weights that another cell starts from
+        self.needed = {cell.after for cell in cells if cell.after is not None}
+        self.failed: dict[str, str] = {}
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def folder(self, name: str) -> Path:
+        return self.out / "cells" / name
+
+    def record(self, name: str) -> Path:
+        return self.out / "records" / f"{name}.json"
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether the cell's record exists. Raises ValueError where it is that of another config."""
+        path = self.record(cell.name)
+        if not path.is_file():
+            return False
+        changed = [key for key in differing(json.loads(path.read_text())["config"], planned(cell))]
+        changed = [key for key in changed if key not in RESUMABLE]
+        if changed:
+            raise ValueError(
+                f"{path} was made with other settings ({', '.join(changed)}): choose another --out, or delete the file"
+            )
+        return True
+
+    def begun(self, cell: Cell) -> bool:
+        return (self.folder(cell.name) / "checkpoint.pt").is_file()
+
+    def run(self) -> dict[str, str]:
+        """Runs what is not finished; returns the error of each cell that failed."""
+        with self._lock():
+            waiting = [cell for cell in self.cells.values() if not self.finished(cell)]
+            total, before = len(self.cells), len(self.cells) - len(waiting)
+            with Meter(len(waiting), "", self.console, interval=30, steps=False) as meter:
+                try:
+                    while waiting or self.running:
+                        waiting = self._start(waiting, meter)
+                        self._collect(meter)
+                        done = total - len(waiting) - len(self.running)
+                        progress = done - before + sum(map(self._share, self.running))
+                        meter.advance(max(0.0, progress - meter.done), f"{done}/{total} cells")
+                        if self.running:
+                            time.sleep(0.2)
+                finally:
+                    self._stop()
+        return self.failed
+
+    def _start(self, waiting: list[Cell], meter: Meter) -> list[Cell]:
+        """Starts what can start; returns what has to wait."""
+        left = []
+        names = {cell.name for cell in waiting}
+        for cell in waiting:
+            problem = self._problem(cell)
+            if problem is not None:
+                self._fail(cell.name, problem, meter)
+            elif len(self.running) >= self.options.jobs or cell.after in names or cell.after in self.running:
+                left.append(cell)
+            else:
+                self.running[cell.name] = self._launch(cell)
+        return left
+
+    def _problem(self, cell: Cell) -> str | None:
+        """Why the cell can never start."""
+        if cell.after is None:
+            return None
+        if cell.after in self.failed:
+            return f"{cell.after}, whose weights it starts from, failed"
+        if self.record(cell.after).is_file() and not (self.folder(cell.after) / "model.safetensors").is_file():
+            return f"the weights of {cell.after} were not kept: delete {self.record(cell.after)} to train it once more"
+        return None
+
+    def _launch(self, cell: Cell) -> subprocess.Popen[bytes]:
+        folder, options = self.folder(cell.name), self.options
+        settings = planned(cell)
+        settings["data"]["dir"] = options.data_dir
+        settings["training"]["threads"] = options.threads
+        if options.device is not None:
+            settings["training"]["device"] = options.device
+        if cell.after is not None:
+            settings["model"]["initial"] = str(self.folder(cell.after))
+        place: dict[str, Any] = {"cell": cell.name, "model_label": cell.model, "point": cell.point}
+        place |= {"values": cell.values, "seed": cell.seed, "after": cell.after}
+        record = str(self.record(cell.name))
+        write_json(folder / "job.json", {"cell": place, "config": settings, "record": record})
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        command = [sys.executable, "-m", "margin_kernels.experiments.cell", str(folder)]
+        with (folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+    def _collect(self, meter: Meter) -> None:
+        """Takes note of the processes that have ended."""
+        for name, process in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            del self.running[name]
+            if process.returncode == 0 and self.record(name).is_file():
+                meter.say(f"{name}: {summary.line(json.loads(self.record(name).read_text()))}")
+                self._clean(name)
+            else:
+                self._fail(name, _last_line(self.folder(name) / "log.txt", process.returncode), meter)
+
+    def _fail(self, name: str, error: str, meter: Meter) -> None:
+        self.failed[name] = error
+        meter.say(f"{name} FAILED: {error}")
+
+    def _clean(self, name: str) -> None:
+        """Leaves of a finished cell's folder what is to be kept."""
+        folder = self.folder(name)
+        if self.options.keep_weights or name in self.needed:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder)
+
+    def _share(self, name: str) -> float:
+        """How far a running cell is, from the epochs that it has recorded."""
+        metrics = self.folder(name) / "metrics.csv"
+        epochs = self.cells[name].config.training.epochs
+        if not metrics.is_file() or epochs == 0:
+            return 0.0
+        return TRAINED * min(1.0, (len(metrics.read_text().splitlines()) - 1) / epochs)
+
+    def _stop(self) -> None:
+        """Ends what still runs; each cell's last checkpoint stays."""
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            process.wait()
+
+    @contextmanager
+    def _lock(self) -> Iterator[TextIO]:
+        """One sweep per folder; the lock ends with the process, however it ends."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{self.out}: another sweep is running in this folder") from None
+            yield file
+
+
+def planned(cell: Cell) -> dict[str, Any]:
+    """A cell's config as its record holds it: no path of the machine."""
+    settings = to_dict(replace(cell.config, data=replace(cell.config.data, dir=None)))
+    return finite(settings)
+
+
+def _last_line(log: Path, status: int) -> str:
+    """What a failed process said last."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1] if lines else f'exit status {status}'} (log: {log})"

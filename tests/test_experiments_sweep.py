@@ -1,0 +1,354 @@
+"""A sweep runs every cell once, goes on where it was stopped, and its summary holds the mean and std of its records."""
+
+import csv
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from margin_kernels.experiments import checkpoint, cli, models, summary, sweep
+from margin_kernels.experiments.config import ConfigError
+
+EVALUATION = {
+    "curve": [0.0, 0.1],
+    "attack_samples": 40,
+    "ifgsm_samples": 20,
+    "steps": 2,
+    "deepfool_samples": 20,
+    "deepfool_iterations": 5,
+    "distance_samples": 0,
+    "timing_repeats": 0,
+}
+TINY = {
+    "base": {
+        "model": {"name": "digits_cnn"},
+        "optimiser": {"lr": 0.003},
+        "training": {"epochs": 2, "batch_size": 64, "distance_samples": 0},
+        "evaluation": EVALUATION,
+    },
+    "models": {"cross-entropy": {}, "hinge": {"loss": {"kind": "hinge"}}},
+    "grid": {"data.label_noise": [0.0, 0.4]},
+    "seeds": [0, 1],
+    "budgets": {"quick": {"training.epochs": 1}},
+}
+
+
+def write(folder, content, name="tiny.yaml"):
+    path = folder / name
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def changed(**keys):
+    return {**TINY, **keys}
+
+
+def run(path, out, *arguments):
+    return cli.main(["sweep", str(path), "--out", str(out), *arguments])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The finished sweep of 2 models x 2 noise levels x 2 seeds."""
+    root = tmp_path_factory.mktemp("sweep")
+    path = write(root, TINY)
+    assert run(path, root / "out", "--budget", "quick", "--jobs", "2") == 0
+    return path, root / "out"
+
+
+def records(out):
+    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "records").glob("*.json"))}
+
+
+def test_every_cell_has_a_record_with_everything_and_no_path(tiny):
+    out = tiny[1]
+    found = records(out)
+    assert sorted(found) == sorted(
+        f"{model}__label_noise={noise}__seed{seed}"
+        for model in ("cross-entropy", "hinge")
+        for noise in ("0.0", "0.4")
+        for seed in (0, 1)
+    )
+    record = found["hinge__label_noise=0.4__seed1"]
+    assert record["config"]["loss"]["kind"] == "hinge" and record["config"]["data"]["label_noise"] == 0.4
+    assert record["config"]["training"]["seed"] == 1 and record["config"]["data"]["seed"] == 1
+    assert record["config"]["training"]["epochs"] == 1 and len(record["history"]) == 1
+    assert record["values"] == {"data.label_noise": 0.4} and record["seed"] == 1
+    assert {"clean", "fgsm_ce", "ifgsm_gap", "margin", "rho_adv"} <= set(record["evaluation"])
+    assert len(record["evaluation"]["margins"]) == 20
+    assert record["seconds"]["training"] > 0 and record["seconds"]["evaluation"] > 0
+    assert record["versions"]["torch"] and record["machine"]["torch_threads"] == 1
+    assert not any(str(out.parent) in text.read_text() for text in (out / "records").glob("*.json"))
+    assert not any((out / "cells").iterdir())  # neither weights nor checkpoints were asked for
+
+
+def test_the_same_seed_means_the_same_data_and_weights_for_every_model(tiny):
+    found = records(tiny[1])
+    first, second = (found[f"cross-entropy__label_noise=0.4__seed{seed}"] for seed in (0, 1))
+    assert first["history"][0]["train_loss"] != second["history"][0]["train_loss"]
+    clean = found["cross-entropy__label_noise=0.0__seed0"]
+    assert clean["history"][0]["train_loss"] < first["history"][0]["train_loss"]
+
+
+def test_summary_numbers_are_mean_and_std_of_the_records(tiny):
+    out, found = tiny[1], records(tiny[1])
+    rows = list(csv.DictReader((out / "summary.csv").open()))
+    assert [(row["model"], row["data.label_noise"], row["seeds"]) for row in rows] == [
+        ("cross-entropy", "0.0", "2"),
+        ("hinge", "0.0", "2"),
+        ("cross-entropy", "0.4", "2"),
+        ("hinge", "0.4", "2"),
+    ]
+    exact = json.loads((out / "summary.json").read_text())["rows"]
+    for row, same in zip(rows, exact, strict=True):
+        name = f"{row['model']}__label_noise={row['data.label_noise']}"
+        a, b = (found[f"{name}__seed{seed}"] for seed in (0, 1))
+        for column, x, y in (
+            ("error", 1 - a["evaluation"]["clean"], 1 - b["evaluation"]["clean"]),
+            ("fgsm_error", 1 - a["evaluation"]["fgsm_ce"], 1 - b["evaluation"]["fgsm_ce"]),
+            ("ifgsm_gap_error", 1 - a["evaluation"]["ifgsm_gap"], 1 - b["evaluation"]["ifgsm_gap"]),
+            ("deepfool", a["evaluation"]["deepfool"], b["evaluation"]["deepfool"]),
+            ("margin", a["evaluation"]["margin"], b["evaluation"]["margin"]),
+            ("rho_adv", a["evaluation"]["rho_adv"], b["evaluation"]["rho_adv"]),
+            ("validation_accuracy", *(r["history"][-1]["validation_accuracy"] for r in (a, b))),
+            ("ms_per_step", *(r["history"][-1]["ms_per_step"] for r in (a, b))),
+        ):
+            mean, std = (x + y) / 2, abs(x - y) / 2**0.5
+            assert float(row[f"{column}_mean"]) == pytest.approx(mean), column
+            assert float(row[f"{column}_std"]) == pytest.approx(std, abs=1e-12), column
+            assert same[f"{column}_mean"] == pytest.approx(mean)
+
+
+def test_a_finished_sweep_trains_nothing_and_prints_the_table_again(tiny, capsys):
+    path, out = tiny
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "records").iterdir()}
+    assert run(path, out, "--budget", "quick") == 0
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "records").iterdir()} == before
+    printed = capsys.readouterr().out
+    error = statistics.fmean(1 - r["evaluation"]["clean"] for n, r in records(out).items() if n.startswith("hinge__l"))
+    assert "8 of 8 cells" in printed and 0 < error < 1
+    row = next(csv.DictReader((out / "summary.csv").open()))
+    wanted = f"{100 * float(row['error_mean']):.2f} ± {100 * float(row['error_std']):.2f}"
+    assert wanted in next(line for line in printed.splitlines() if line.strip().startswith("cross-entropy"))
+
+
+def test_another_budget_is_not_mixed_with_the_records_of_this_one(tiny, capsys):
+    path, out = tiny
+    assert run(path, out) == 1
+    assert "was made with other settings (training.epochs): choose another --out" in capsys.readouterr().err
+
+
+def test_dry_run_lists_the_cells_and_starts_nothing(tiny, tmp_path, capsys):
+    path, out = tiny
+    assert run(path, out, "--budget", "quick", "--dry-run") == 0
+    assert "8 cells, 8 finished, 0 to do" in capsys.readouterr().out
+    assert run(path, tmp_path / "new", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "to do        2 epochs  hinge__label_noise=0.4__seed1" in printed and "8 cells, 0 finished" in printed
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_killed_sweep_goes_on_from_records_and_checkpoints(tmp_path):
+    """SIGKILL while a cell trains: its process ends too, finished records stay as they were, and the rest is what an
+    undisturbed sweep gives."""
+    long = changed(grid={}, seeds=[0], budgets={})
+    long["base"] = {**TINY["base"], "training": {**TINY["base"]["training"], "epochs": 15}}
+    path, out = write(tmp_path, long), tmp_path / "out"
+    command = [sys.executable, "-m", "margin_kernels.experiments.cli", "sweep", str(path), "--out"]
+    process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
+    first, second = out / "records" / "cross-entropy__seed0.json", out / "cells" / "hinge__seed0"
+    wait_for(lambda: first.exists() and (second / "checkpoint.pt").exists() and epochs(second) >= 2)
+    child = int(
+        re.search(r"\d+", subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout)[0]
+    )
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_for(lambda: not alive(child))
+    reached, kept = epochs(second), (first.read_bytes(), first.stat().st_mtime_ns)
+    assert 2 <= reached < 15 and not (out / "records" / "hinge__seed0.json").exists()
+    assert run(path, out) == 0
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == kept
+    assert run(path, tmp_path / "straight") == 0
+    for name, record in records(tmp_path / "straight").items():
+        again = records(out)[name]
+        assert again["evaluation"] == record["evaluation"]
+        assert [e["train_loss"] for e in again["history"]] == [e["train_loss"] for e in record["history"]]
+
+
+def epochs(folder):
+    metrics = folder / "metrics.csv"
+    return len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
+
+
+def alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{process}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_failing_cell_is_named_and_the_others_go_on(tmp_path, capsys):
+    sweep_file = changed(
+        models={
+            "diverges": {"optimiser": {"name": "sgd", "lr": 1e30}},
+            "after it": {"after": "diverges"},
+            "hinge": {"loss.kind": "hinge"},
+        },
+        grid={},
+        seeds=[0],
+    )
+    path = write(tmp_path, sweep_file)
+    assert run(path, tmp_path / "out") == 1
+    output = capsys.readouterr()
+    assert "diverges__seed0 failed: TrainingError" in output.err and "the loss is nan" in output.err
+    assert "after_it__seed0 failed: diverges__seed0, whose weights it starts from, failed" in output.err
+    assert sorted(records(tmp_path / "out")) == ["hinge__seed0"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["failed"] == [
+        "after_it__seed0",
+        "diverges__seed0",
+    ]
+
+
+def test_a_model_can_go_on_from_the_weights_of_another(tmp_path):
+    both = changed(
+        models={
+            "first": {},
+            "same": {"after": "first", "training.epochs": 0},
+            "longer": {"after": "first", "training.epochs": 1},
+        },
+        grid={},
+        seeds=[3],
+    )
+    path, out = write(tmp_path, both), tmp_path / "out"
+    assert run(path, out, "--jobs", "2") == 0
+    found = records(out)
+    assert found["same__seed3"]["evaluation"] == found["first__seed3"]["evaluation"]
+    assert found["same__seed3"]["config"]["model"]["initial"] == "first__seed3"
+    assert found["longer__seed3"]["evaluation"] != found["first__seed3"]["evaluation"]
+    assert [folder.name for folder in (out / "cells").iterdir()] == ["first__seed3"]
+    assert checkpoint.load_model(out / "cells" / "first__seed3")[1]["name"] == "digits_cnn"
+    assert not (out / "cells" / "first__seed3" / "checkpoint.pt").exists()
+
+
+def test_weights_are_kept_on_request(tmp_path):
+    one = changed(models={"only": {}}, grid={}, seeds=[0])
+    assert run(write(tmp_path, one), tmp_path / "out", "--keep-weights", "--budget", "quick") == 0
+    model, description = checkpoint.load_model(tmp_path / "out" / "cells" / "only__seed0")
+    assert description["name"] == "digits_cnn" and not model.training
+
+
+def test_points_budgets_and_seed_keys_decide_the_configs(tmp_path):
+    content = changed(
+        points=[{"label": "few", "data": {"train_fraction": 0.1}, "training.epochs": 9}, {"data.train_fraction": 1.0}],
+        seed_keys=["training.seed"],
+        seeds=[4],
+        budgets={"cpu": {"training.batch_size": 16, "seeds": [5, 6], "grid": {"loss.gamma": [1.0]}}},
+    )
+    path = write(tmp_path, content)
+    cells = sweep.read(path)
+    assert [cell.name for cell in cells[:4]] == [
+        "cross-entropy__few_label_noise=0.0__seed4",
+        "hinge__few_label_noise=0.0__seed4",
+        "cross-entropy__few_label_noise=0.4__seed4",
+        "hinge__few_label_noise=0.4__seed4",
+    ]
+    assert cells[4].name == "cross-entropy__train_fraction=1.0_label_noise=0.0__seed4" and len(cells) == 8
+    first, last = cells[0].config, cells[-1].config
+    assert (first.data.train_fraction, first.training.epochs, first.training.seed, first.data.seed) == (0.1, 9, 4, 0)
+    assert (last.data.label_noise, last.training.epochs, last.training.batch_size) == (0.4, 2, 64)
+    cpu = sweep.read(path, "cpu")
+    assert [cell.seed for cell in cpu] == [5] * 4 + [6] * 4 and cpu[0].config.training.batch_size == 16
+    assert cpu[0].values == {"data.train_fraction": 0.1, "training.epochs": 9, "loss.gamma": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"modles": {}}, "unknown key 'modles'; did you mean models"),
+        ({"grid": {"data.label_nose": [1]}}, "grid: unknown key 'data.label_nose'; did you mean data.label_noise"),
+        ({"grid": {"data.label_noise": 0.5}}, r"grid.data.label_noise is 0.5; a list of values is expected"),
+        ({"models": {"a": {"los": {"kind": "hinge"}}}}, r"models.a: unknown key 'los'"),
+        ({"models": {"a": {"loss.knd": "hinge"}}}, r"models.a: unknown key 'loss.knd'; did you mean loss.kind"),
+        ({"models": {"a": {"loss.kind": "hinje"}}}, r"loss.kind: unknown value 'hinje'; did you mean hinge"),
+        ({"models": {"a": {"model.name": "mlp80"}}}, r"model.name: unknown value 'mlp80'; did you mean mlp800"),
+        ({"models": {"a": {"training.epochs": "many"}}}, r"a__.*: .*training.epochs"),
+        (
+            {"models": {"hinge": {}, "b": {"after": "hinj"}}},
+            r"models.b.after: unknown model above it 'hinj'; did you mean",
+        ),
+        ({"models": {"b": {"after": "b"}}}, r"models.b.after: unknown model above it 'b'; allowed: none"),
+        ({"models": {}}, "models: at least one label"),
+        ({"seeds": 3}, "seeds is 3; a list of integers is expected"),
+        ({"seed_keys": ["seed"]}, "seed_keys: unknown key 'seed'; did you mean"),
+        (
+            {"points": [{"training.epoch": 1}]},
+            r"points\[0\]: unknown key 'training.epoch'; did you mean training.epochs",
+        ),
+        ({"points": [{"label": "a"}, {"label": "a"}]}, "two cells are called"),
+        ({"base": "no_such_config"}, "no such file, and not one of the shipped configs"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_before_anything_runs(tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.read(write(tmp_path, changed(**keys)))
+
+
+def test_unknown_names_and_impossible_options_are_refused(tmp_path, capsys):
+    path = write(tmp_path, TINY)
+    with pytest.raises(ConfigError, match=r"--budget: unknown budget 'quik'; did you mean quick"):
+        sweep.read(path, "quik")
+    assert cli.main(["sweep", "no_such_sweep"]) == 1
+    assert "no such file, and not one of the shipped sweeps" in capsys.readouterr().err
+    assert run(path, tmp_path, "--jobs", "0") == 1
+    assert "--jobs is 0; allowed: at least 1" in capsys.readouterr().err
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path):
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run(write(tmp_path, TINY), tmp_path / "out") == 1
+
+
+def test_a_measure_that_a_seed_lacks_has_no_mean():
+    record = {"model_label": "a", "point": "", "values": {}, "history": [], "seconds": {"training": 1.0}}
+    evaluations = ({"clean": 0.5, "rho_adv": 0.1}, {"clean": 0.25, "rho_adv": None})
+    (row,) = summary.rows([{**record, "evaluation": evaluation} for evaluation in evaluations])
+    assert row["error_mean"] == 0.625 and row["error_std"] == pytest.approx(0.25 / 2**0.5)
+    assert row["rho_adv_mean"] is None and row["rho_adv_std"] is None
+
+
+def test_one_seed_has_a_mean_and_no_std():
+    record = {"model_label": "a", "point": "", "values": {}, "history": [], "seconds": {"training": 1.0}}
+    (row,) = summary.rows([{**record, "evaluation": {"clean": 0.75}}])
+    assert row["error_mean"] == 0.25 and row["error_std"] is None and "margin_mean" not in row
+    assert summary.cell(summary.MEASURES[0], row) == "25.00"
+
+
+@pytest.mark.parametrize("name", sorted(sweep.shipped()))
+def test_shipped_sweeps_read_and_build(name):
+    path = sweep.shipped()[name]
+    assert path.read_text().startswith("# ")
+    for budget in ("quick", "cpu", "full"):
+        cells = sweep.read(path, budget)
+        assert cells and len({cell.name for cell in cells}) == len(cells)
+        for label in {cell.config.model.name for cell in cells}:
+            models.build(label, (1, 28, 28), 10)
