@@ -2,8 +2,16 @@
 
 from . import functional
 from .backends import BackendError
-from .losses import LargeMarginLoss
+from .losses import LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
 from .task import MarginTask
 from .version import __version__
 
-__all__ = ["BackendError", "LargeMarginLoss", "MarginTask", "__version__", "functional"]
+__all__ = [
+    "BackendError",
+    "LargeMarginLoss",
+    "MarginSensitivityLoss",
+    "MarginTask",
+    "OneToNLoss",
+    "__version__",
+    "functional",
+]

@@ -103,7 +103,7 @@ class Trainer:
         if config.model.initial is not None:
             self._start_from(Path(config.model.initial))
         self.task = objectives.build(self.model, config.loss, self.hidden)
-        if settings.compile and isinstance(self.task, mk.MarginTask):
+        if settings.compile and isinstance(self.task, mk.MarginTask) and self.task.loss.needs != "logits":
             raise ValueError(
                 "training.compile is set, but torch.compile cannot follow the activation gradients of loss.kind "
                 f"{config.loss.kind} (a backward pass inside the forward): leave it off"
