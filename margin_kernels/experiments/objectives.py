@@ -3,12 +3,14 @@
     cross_entropy   mean_n logsumexp_i z_ni - z_ny
     hinge           mean_n max(0, 1 + max_{j != y} z_nj - z_ny)        the multi-class hinge of [M]
     large_margin    LargeMarginLoss over named taps [E]
+    adversarial_margin  AdversarialMarginLoss: DeepFool distances [D] [A]
 
 A new loss is one entry of OBJECTIVES.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -71,10 +73,16 @@ def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -
     return mk.MarginTask(model, loss, layers=taps, passes=config.passes, batchnorm=config.batchnorm)
 
 
+def _adversarial_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    options = dataclasses.asdict(config.adversarial)
+    return mk.MarginTask(model, mk.AdversarialMarginLoss(**options))
+
+
 OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Module]] = {
     "cross_entropy": _cross_entropy,
     "hinge": _hinge,
     "large_margin": _large_margin,
+    "adversarial_margin": _adversarial_margin,
 }
 
 
