@@ -2,16 +2,20 @@
 
 from . import functional
 from .backends import BackendError
-from .losses import LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
+from .deepfool import DeepFoolResult, deepfool
+from .losses import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
 from .task import MarginTask
 from .version import __version__
 
 __all__ = [
+    "AdversarialMarginLoss",
     "BackendError",
+    "DeepFoolResult",
     "LargeMarginLoss",
     "MarginSensitivityLoss",
     "MarginTask",
     "OneToNLoss",
     "__version__",
+    "deepfool",
     "functional",
 ]

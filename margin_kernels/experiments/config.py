@@ -135,7 +135,7 @@ class LossConfig:
     """Which loss, the options of LargeMarginLoss, which the others ignore, and a section for each other loss.
 
     Args:
-        kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity or one_to_n
+        kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin or one_to_n
         gamma: desired distance to the boundary in the units of each tap; one value, or one per tap in the order of
         layers p: norm of the distances, p >= 1 or inf
         top_k: competitors per sample, 1 to C-1

@@ -5,6 +5,7 @@
     squared_hinge        mean_n [delta - z_ny]_+^2 + sum_{c != y} [delta + z_nc]_+^2        the baseline of [N]
     large_margin         LargeMarginLoss over named taps [E]
     margin_sensitivity   MarginSensitivityLoss at the input [M]
+    adversarial_margin   AdversarialMarginLoss: DeepFool distances [D] [A]
     one_to_n             OneToNLoss [N]
 
 A new loss is one entry of OBJECTIVES.
@@ -12,6 +13,7 @@ A new loss is one entry of OBJECTIVES.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -68,29 +70,17 @@ def _squared_hinge(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) 
 
 
 def _margin_sensitivity(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
-    options = config.sensitivity
-    loss = mk.MarginSensitivityLoss(
-        weight=options.weight,
-        p=exponent(options.p),
-        power=options.power,
-        classification=options.classification,
-        candidates=options.candidates,
-    )
+    loss = mk.MarginSensitivityLoss(**dataclasses.asdict(config.sensitivity))
     return mk.MarginTask(model, loss, layers=("input",), passes=config.passes, batchnorm=config.batchnorm)
 
 
 def _one_to_n(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
-    options = config.one_to_n
+    options = dataclasses.asdict(config.one_to_n)
     head = getattr(model, "head", None)
-    if options.weight_norm and not isinstance(head, nn.Linear):
+    if options["weight_norm"] and not isinstance(head, nn.Linear):
         raise ValueError("loss.one_to_n.weight_norm needs a network whose logits come from a linear layer `head`")
-    loss = mk.OneToNLoss(
-        delta=options.delta,
-        bound=options.bound,
-        cross_entropy=options.cross_entropy,
-        weight_norm=head if options.weight_norm else None,
-    )
-    return mk.MarginTask(model, loss)
+    options["weight_norm"] = head if options["weight_norm"] else None
+    return mk.MarginTask(model, mk.OneToNLoss(**options))
 
 
 def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
@@ -112,12 +102,18 @@ def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -
     return mk.MarginTask(model, loss, layers=taps, passes=config.passes, batchnorm=config.batchnorm)
 
 
+def _adversarial_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    options = dataclasses.asdict(config.adversarial)
+    return mk.MarginTask(model, mk.AdversarialMarginLoss(**options))
+
+
 OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Module]] = {
     "cross_entropy": _cross_entropy,
     "hinge": _hinge,
     "large_margin": _large_margin,
     "squared_hinge": _squared_hinge,
     "margin_sensitivity": _margin_sensitivity,
+    "adversarial_margin": _adversarial_margin,
     "one_to_n": _one_to_n,
 }
 
