@@ -88,6 +88,7 @@ def test_every_field_is_an_option_and_documented():
             config.SensitivityConfig,
             config.AdversarialConfig,
             config.OneToNConfig,
+            config.AdversarialTrainingConfig,
             config.OptimiserConfig,
             config.ScheduleConfig,
             config.TrainingConfig,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from margin_kernels.experiments import cli, config, data, demo, evaluate, report, table
+from margin_kernels.experiments import cli, config, data, demo, evaluate, figures, report, table
 from margin_kernels.experiments.config import EvaluationConfig
 from margin_kernels.experiments.data import Split
 from margin_kernels.experiments.distance import signed_distance
@@ -90,6 +90,76 @@ def test_deepfool_norms_count_only_what_is_classified_correctly(linear):
     ratio = 1.02 * (distance + 1e-4) / split.images[right].flatten(1).norm(dim=1)
     assert norms["rho_adv"] == pytest.approx(float(ratio.mean()), rel=1e-4)
     assert norms["deepfool_missed"] == 0
+    everything = 1.02 * (exact(model, split, 2).abs() + 1e-4)  # a wrong sample too has a way to another class
+    wrong = ~right
+    assert 0 < int(wrong.sum()) < len(split)
+    signed = torch.tensor(norms["margins"])
+    assert torch.equal(signed < 0, wrong)
+    torch.testing.assert_close(signed[right], everything[right], rtol=1e-4, atol=0)
+    assert norms["margin"] == pytest.approx(float(signed.abs().mean()), rel=1e-4)
+
+
+def test_a_misclassified_sample_counts_by_its_distance_to_another_prediction():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # boundary x_0 = 0, predicted 0 right of it
+    split = Split(torch.tensor([[0.5, 0.2], [0.25, 0.0]]).view(2, 1, 1, 2), torch.tensor([0, 1]))
+    norms = evaluate.boundary_norms(model, split, SMALL)
+    first, second = (1.02 * (distance + 1e-4) for distance in (0.5, 0.25))
+    assert norms["margins"] == pytest.approx([first, -second], rel=1e-4)
+    assert norms["margin"] == pytest.approx((first + second) / 2, rel=1e-4)
+    assert norms["deepfool"] == pytest.approx(first, rel=1e-4)
+
+
+def test_a_sample_without_a_boundary_is_counted_as_missed(linear):
+    model, split = linear
+    with torch.no_grad():
+        model.head.weight.zero_()
+    norms = evaluate.boundary_norms(model, split, SMALL)
+    assert norms["deepfool_missed"] == len(split) and math.isnan(norms["margin"]) and math.isnan(norms["rho_adv"])
+
+
+def test_ifgsm_on_fewer_images_is_ifgsm_on_the_first_of_them(linear):
+    model, split = linear
+    part = evaluate.at_radius(model, split, 0.1, replace(SMALL, ifgsm_samples=20, batch_size=7))
+    whole, first = (evaluate.at_radius(model, s, 0.1, SMALL) for s in (split, split.head(20)))
+    for key in ("ifgsm_ce", "ifgsm_gap", "worst"):
+        assert part[key] == first[key]
+    for key in ("fgsm_ce", "fgsm_gap", "zero_ce", "zero_gap"):
+        assert part[key] == pytest.approx(whole[key])
+    none = evaluate.at_radius(model, split, 0.1, replace(SMALL, ifgsm_samples=0))
+    assert "ifgsm_gap" not in none and none["worst"] <= min(none["fgsm_ce"], none["fgsm_gap"])
+
+
+def test_no_radius_is_attacked_twice_and_zero_not_at_all(linear, monkeypatch):
+    model, split = linear
+    seen = []
+    original = evaluate.at_radius
+    monkeypatch.setattr(evaluate, "at_radius", lambda m, s, eps, *rest: seen.append(eps) or original(m, s, eps, *rest))
+    settings = replace(SMALL, eps=0.1, curve=[0.0, 0.1, 0.2, 0.2], ifgsm_samples=10, attack_samples=30)
+    result = evaluate.evaluate(model, split, ("flatten",), settings)
+    assert seen == [0.1, 0.2]
+    hits = model(split.images).argmax(1) == split.labels
+    assert result["curves"]["fgsm_ce"][0] == pytest.approx(float(hits[:30].float().mean()))
+    assert result["curves"]["ifgsm_gap"][0] == pytest.approx(float(hits[:10].float().mean()))
+    assert result["curves"]["fgsm_gap"][1] == result["fgsm_gap"]
+    assert result["curves"]["fgsm_gap"][2] == result["curves"]["fgsm_gap"][3]
+
+
+def test_what_is_not_measured_is_left_out_of_record_table_and_page(linear):
+    model, split = linear
+    settings = replace(SMALL, ifgsm_samples=0, deepfool_samples=0, distance_samples=0)
+    result = evaluate.evaluate(model, split, ("flatten",), settings)
+    assert result["distance"] == {} and "margin" not in result and set(result["curves"]) == {"fgsm_ce", "fgsm_gap"}
+    models = [{"label": "a", "evaluation": result, "history": []}]
+    titles = [section.title for section in table.sections(models)]
+    assert not any("signed distance" in title for title in titles)
+    rows = {row.key: table.cell(row, models[0]) for section in table.sections(models) for row in section.rows}
+    assert rows["ifgsm_gap"] == "-" and rows["margin"] == "-" and rows["clean"] == f"{100 * result['clean']:.1f} %"
+    groups = figures.all_figures(models)
+    assert {heading: [figure.name for figure in group] for heading, group in groups.items()} == {
+        "Accuracy against eps": ["accuracy_fgsm_gap", "accuracy_fgsm_ce"]
+    }
 
 
 def test_worst_of_the_attacks_is_at_most_the_weakest_accuracy(linear):
@@ -128,7 +198,7 @@ def runs(tmp_path_factory):
 def test_the_page_needs_nothing_beside_itself_and_names_no_path(runs):
     page = (runs / "report" / "index.html").read_text()
     without_data = re.sub(r'src="data:image/svg\+xml;base64,[^"]*"', "", page)
-    assert page.count("data:image/svg+xml") == 4 + 5 + 5
+    assert page.count("data:image/svg+xml") == 4 + 1 + 5 + 5
     assert not re.search(r'(src|href)="|@import|url\(|<script', without_data)
     assert str(runs) not in page and "/home" not in page and "/tmp" not in page
     assert '<meta name="viewport"' in page
@@ -145,7 +215,7 @@ def test_page_json_and_csv_show_the_same_numbers(runs):
         assert f"{model['evaluation']['distance']['input']:.3g}" in page
     lines = (runs / "report" / "results.csv").read_text().splitlines()
     assert len(lines) == 3 and "distance.relu3" in lines[0] and "ratio" in lines[0]
-    assert len(list((runs / "report" / "figures").glob("*.png"))) == 14
+    assert len(list((runs / "report" / "figures").glob("*.png"))) == 15
 
 
 def test_a_run_is_not_overwritten_by_accident(runs, capsys):

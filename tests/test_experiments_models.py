@@ -6,7 +6,7 @@ from torch import nn
 
 from margin_kernels.experiments import models
 
-SHAPES = {"digits_cnn": (1, 8, 8), "resnet20": (3, 32, 32)}
+SHAPES = {"digits_cnn": (1, 8, 8), "resnet20": (3, 32, 32), "nin": (3, 32, 32)}
 
 
 def network(name, shape=None, **options):
@@ -27,13 +27,33 @@ def outputs(model, x):
     return seen
 
 
-@pytest.mark.parametrize("name", sorted(models.MODELS))
+@pytest.mark.parametrize("name", sorted(set(models.MODELS) - {"nin"}))
 def test_the_last_hidden_tap_is_the_input_tensor_of_a_linear_head(name):
     model = network(name)
     seen = outputs(model, torch.rand(2, *SHAPES.get(name, (1, 28, 28))))
     assert isinstance(model.head, nn.Linear)
     assert seen["head"][0] is seen[models.hidden_taps(name)[-1]][1]
     assert seen["head"][1] is seen[""][1]  # and the head's output is the logits
+
+
+def test_the_logits_of_nin_are_the_means_of_the_maps_of_its_head():
+    model = network("nin")
+    seen = outputs(model, torch.rand(2, 3, 32, 32))
+    assert seen["head"][0] is seen[models.hidden_taps("nin")[-1]][1] and seen["head"][1].shape == (2, 10, 8, 8)
+    torch.testing.assert_close(seen[""][1], seen["head"][1].mean((2, 3)))
+    assert seen["pool1"][1].shape == (2, 96, 16, 16)
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_a_centred_network_subtracts_its_mean_image_and_nothing_else(name):
+    shape = SHAPES.get(name, (1, 28, 28))
+    plain, centred = network(name).eval(), network(name, center=True).eval()
+    mean = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    centred.center.mean.copy_(mean)
+    x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(centred(x), plain(x - mean))
+    assert [n for n, _ in centred.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert set(centred.state_dict()) - set(plain.state_dict()) == {"center.mean"}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +65,17 @@ def test_the_last_hidden_tap_is_the_input_tensor_of_a_linear_head(name):
         ("lenet", 20 * 26 + 50 * 501 + 500 * 801 + 10 * 501),
         ("mlp800", 800 * 785 + 800 * 801 + 10 * 801),
         ("mlp1000", 1000 * 785 + 2 * 1000 * 1001 + 10 * 1001),
+        (
+            "nin",
+            192 * 76
+            + 160 * 193
+            + 96 * 161
+            + 192 * (25 * 96 + 1)
+            + 2 * 192 * 193
+            + 192 * (9 * 192 + 1)
+            + 192 * 193
+            + 1930,
+        ),
         # 19 convolutions without biases, two numbers per normalised channel, the head: option-A shortcuts have none
         (
             "resnet20",
@@ -80,6 +111,14 @@ def test_group_norm_does_not_couple_samples_and_batch_norm_does():
 def test_dropout_stands_only_where_it_is_asked_for():
     assert not any(isinstance(m, nn.Dropout) for name in models.MODELS for m in network(name).modules())
     assert [m.p for m in network("mnist_cnn", dropout=0.2).modules() if isinstance(m, nn.Dropout)] == [0.2, 0.2]
+
+
+@pytest.mark.parametrize("name", ["mlp800", "mlp1000", "lenet5", "lenet", "mnist_cnn"])
+def test_dropout_stands_in_front_of_every_linear_layer_but_the_first(name):
+    kinds = [type(m) for m in network(name, dropout=0.5).children()]
+    linear = [i for i, kind in enumerate(kinds) if kind is nn.Linear]
+    assert kinds[linear[0] - 1] is nn.Flatten and all(kinds[i - 1] is nn.Dropout for i in linear[1:])
+    assert kinds.count(nn.Dropout) == len(linear) - 1
 
 
 def test_unknown_names_are_refused():

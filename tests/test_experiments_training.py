@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import margin_kernels as mk
-from margin_kernels.experiments import checkpoint, config, data, objectives, records
+from margin_kernels.experiments import attacks, checkpoint, config, data, models, objectives, records
 from margin_kernels.experiments.data import Dataset, Split
 from margin_kernels.experiments.training import Trainer, TrainingError, build_optimiser, learning_rate
 
@@ -103,7 +103,7 @@ def test_clipping_bounds_the_gradient(digits):
 
 def test_learning_lowers_the_loss_and_raises_the_accuracy(digits):
     squared_hinge = ("--loss.kind", "squared_hinge")
-    for arguments in ((), ("--loss.kind", "hinge"), squared_hinge, MARGIN, SENSITIVITY, ONE_TO_N):
+    for arguments in ((), ("--loss.kind", "hinge"), squared_hinge, MARGIN, SENSITIVITY, ONE_TO_N, FGSM):
         options = ("--training.epochs", "8", "--training.batch_size", "16", "--optimiser.lr", "0.003")
         history = Trainer(settings(*arguments, *options), digits).run()
         assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
@@ -213,6 +213,65 @@ def test_hinge_is_the_literal_formula():
     assert torch.autograd.gradcheck(lambda z: objectives.hinge(z, target), logits)
 
 
+FGSM = ("--loss.kind", "fgsm_training", "--loss.adversarial_training.eps", "0.1")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adversarial_training_is_the_mean_over_images_and_attacked_images(digits, steps):
+    torch.manual_seed(0)
+    model = models.build("digits_cnn", (1, 8, 8), 10, dropout=0.5).train()
+    options = config.AdversarialTrainingConfig(eps=0.1, steps=steps)
+    task = objectives.build(model, config.LossConfig(kind="fgsm_training", adversarial_training=options), ())
+    x, y = digits.train.batch(slice(0, 20))
+    torch.manual_seed(3)
+    loss = task(x, y)["loss"]
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    torch.manual_seed(3)
+    attacked = attacks.fgsm(model, x, y, 0.1) if steps == 1 else attacks.pgd(model, x, y, 0.1, steps=3, objective="ce")
+    assert (attacked.images - x).abs().max() == pytest.approx(0.1, abs=1e-6)
+    expected = (F.cross_entropy(model(x), y) + F.cross_entropy(model(attacked.images), y)) / 2
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(grads, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(a, b)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_adversarial_training_defends_against_the_attack_it_trains_on(digits):
+    options = ("--training.epochs", "12", "--training.batch_size", "16", "--training.distance_samples", "0")
+    accuracies = []
+    for arguments in ((), FGSM):
+        trainer = Trainer(settings(*options, *arguments), digits)
+        trainer.run()
+        x, y = digits.test.batch(slice(None))
+        attacked = attacks.fgsm(trainer.model, x, y, 0.1).images
+        accuracies.append(float((trainer.model.eval()(attacked).argmax(1) == y).float().mean()))
+    assert accuracies[1] > accuracies[0] + 0.05
+
+
+def test_a_centred_run_keeps_the_mean_of_its_training_images(digits, tmp_path):
+    trainer = Trainer(settings("--model.center", "true"), digits, tmp_path)
+    mean = digits.train.images.double().mean(0)
+    torch.testing.assert_close(trainer.model.center.mean.double(), mean, atol=1e-7, rtol=0)
+    trainer.run(until=1)
+    loaded, description = checkpoint.load_model(tmp_path)
+    assert torch.equal(loaded.center.mean, trainer.model.center.mean) and description["options"]["center"] is True
+    x = digits.test.batch(slice(0, 7))[0]
+    assert torch.equal(loaded(x), trainer.model.eval()(x))
+
+
+def test_training_stops_at_the_training_accuracy_it_is_given(digits, tmp_path):
+    options = ("--training.epochs", "12", "--training.batch_size", "16", "--training.distance_samples", "0")
+    whole = Trainer(settings(*options), digits).run()
+    goal = whole[5]["train_accuracy"]
+    first = next(i for i, record in enumerate(whole) if record["train_accuracy"] >= goal)
+    assert 0 < first < 11
+    stopped = Trainer(settings(*options, "--training.stop_at_train_accuracy", str(goal)), digits, tmp_path)
+    assert without_time(stopped.run()) == without_time(whole[: first + 1])
+    again = Trainer(settings(*options, "--training.stop_at_train_accuracy", str(goal)), digits, tmp_path)
+    again.resume()
+    assert len(again.run()) == first + 1
+
+
 def test_large_margin_without_margin_weight_trains_as_cross_entropy(digits):
     plain = Trainer(settings(), digits)
     margin = Trainer(settings(*MARGIN, "--loss.margin_weight", "0"), digits)
@@ -289,8 +348,10 @@ def test_settings_that_cannot_run_here_say_so(digits):
         Trainer(settings("--training.precision", "fp16"), digits)
     with pytest.raises(ValueError, match=r"training.compile is set, but torch.compile cannot follow"):
         Trainer(settings(*MARGIN, "--training.compile", "true"), digits)
-    with pytest.raises(ValueError, match=r"the activation gradients of loss.kind margin_sensitivity"):
+    with pytest.raises(ValueError, match=r"the gradients of loss.kind margin_sensitivity"):
         Trainer(settings(*SENSITIVITY, "--training.compile", "true"), digits)
+    with pytest.raises(ValueError, match=r"cannot follow the gradients of loss.kind fgsm_training"):
+        Trainer(settings(*FGSM, "--training.compile", "true"), digits)
     with pytest.raises(ValueError, match=r"optimiser.name is 'lion'"):
         build_optimiser(replace(config.Config(), optimiser=config.OptimiserConfig(name="lion")), [torch.zeros(1)])
     if not torch.cuda.is_available():

@@ -46,15 +46,17 @@ class ModelConfig:
     """Which network.
 
     Args:
-        name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000 or resnet20
-        dropout: probability in front of each fully connected layer but the first
+        name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000, nin or resnet20
+        dropout: probability in front of each fully connected layer but the first; after both pools of nin
         norm: batch or group, for resnet20
+        center: subtract the mean training image inside the network
         initial: folder of a trained run whose weights are the first ones, or null for random ones
     """
 
     name: str = "digits_cnn"
     dropout: float = 0.0
     norm: Literal["batch", "group"] = "batch"
+    center: bool = False
     initial: str | None = None
 
 
@@ -131,11 +133,27 @@ class OneToNConfig:
 
 
 @dataclass
+class AdversarialTrainingConfig:
+    """Options of fgsm_training.
+
+    Args:
+        eps: l_inf radius of the attack, images in [0, 1]
+        steps: 1 for FGSM; more for projected gradient descent from a random start in the ball
+        alpha: size of a step of the latter; null for 2 eps / steps
+    """
+
+    eps: float = 0.2
+    steps: int = 1
+    alpha: float | None = None
+
+
+@dataclass
 class LossConfig:
     """Which loss, the options of LargeMarginLoss, which the others ignore, and a section for each other loss.
 
     Args:
-        kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin or one_to_n
+        kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin, one_to_n or
+        fgsm_training
         gamma: desired distance to the boundary in the units of each tap; one value, or one per tap in the order of
         layers p: norm of the distances, p >= 1 or inf
         top_k: competitors per sample, 1 to C-1
@@ -155,6 +173,7 @@ class LossConfig:
         sensitivity: options of margin_sensitivity
         adversarial: options of adversarial_margin
         one_to_n: options of one_to_n
+        adversarial_training: options of fgsm_training
     """
 
     kind: str = "cross_entropy"
@@ -177,6 +196,7 @@ class LossConfig:
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     one_to_n: OneToNConfig = field(default_factory=OneToNConfig)
+    adversarial_training: AdversarialTrainingConfig = field(default_factory=AdversarialTrainingConfig)
 
 
 @dataclass
@@ -217,6 +237,8 @@ class TrainingConfig:
 
     Args:
         epochs: passes over the training images
+        stop_at_train_accuracy: stop after the epoch in which this share of the training labels (the noisy ones, where
+            there is noise) was predicted, counted batch by batch during the epoch; null for all epochs
         batch_size: images per optimiser step
         accumulate: equal parts a batch is cut into, one backward pass each
         seed: initial weights, order of the data, dropout
@@ -232,6 +254,7 @@ class TrainingConfig:
     """
 
     epochs: int = 30
+    stop_at_train_accuracy: float | None = None
     batch_size: int = 64
     accumulate: int = 1
     seed: int = 0
@@ -252,13 +275,15 @@ class EvaluationConfig:
 
     Args:
         eps: l_inf radius of the attacks in the table
-        curve: radii of the accuracy curves
+        curve: radii of the accuracy curves; 0 costs no attack, and eps none but the table's
         steps: of IFGSM, each of size 2 eps / steps
         batch_size: images per evaluation batch
         attack_samples: test images attacked; null for all
-        deepfool_samples: test images measured by DeepFool
+        ifgsm_samples: those among them that are attacked by IFGSM, which costs `steps` times as much; null for all of
+            them, 0 for none
+        deepfool_samples: test images measured by DeepFool; 0 for none
         deepfool_iterations: at most
-        distance_samples: test images whose signed distance is measured
+        distance_samples: test images whose signed distance is measured; 0 for none
         distance_p: norm of that distance
         timing_repeats: interleaved pairs of training steps; 0 for no timing
     """
@@ -268,6 +293,7 @@ class EvaluationConfig:
     steps: int = 10
     batch_size: int = 500
     attack_samples: int | None = None
+    ifgsm_samples: int | None = None
     deepfool_samples: int = 500
     deepfool_iterations: int = 50
     distance_samples: int = 1000

@@ -51,6 +51,13 @@ class Split:
         for start in range(0, len(self), size):
             yield self.batch(slice(start, start + size), device)
 
+    def mean_image(self) -> Tensor:
+        """Mean over the samples, fp32 [C, H, W] in [0, 1]."""
+        total = torch.zeros(self.images.shape[1:], dtype=torch.float64)
+        for images, _ in self.batches(1000):
+            total += images.sum(0, dtype=torch.float64)
+        return (total / len(self)).float()
+
     def head(self, count: int | None) -> Split:
         """The first `count` samples (all for None)."""
         return self if count is None else Split(self.images[:count], self.labels[:count])

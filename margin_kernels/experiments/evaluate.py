@@ -2,8 +2,9 @@
 
 accuracy under attack   share of ALL samples that are classified correctly at the attacked image, clipped to [0, 1]
 worst                   share of samples that no attack of the table moves over the boundary
-deepfool                mean ||r||_2 over correctly classified samples, r the DeepFool perturbation
-rho_adv                 mean ||r||_2 / ||x||_2 over the same samples [M]
+margin                  mean ||r||_2 over all samples, r the DeepFool perturbation that changes the prediction [A]
+deepfool                the same over the correctly classified samples
+rho_adv                 mean ||r||_2 / ||x||_2 over the correctly classified samples [M]
 distance                signed distance d per tap, mean over samples; positive on the right side
 """
 
@@ -43,49 +44,76 @@ def evaluate(
     tick(0.02)
     result.update(at_radius(model, attacked, config.eps, config, device))
     tick(0.1)
+    names = attack_names(config)
     result["curve_eps"] = list(config.curve)
-    result["curves"] = {f"{method}_{objective}": [] for method in METHODS for objective in attacks.OBJECTIVES}
+    measured = {config.eps: result}
+    if 0 in config.curve and 0 not in measured:
+        # the clean images of each attack, which are not the whole split
+        clean = {method: accuracy(model, part, device) for method, part in _attacked(attacked, config).items()}
+        measured[0] = {name: clean[name.split("_")[0]] for name in names}
     for eps in config.curve:
-        at_eps = result if eps == config.eps else at_radius(model, attacked, eps, config, device)
-        for key, values in result["curves"].items():
-            values.append(at_eps[key])
+        if eps not in measured:
+            measured[eps] = at_radius(model, attacked, eps, config, device)
         tick(0.6 / len(config.curve))
-    result.update(boundary_norms(model, split.head(config.deepfool_samples), config, device))
+    result["curves"] = {name: [measured[eps][name] for eps in config.curve] for name in names}
+    if config.deepfool_samples:
+        result.update(boundary_norms(model, split.head(config.deepfool_samples), config, device))
     tick(0.2)
-    p = exponent(config.distance_p)
-    distances = signed_distance(model, split.head(config.distance_samples), hidden, p, config.batch_size, device)
-    taps = tap_names(hidden)
     result["distance_p"] = config.distance_p
-    result["distance"] = dict(zip(taps, distances.mean(0).tolist(), strict=True))
-    # five digits: these only feed histograms
-    result["distances"] = {tap: [float(f"{v:.5g}") for v in distances[:, i].tolist()] for i, tap in enumerate(taps)}
+    result["distance"], result["distances"] = {}, {}
+    if config.distance_samples:
+        p = exponent(config.distance_p)
+        distances = signed_distance(model, split.head(config.distance_samples), hidden, p, config.batch_size, device)
+        taps = tap_names(hidden)
+        result["distance"] = dict(zip(taps, distances.mean(0).tolist(), strict=True))
+        result["distances"] = {tap: five_digits(distances[:, i]) for i, tap in enumerate(taps)}
     tick(0.08)
     return result
+
+
+def five_digits(values: Tensor) -> list[float]:
+    """Per-sample values as a record keeps them: they only feed histograms."""
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def _attacked(split: Split, config: EvaluationConfig) -> dict[str, Split]:
+    """The samples that each method attacks."""
+    parts = {"fgsm": split, "ifgsm": split.head(config.ifgsm_samples)}
+    return {method: part for method, part in parts.items() if len(part)}
+
+
+def attack_names(config: EvaluationConfig) -> list[str]:
+    """The attacks that are run, METHOD_OBJECTIVE."""
+    methods = METHODS if config.ifgsm_samples != 0 else METHODS[:1]
+    return [f"{method}_{objective}" for method in methods for objective in attacks.OBJECTIVES]
 
 
 def at_radius(
     model: nn.Module, split: Split, eps: float, config: EvaluationConfig, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Accuracy under each attack of l_inf radius `eps`, under the worst of them, and the fractions of zero
-    gradients."""
-    names = [f"{method}_{objective}" for method in METHODS for objective in attacks.OBJECTIVES]
-    hits = dict.fromkeys([*names, "worst"], 0)
+    """Accuracy under each attack of l_inf radius `eps`, under the worst of them (over the samples that all of them
+    attack), and the fractions of zero gradients."""
+    right: dict[str, list[Tensor]] = {name: [] for name in attack_names(config)}
     zeros = dict.fromkeys(attacks.OBJECTIVES, 0.0)
     with attacks.eval_mode(model):
-        for x, y in split.batches(config.batch_size, device):
-            standing = torch.ones_like(y, dtype=torch.bool)
-            for objective in attacks.OBJECTIVES:
-                one = attacks.fgsm(model, x, y, eps, objective)
-                many = attacks.ifgsm(model, x, y, eps, steps=config.steps, objective=objective)
-                zeros[objective] += one.zero_gradient * len(y)
-                for method, attack in zip(METHODS, (one, many), strict=True):
-                    right = _right(model, attack.images, y)
-                    standing &= right
-                    hits[f"{method}_{objective}"] += int(right.sum())
-            hits["worst"] += int(standing.sum())
-    count = len(split)
-    shares = {key: value / count for key, value in hits.items()}
-    return {**shares, **{f"zero_{objective}": value / count for objective, value in zeros.items()}}
+        for method, part in _attacked(split, config).items():
+            for x, y in part.batches(config.batch_size, device):
+                for objective in attacks.OBJECTIVES:
+                    if method == "fgsm":
+                        attack = attacks.fgsm(model, x, y, eps, objective)
+                        zeros[objective] += attack.zero_gradient * len(y)
+                    else:
+                        attack = attacks.ifgsm(model, x, y, eps, steps=config.steps, objective=objective)
+                    right[f"{method}_{objective}"].append(_right(model, attack.images, y))
+    standing = {name: torch.cat(parts) for name, parts in right.items()}
+    common = min(len(values) for values in standing.values())
+    worst = torch.stack([values[:common] for values in standing.values()]).all(0)
+    shares = {name: _share(values) for name, values in {**standing, "worst": worst}.items()}
+    return {**shares, **{f"zero_{objective}": value / len(split) for objective, value in zeros.items()}}
+
+
+def _share(values: Tensor) -> float:
+    return int(values.sum()) / len(values)
 
 
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -95,22 +123,26 @@ def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def boundary_norms(
     model: nn.Module, split: Split, config: EvaluationConfig, device: torch.device | str = "cpu"
-) -> dict[str, float]:
-    """DeepFool l2 norms over the correctly classified samples for which it finds the boundary."""
-    norms, ratios, missed = [], [], 0
+) -> dict[str, Any]:
+    """DeepFool l2 norms, over the samples for which it finds the boundary: `margin` over all of them, `deepfool` and
+    `rho_adv` over those classified correctly; `deepfool_missed`, the number without a boundary; `margins`, the norm
+    of each sample, negative where it is misclassified (NaN where missed)."""
+    norms, ratios = [], []
     with attacks.eval_mode(model):
         for x, y in split.batches(config.batch_size, device):
-            right = _right(model, x, y)
-            x = x[right]
-            if len(x) == 0:
-                continue
+            side = torch.where(_right(model, x, y), 1.0, -1.0)
             found = deepfool(model, x, max_iter=config.deepfool_iterations)
-            missed += int((~found.success).sum())
-            norms.append(found.distance[found.success])
-            ratios.append((found.distance / x.flatten(1).norm(dim=1))[found.success])
-    norm = float(torch.cat(norms).mean()) if norms else math.nan
-    ratio = float(torch.cat(ratios).mean()) if ratios else math.nan
-    return {"deepfool": norm, "rho_adv": ratio, "deepfool_missed": missed}
+            norms.append(side * found.distance.masked_fill(~found.success, math.nan))
+            ratios.append(norms[-1] / x.flatten(1).norm(dim=1))
+    margins, relative = torch.cat(norms).cpu(), torch.cat(ratios).cpu()
+    right = margins > 0
+    return {
+        "margin": float(margins.abs().nanmean()),
+        "deepfool": float(margins[right].mean()),
+        "rho_adv": float(relative[right].mean()),
+        "deepfool_missed": int(margins.isnan().sum()),
+        "margins": five_digits(margins),
+    }
 
 
 def time_steps(

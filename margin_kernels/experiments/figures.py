@@ -1,4 +1,5 @@
-"""The plots of a report, one panel each: accuracy against eps, distance histograms, distance during training.
+"""The plots of a report, one panel each: accuracy against eps, histograms of margins and distances, distance during
+training.
 
 Okabe-Ito colours with a line style and a marker each, so that neither colour vision nor a grey print is needed to
 tell models apart.
@@ -95,10 +96,28 @@ def accuracy_curve(models: list[dict[str, Any]], key: str) -> Figure:
 
 
 def distance_histogram(models: list[dict[str, Any]], tap: str) -> Figure:
-    """Distribution of the signed distance at one tap over the test samples, a strip per model on one axis."""
+    """Distribution of the signed distance at one tap over the test samples."""
+    p = norm_name(models[0]["evaluation"]["distance_p"])
+    caption = f"Signed distance to the nearest boundary at {tap}; left of 0 is misclassified, dotted: the mean."
+    series = [np.array(model["evaluation"]["distances"][tap]) for model in models]
+    axis = f"signed distance to the boundary, {p}"
+    return _histogram(f"histogram_{tap}", caption, f"Distance at {tap}", axis, models, series)
+
+
+def margin_histogram(models: list[dict[str, Any]]) -> Figure:
+    """Distribution of the DeepFool norm over the test samples, negative where misclassified."""
+    caption = "l2 norm of the DeepFool perturbation per image; left of 0 is misclassified, dotted: the mean."
+    series = [np.array([v for v in model["evaluation"]["margins"] if v is not None]) for model in models]
+    series = [values[np.isfinite(values)] for values in series]
+    return _histogram("histogram_margin", caption, "Margin", "DeepFool norm, l2, images in [0, 1]", models, series)
+
+
+def _histogram(
+    name: str, caption: str, title: str, axis: str, models: list[dict[str, Any]], series: list[np.ndarray]
+) -> Figure:
+    """The distributions of `series`, a strip per model on one axis."""
 
     def paint(axes: Axes) -> None:
-        series = [np.array(model["evaluation"]["distances"][tap]) for model in models]
         low, high = np.percentile(np.concatenate(series), [0.5, 99.5])
         scale = _scale([float(np.median(np.abs(values))) for values in series])
         low = min(low, 0.0)
@@ -118,11 +137,9 @@ def distance_histogram(models: list[dict[str, Any]], tap: str) -> Figure:
         axes.set_yticks(range(len(series)), [model["label"] for model in reversed(models)], va="bottom")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        p = norm_name(models[0]["evaluation"]["distance_p"])
-        axes.set(title=f"Distance at {tap}", xlabel=f"signed distance to the boundary, {p}")
+        axes.set(title=title, xlabel=axis)
 
-    caption = f"Signed distance to the nearest boundary at {tap}; left of 0 is misclassified, dotted: the mean."
-    return draw(f"histogram_{tap}", caption, paint)
+    return draw(name, caption, paint)
 
 
 def _scale(sizes: list[float]) -> float | None:
@@ -178,12 +195,17 @@ def all_figures(models: list[dict[str, Any]]) -> dict[str, list[Figure]]:
     """Every plot of a report, grouped under its heading."""
     taps = list(models[0]["evaluation"]["distance"])
     shared = [tap for tap in taps if all(tap in model["evaluation"]["distance"] for model in models)]
-    groups = {
-        "Accuracy against eps": [
-            accuracy_curve(models, key) for key in ("ifgsm_gap", "ifgsm_ce", "fgsm_gap", "fgsm_ce")
-        ],
-        "Distance histograms": [distance_histogram(models, tap) for tap in shared],
-    }
+    evaluations = [model["evaluation"] for model in models]
+    curves = [
+        key
+        for key in ("ifgsm_gap", "ifgsm_ce", "fgsm_gap", "fgsm_ce")
+        if all(key in evaluation["curves"] for evaluation in evaluations)
+    ]
+    groups = {"Accuracy against eps": [accuracy_curve(models, key) for key in curves]}
+    if all(evaluation.get("margins") for evaluation in evaluations):
+        groups["Histogram of the margin"] = [margin_histogram(models)]
+    if shared:
+        groups["Distance histograms"] = [distance_histogram(models, tap) for tap in shared]
     measured = [tap for tap in shared if any(tap in r.get("distance", {}) for m in models for r in m["history"])]
     if measured:
         groups["Distance during training"] = [distance_course(models, tap) for tap in measured]

@@ -1,17 +1,24 @@
 """The papers' networks, by name, with readable tap names.
 
     digits_cnn   conv3x3x16 - relu - conv3x3x32 - pool - fc64 - fc10                          1x8x8
-    mnist_cnn    conv5x5x32 - pool - conv5x5x64 - pool - fc512 - fc512 - fc10 ReLU            [E] [N]; any even-sized
-    image lenet5       conv5x5x32 - pool - conv5x5x64 - pool - fc512 - fc10 ReLU                    [M]
-    lenet        conv5x5x20 - pool - conv5x5x50 - pool - fc500 - relu - fc10, no padding      [A]; no ReLU after the
-    convolutions mlp800       784-800-800-10 ReLU [A]          mlp1000   784-1000-1000-1000-10 ReLU [M]
+    mnist_cnn    conv5x5x32 - pool - conv5x5x64 - pool - fc512 - fc512 - fc10 ReLU            [E] [N]; even-sized images
+    lenet5       conv5x5x32 - pool - conv5x5x64 - pool - fc512 - fc10 ReLU                    [M]
+    lenet        conv5x5x20 - pool - conv5x5x50 - pool - fc500 - relu - fc10, no padding      [A]; convolutions without
+                                                                                              ReLU
+    mlp800       784-800-800-10 ReLU [A]          mlp1000   784-1000-1000-1000-10 ReLU [M]
+    nin          Network in Network [M] [A]: mlpconv 5x5 192-160-96 - max pool - mlpconv 5x5 192-192-192 -
+                 average pool - mlpconv 3x3 192-192-10 - global average pool                  3x32x32
     resnet20     CIFAR ResNet-20, batch or group norm [A]
 
 `hidden_taps(name)` lists the outputs that "every hidden layer" means, the post-activation output of each weight
-layer. Where a non-overlapping max pool follows the activation the tap stands after the pool: the pool hands every
-gradient entry to exactly one position, so the l_p norm of the gradient is the same on both sides of it, and the
-smaller tensor costs a quarter of the memory. The last hidden tap is the input tensor of `head`, an nn.Linear whose
-output is the logits: its norms are row differences of the weight.
+layer (of each block for resnet20 and nin). Where a non-overlapping max pool follows the activation the tap stands after
+the pool: the pool hands every gradient entry to exactly one position, so the l_p norm of the gradient is the same on
+both sides of it, and the smaller tensor costs a quarter of the memory. The last hidden tap is the input tensor of
+`head`. That is an nn.Linear whose output is the logits, so the tap's norms are row differences of the weight; but for
+nin, whose head is a 1x1 convolution and whose logits are the means of its maps.
+
+`center`: the first module subtracts the mean training image, a buffer of the network. Images, attacks and distances
+stay in pixel units, and the tap "input" is what the network is given, before the subtraction.
 """
 
 from __future__ import annotations
@@ -96,6 +103,35 @@ def _norm(kind: str, channels: int) -> nn.Module:
     raise ValueError(f"model.norm is {kind!r}; allowed: batch, group")
 
 
+def nin(shape: Shape = (3, 32, 32), classes: int = 10, dropout: float = 0.0) -> nn.Module:
+    """No ReLU after the head: means of rectified maps would give no gradient where a class's map is all negative. The
+    pools, 3x3 with stride 2, halve the image (ceil_mode), as in the authors' Caffe definition; dropout after both."""
+    blocks = [
+        (5, (192, 160, 96), nn.MaxPool2d(3, 2, ceil_mode=True)),
+        (5, (192, 192, 192), nn.AvgPool2d(3, 2, ceil_mode=True)),
+        (3, (192, 192), None),
+    ]
+    layers: list[tuple[str, nn.Module]] = []
+    channels, number = shape[0], 0
+    for block, (size, widths, pool) in enumerate(blocks, 1):
+        for i, width in enumerate(widths):
+            number += 1
+            kernel = size if i == 0 else 1
+            layers.append((f"conv{number}", nn.Conv2d(channels, width, kernel, padding=kernel // 2)))
+            layers.append((f"relu{number}", nn.ReLU()))
+            channels = width
+        if pool is not None:
+            layers.append((f"pool{block}", pool))
+            if dropout > 0:
+                layers.append((f"dropout{block}", nn.Dropout(dropout)))
+    layers += [
+        ("head", nn.Conv2d(channels, classes, 1)),
+        ("average", nn.AdaptiveAvgPool2d(1)),
+        ("flatten", nn.Flatten()),
+    ]
+    return nn.Sequential(OrderedDict(layers))
+
+
 class BasicBlock(nn.Module):
     """relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)); the shortcut subsamples and pads channels with zeros
     (option A)."""
@@ -146,6 +182,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "lenet": (lenet, ("pool1", "pool2", "relu3")),
     "mlp800": (mlp800, ("relu1", "relu2")),
     "mlp1000": (mlp1000, ("relu1", "relu2", "relu3")),
+    "nin": (nin, ("relu3", "relu6", "relu8")),
     "resnet20": (resnet20, ("relu1", "layer1", "layer2", "layer3", "flatten")),
 }
 
@@ -155,9 +192,26 @@ def hidden_taps(name: str) -> tuple[str, ...]:
     return _entry(name)[1]
 
 
-def build(name: str, shape: Shape, classes: int, **options: Any) -> nn.Module:
-    """A freshly initialised network: [N, *shape] -> logits [N, classes]. `options`: dropout, and norm for resnet20."""
-    return _entry(name)[0](shape, classes, **options)
+class Center(nn.Module):
+    """x - mean, with the mean training image [C, H, W] as a buffer: zero until it is set."""
+
+    mean: Tensor
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mean
+
+
+def build(name: str, shape: Shape, classes: int, center: bool = False, **options: Any) -> nn.Module:
+    """A freshly initialised network: [N, *shape] -> logits [N, classes]. `center` puts Center in front; `options`:
+    dropout, and norm for resnet20."""
+    network = _entry(name)[0](shape, classes, **options)
+    if center:
+        return nn.Sequential(OrderedDict([("center", Center(shape)), *network.named_children()]))
+    return network
 
 
 def _entry(name: str) -> tuple[Callable[..., nn.Module], tuple[str, ...]]:

@@ -7,6 +7,7 @@
     margin_sensitivity   MarginSensitivityLoss at the input [M]
     adversarial_margin   AdversarialMarginLoss: DeepFool distances [D] [A]
     one_to_n             OneToNLoss [N]
+    fgsm_training        1/2 CE(x) + 1/2 CE(x'), x' = x attacked by FGSM or PGD          adversarial training
 
 A new loss is one entry of OBJECTIVES.
 """
@@ -22,8 +23,9 @@ from torch.nn import functional as F
 
 import margin_kernels as mk
 
+from . import attacks
 from .attacks import logit_gap
-from .config import LossConfig, exponent
+from .config import AdversarialTrainingConfig, LossConfig, exponent
 
 
 def hinge(logits: Tensor, target: Tensor) -> Tensor:
@@ -50,6 +52,30 @@ class LogitTask(nn.Module):
     def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
         logits = self.model(x)
         return {"loss": self.loss(logits.float(), target), "output": logits.detach()}
+
+
+class AdversarialTrainingTask(nn.Module):
+    """loss = 1/2 CE(x) + 1/2 CE(x'), both in the model's own mode; x' maximises CE within eps of x, clipped to [0, 1].
+
+    The attack runs in eval mode, so that it meets the network that will be attacked: dropout masks are off and batch
+    norm's running statistics see no attack iterates, only x and x' once each. x' is a constant of the backward pass.
+    """
+
+    def __init__(self, model: nn.Module, config: AdversarialTrainingConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        eps, steps, alpha = self.config.eps, self.config.steps, self.config.alpha
+        if steps == 1:
+            attack = attacks.fgsm(self.model, x, target, eps)
+        else:
+            attack = attacks.pgd(self.model, x, target, eps, alpha, steps, objective="ce")
+        logits = self.model(x)
+        attacked = self.model(attack.images)
+        loss = 0.5 * (F.cross_entropy(logits.float(), target) + F.cross_entropy(attacked.float(), target))
+        return {"loss": loss, "output": logits.detach()}
 
 
 def layers(names: list[str], hidden: tuple[str, ...]) -> tuple[str, ...]:
@@ -81,6 +107,10 @@ def _one_to_n(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn
         raise ValueError("loss.one_to_n.weight_norm needs a network whose logits come from a linear layer `head`")
     options["weight_norm"] = head if options["weight_norm"] else None
     return mk.MarginTask(model, mk.OneToNLoss(**options))
+
+
+def _fgsm_training(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    return AdversarialTrainingTask(model, config.adversarial_training)
 
 
 def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
@@ -115,6 +145,7 @@ OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Modu
     "margin_sensitivity": _margin_sensitivity,
     "adversarial_margin": _adversarial_margin,
     "one_to_n": _one_to_n,
+    "fgsm_training": _fgsm_training,
 }
 
 

@@ -68,7 +68,8 @@ def sections(models: list[Model]) -> list[Section]:
     worst = Row("worst", "worst of the four", _evaluation("worst"), _percent, True)
     zero = [Row(f"zero_{key}", f"of {words[key]}", _evaluation(f"zero_{key}"), _percent) for key in ("ce", "gap")]
     norms = [
-        Row("deepfool", "mean l2 norm", _evaluation("deepfool"), "{:.3f}".format, True),
+        Row("margin", "mean l2 norm", _evaluation("margin"), "{:.3f}".format, True),
+        Row("deepfool", "of correct images", _evaluation("deepfool"), "{:.3f}".format, True),
         Row("rho_adv", "relative to image, rho_adv", _evaluation("rho_adv"), "{:.3f}".format, True),
     ]
     distances = [Row(f"distance.{tap}", tap, _tap(tap), "{:.3g}".format) for tap in taps]
@@ -76,8 +77,9 @@ def sections(models: list[Model]) -> list[Section]:
         Section(f"Accuracy (linf, eps = {first['eps']:g})", [clean, *attacked, worst]),
         Section("Zero attack gradients", zero),
         Section("DeepFool", norms),
-        Section(f"Mean signed distance, {norm_name(first['distance_p'])}", distances),
     ]
+    if distances:
+        groups.append(Section(f"Mean signed distance, {norm_name(first['distance_p'])}", distances))
     if any(model.get("timing") for model in models):
         cost = [
             Row("ms_per_step", "ms per step", _timing("ms_per_step"), "{:.2f}".format),

@@ -90,6 +90,8 @@ class Trainer:
         options: dict[str, Any] = {"dropout": config.model.dropout}
         if config.model.name == "resnet20":
             options["norm"] = config.model.norm
+        if config.model.center:
+            options["center"] = True
         self.description = {
             "name": config.model.name,
             "shape": list(dataset.shape),
@@ -98,14 +100,20 @@ class Trainer:
         }
         torch.manual_seed(settings.seed)
         self.model = models.build(config.model.name, dataset.shape, dataset.num_classes, **options).to(self.device)
+        if config.model.center:
+            mean: Any = self.model.get_buffer("center.mean")
+            mean.copy_(dataset.train.mean_image())
         if settings.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         if config.model.initial is not None:
             self._start_from(Path(config.model.initial))
         self.task = objectives.build(self.model, config.loss, self.hidden)
-        if settings.compile and isinstance(self.task, mk.MarginTask) and self.task.loss.needs != "logits":
+        passes_inside = isinstance(self.task, objectives.AdversarialTrainingTask) or (
+            isinstance(self.task, mk.MarginTask) and self.task.loss.needs != "logits"
+        )
+        if settings.compile and passes_inside:
             raise ValueError(
-                "training.compile is set, but torch.compile cannot follow the activation gradients of loss.kind "
+                "training.compile is set, but torch.compile cannot follow the gradients of loss.kind "
                 f"{config.loss.kind} (a backward pass inside the forward): leave it off"
             )
         self.step_module: Any = torch.compile(self.task) if settings.compile else self.task
@@ -127,6 +135,12 @@ class Trainer:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.dataset.train) / self.config.training.batch_size)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the last epoch reached training.stop_at_train_accuracy."""
+        goal = self.config.training.stop_at_train_accuracy
+        return goal is not None and bool(self.history) and self.history[-1]["train_accuracy"] >= goal
+
     def run(
         self,
         until: int | None = None,
@@ -138,7 +152,7 @@ class Trainer:
         last = self.config.training.epochs if until is None else min(until, self.config.training.epochs)
         if self.folder is not None:
             write_text(self.folder / "config.yaml", to_yaml(self.config))
-        while self.epoch < last:
+        while self.epoch < last and not self.stopped:
             record = self._epoch(tick)
             self.epoch += 1
             self.history.append(record)
