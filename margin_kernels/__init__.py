@@ -2,8 +2,20 @@
 
 from . import functional
 from .backends import BackendError
-from .losses import LargeMarginLoss
+from .deepfool import DeepFoolResult, deepfool
+from .losses import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
 from .task import MarginTask
 from .version import __version__
 
-__all__ = ["BackendError", "LargeMarginLoss", "MarginTask", "__version__", "functional"]
+__all__ = [
+    "AdversarialMarginLoss",
+    "BackendError",
+    "DeepFoolResult",
+    "LargeMarginLoss",
+    "MarginSensitivityLoss",
+    "MarginTask",
+    "OneToNLoss",
+    "__version__",
+    "deepfool",
+    "functional",
+]

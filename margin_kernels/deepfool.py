@@ -4,12 +4,13 @@ Moosavi-Dezfooli 2016).
 At x + Delta, for each candidate class j and reference class r:   gap_j = z_j - z_r,   w_j = grad_x gap_j
 
     distance to the linearised boundary   |gap_j| / ||w_j||_q        the candidate with the smallest one is stepped to:
-    step   p = 2: |gap| w / ||w||_2^2     p = inf: (|gap| / ||w||_1) sign(w)     p = 1: (|gap| / ||w||_inf) sign(w_i)
-    e_i, i = argmax |w_i|
-           in general |gap| / ||w||_q^q * |w|^(q-1) sign(w): the smallest step in the p norm that reaches it
+    step   |gap| / ||w||_q^q * |w|^(q-1) sign(w): the smallest step in the p norm that reaches it
+           p = 2: |gap| w / ||w||_2^2     p = inf: (|gap| / ||w||_1) sign(w)     p = 1: (|gap| / ||w||_inf) sign(w_i)
+           e_i, i = argmax |w_i|
 
 until the predicted class changes, at most `max_iter` times. All samples move together; finished ones are masked, and
-leave the batch where the host looks at the mask anyway. A measurement: the result carries no graph.
+leave the batch where the host looks at the mask anyway. `deepfool` measures: its result carries no graph. `search` also
+keeps which boundary each step went to, from which a loss can repeat the steps with a graph.
 """
 
 from __future__ import annotations
@@ -21,9 +22,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import functional
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+
 # foolbox adds this to every linearised distance in "total" mode, so that a step ends behind the boundary also where
 # overshoot is 0.
 TOTAL_SLACK = 1e-4
+# A gap that is exactly 0 gives no step, and a sample on the boundary of a tie would stay there: gaps count as at least
+# this far open.
+SMALLEST_GAP = 1e-12
 # How many iterations a CUDA batch runs between two looks at the active mask: a look waits for the device.
 CUDA_CHECK_EVERY = 5
 
@@ -39,8 +47,19 @@ class DeepFoolResult(NamedTuple):
     label: Tensor
 
 
+class Search(NamedTuple):
+    """DeepFoolResult and the way there: the classes predicted at x, prediction [N], and the boundary
+    z_upper = z_lower that step i of a sample went to, upper and lower [u, N] for u iterations, valid for
+    i < iterations[n]."""
+
+    result: DeepFoolResult
+    prediction: Tensor
+    upper: Tensor
+    lower: Tensor
+
+
 def deepfool(
-    model: nn.Module | Callable[[Tensor], Tensor],
+    model: Model,
     x: Tensor,
     target: Tensor | None = None,
     p: float = 2,
@@ -49,6 +68,7 @@ def deepfool(
     overshoot_mode: str = "total",
     candidates: int = 10,
     bounds: tuple[float, float] | None = None,
+    step_limit: float | None = None,
 ) -> DeepFoolResult:
     """Smallest perturbation in the p norm that changes the prediction, to first order.
 
@@ -56,49 +76,72 @@ def deepfool(
     x_next = x + (1 + overshoot) * step             ("step", as [A])
 
     Arguments: `model` maps [N, *] to logits [N, C], each row depending on its own sample only (eval mode is the
-    caller's to choose); `x` floating [N, *]; `target` int64 [N] or None; `p` 1, 2 or inf; `max_iter` >= 1;
+    caller's to choose); `x` floating [N, *]; `target` int64 [N] or None; `p` in [1, inf]; `max_iter` >= 1;
     `overshoot` >= 0; `candidates` the number of largest logits at x taken part in, the prediction included (2 to C;
-    larger means all); `bounds` (low, high) clips x + perturbation. Without `target` the reference class is the
-    prediction at x. With it, samples predicted as their target are treated so too, and the others the other way
-    round ([A], set F): they move until the target is predicted, the reference being whatever is predicted meanwhile.
-    Returns DeepFoolResult; distance is that of the perturbation as applied, overshoot included. Raises ValueError
-    for an argument out of range.
+    larger means all); `bounds` (low, high) clips x + perturbation; `step_limit` > 0 shortens each step to that p norm
+    (0.5 in [M]). Without `target` the reference class is the prediction at x. With it, samples predicted as their
+    target are treated so too, and the others the other way round ([A], set F): they move until the target is predicted,
+    the reference being whatever is predicted meanwhile. Returns DeepFoolResult; distance is that of the perturbation as
+    applied, overshoot included. Raises ValueError for an argument out of range.
     """
-    _check(x, target, p, max_iter, overshoot, overshoot_mode, candidates, bounds)
-    x = x.detach()
-    logits = _logits(model, x)
-    if logits.shape[1] < 2:
-        raise ValueError(f"the model returns {logits.shape[1]} class; DeepFool needs at least 2")
-    finite = ~logits.isnan().any(1)
-    # stable: equal logits keep the lower class first, as everywhere in this library
-    ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, :candidates]
-    reference, rivals = ranking[:, 0], ranking[:, 1:]
-    toward = torch.zeros_like(finite) if target is None else (reference != target)
+    check_search(p, max_iter, overshoot, candidates)
+    _check(x, target, overshoot_mode, bounds, step_limit)
+    found = search(model, x, target, p, max_iter, overshoot, overshoot_mode, candidates, bounds, step_limit)
+    return found.result
 
-    moved, total = x.clone(), torch.zeros_like(x)
-    active = finite.clone()
-    label, iterations = reference.clone(), torch.zeros_like(reference)
+
+def search(
+    model: Model,
+    x: Tensor,
+    target: Tensor | None,
+    p: float,
+    max_iter: int,
+    overshoot: float,
+    overshoot_mode: str = "step",
+    candidates: int = 10,
+    bounds: tuple[float, float] | None = None,
+    step_limit: float | None = None,
+    whole_batch: bool = False,
+    backend: str = "auto",
+) -> Search:
+    """`deepfool` with the boundaries that its steps went to; arguments as there, checked by the caller.
+
+    whole_batch: finished samples stay in the batch, for models whose rows depend on their place in it (dropout masks
+    that are drawn again).
+    """
+    x = x.detach()
+    total, moved = torch.zeros_like(x), x.clone()
+    leaving = x.device.type == "cpu" and not whole_batch
     rows = torch.arange(len(x), device=x.device)  # the samples still in the batch
-    goal = reference if target is None else torch.where(toward, target, reference)
+    state: _State | None = None
+    uppers: list[Tensor] = []
+    lowers: list[Tensor] = []
     for step in range(max_iter + 1):
-        if x.device.type != "cuda" or step % CUDA_CHECK_EVERY == 0:
-            rows = rows[active[rows]]
-            if len(rows) == 0:
-                break
-        with torch.enable_grad():
-            leaf = moved[rows].requires_grad_(True)
+        if state is not None and leaving:
+            # Which samples are done is seen without a graph, so that only the others pay for the gradients.
+            with torch.no_grad():
+                state.look(rows, model(moved[rows]))
+            rows = rows[state.active[rows]]
+        elif state is not None and step % CUDA_CHECK_EVERY == 0 and not whole_batch:
+            rows = rows[state.active[rows]]
+        if state is not None and len(rows) == 0:
+            break
+        last = step == max_iter
+        with torch.set_grad_enabled(not last):
+            leaf = moved[rows].requires_grad_(not last)
             output = model(leaf)
-            predicted = output.detach().argmax(1)
-            label[rows] = predicted
-            done = torch.where(toward[rows], predicted == goal[rows], predicted != goal[rows])
-            finite[rows] &= ~output.detach().isnan().any(1)
-            active[rows] &= ~done & finite[rows]
-            if step == max_iter:
+            if state is None:
+                state = _State.start(output, x, target, candidates)
+            state.look(rows, output.detach())
+            if last or len(rows) == 0:
                 break
-            delta = _nearest_step(
-                output, leaf, _pairs(predicted, goal[rows], rivals[rows], toward[rows]), p, overshoot_mode
+            upper, lower = state.boundaries(rows)
+            delta, choice = _nearest_step(
+                output, leaf, upper, lower, state.active[rows], p, overshoot_mode == "total", step_limit, backend
             )
-        keep = active[rows].view(-1, *[1] * (x.ndim - 1))
+        uppers.append(_scattered(upper.gather(1, choice[:, None])[:, 0], rows, len(x)))
+        lowers.append(_scattered(lower, rows, len(x)))
+        keep = state.active[rows].view(-1, *[1] * (x.ndim - 1))
         total[rows] += torch.where(keep, delta, 0)
         if overshoot_mode == "total":
             following = x[rows] + (1 + overshoot) * total[rows]
@@ -107,90 +150,125 @@ def deepfool(
         if bounds is not None:
             following = following.clamp(*bounds)
         moved[rows] = torch.where(keep, following, moved[rows])
-        iterations[rows] += active[rows].long()
-
-    crossed = torch.where(toward, label == goal, label != goal) & finite
-    perturbation = moved - x
-    distance = torch.linalg.vector_norm(perturbation.flatten(1), ord=p, dim=1)
-    valid = finite & ~perturbation.flatten(1).isnan().any(1)
-    return DeepFoolResult(perturbation, distance.masked_fill(~valid, math.nan), iterations, crossed & valid, label)
+        state.iterations[rows] += state.active[rows].long()
+    assert state is not None
+    empty = rows.new_zeros(0, len(x))
+    paths = torch.stack(uppers) if uppers else empty, torch.stack(lowers) if lowers else empty
+    return Search(state.result(x, moved, p), state.prediction, *paths)
 
 
-def _logits(model: nn.Module | Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+class _State:
+    """Of every sample [N]: reference classes, what is predicted now, whether it still moves."""
+
+    def __init__(self, prediction: Tensor, rivals: Tensor, goal: Tensor, toward: Tensor, finite: Tensor) -> None:
+        self.prediction, self.rivals, self.goal, self.toward = prediction, rivals, goal, toward
+        self.finite, self.active = finite, finite.clone()
+        self.label, self.iterations = prediction.clone(), torch.zeros_like(prediction)
+
+    @classmethod
+    def start(cls, output: Tensor, x: Tensor, target: Tensor | None, candidates: int) -> _State:
+        """From the logits [N, C] at x. `toward`: samples that move toward their target, which is not predicted."""
+        if output.ndim != 2 or len(output) != len(x):
+            raise ValueError(f"the model returns {list(output.shape)} for x {list(x.shape)}; logits [N, C] expected")
+        if output.shape[1] < 2:
+            raise ValueError(f"the model returns {output.shape[1]} class; DeepFool needs at least 2")
+        logits = output.detach()
+        # stable: equal logits keep the lower class first, as everywhere in this library
+        ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, :candidates]
+        prediction, rivals = ranking[:, 0], ranking[:, 1:]
+        toward = torch.zeros_like(prediction, dtype=torch.bool) if target is None else prediction != target
+        goal = prediction if target is None else target
+        return cls(prediction, rivals, goal, toward, ~logits.isnan().any(1))
+
+    def look(self, rows: Tensor, logits: Tensor) -> None:
+        """Takes note of the logits [n, C] of samples rows [n]."""
+        label = logits.argmax(1)
+        self.label[rows] = label
+        self.finite[rows] &= ~logits.isnan().any(1)
+        self.active[rows] &= (self.toward[rows] == (label != self.goal[rows])) & self.finite[rows]
+
+    def boundaries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes (upper, lower), [n, m] and [n]: the boundaries z_upper = z_lower that a step may go to. Samples that
+        move toward their target have one boundary only, {target, prediction}, repeated so that the batch stays
+        rectangular."""
+        toward, goal, rivals = self.toward[rows], self.goal[rows], self.rivals[rows]
+        upper = torch.where(toward[:, None], goal[:, None].expand_as(rivals), rivals)
+        return upper, torch.where(toward, self.label[rows], goal)
+
+    def result(self, x: Tensor, moved: Tensor, p: float) -> DeepFoolResult:
+        crossed = (self.toward == (self.label == self.goal)) & self.finite
+        perturbation = moved - x
+        distance = torch.linalg.vector_norm(perturbation.flatten(1), ord=p, dim=1)
+        valid = self.finite & ~perturbation.flatten(1).isnan().any(1)
+        distance = distance.masked_fill(~valid, math.nan)
+        return DeepFoolResult(perturbation, distance, self.iterations, crossed & valid, self.label)
+
+
+def _scattered(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[N] with values [n] at rows [n], 0 elsewhere."""
+    return values.new_zeros(count).index_copy(0, rows, values)
+
+
+def _nearest_step(
+    output: Tensor,
+    leaf: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    active: Tensor,
+    p: float,
+    slack: bool,
+    step_limit: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The step [n, *] to the nearest of the linearised boundaries, 0 where no gradient points anywhere, and which of
+    the boundaries that is, [n]."""
+    with torch.autocast(leaf.device.type, enabled=False):
+        z = output.to(torch.promote_types(output.dtype, torch.float32))
+        gap = z.gather(1, upper) - z.gather(1, lower[:, None])  # [n, m]
+        count = gap.shape[1]
+        gradients = [torch.autograd.grad(gap[:, j].sum(), leaf, retain_graph=j + 1 < count)[0] for j in range(count)]
     with torch.no_grad():
-        logits = model(x)
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise ValueError(f"the model returns {list(logits.shape)} for x {list(x.shape)}; logits [N, C] expected")
-    return logits
+        gap = gap.abs().clamp_min(SMALLEST_GAP)
+        step, choice, distance = functional.deepfool_step(gap, torch.stack(gradients, 1), active, p, backend)
+        if slack:
+            step = step * _per_sample(1 + TOTAL_SLACK / distance, step)
+            distance = distance + TOTAL_SLACK
+        if step_limit is not None:
+            step = step * _per_sample((step_limit / distance).clamp_max(1), step)
+    return step, choice
 
 
-def _pairs(predicted: Tensor, goal: Tensor, rivals: Tensor, toward: Tensor) -> tuple[Tensor, Tensor]:
-    """Classes (upper, lower), [n, m] and [n]: the boundaries z_upper = z_lower that a step may go to. Samples that
-    move toward their target have one boundary only, {target, prediction}, repeated so that the batch stays
-    rectangular."""
-    upper = torch.where(toward[:, None], goal[:, None].expand_as(rivals), rivals)
-    lower = torch.where(toward, predicted, goal)
-    return upper, lower
+def _per_sample(factor: Tensor, like: Tensor) -> Tensor:
+    """factor [n] as [n, 1, ...], 1 where nothing is to be scaled: inactive samples and those without a direction."""
+    return torch.where(factor.isfinite(), factor, 1.0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-def _nearest_step(output: Tensor, leaf: Tensor, pairs: tuple[Tensor, Tensor], p: float, mode: str) -> Tensor:
-    """The step [n, *] to the nearest of the linearised boundaries; 0 where no gradient points anywhere."""
-    upper, lower = pairs
-    gap = output.gather(1, upper) - output.gather(1, lower[:, None])  # [n, m]
-    slack = TOTAL_SLACK if mode == "total" else 0.0
-    best = torch.full_like(gap[:, 0], math.inf).detach()
-    step = torch.zeros_like(leaf)
-    for j in range(gap.shape[1]):
-        (gradient,) = torch.autograd.grad(gap[:, j].sum(), leaf, retain_graph=j + 1 < gap.shape[1])
-        distance, direction = _project(gap[:, j].detach().abs(), gradient, p)
-        closer = distance < best
-        best = torch.where(closer, distance, best)
-        shape = (-1, *[1] * (leaf.ndim - 1))
-        step = torch.where(closer.view(shape), (distance + slack).view(shape) * direction, step)
-    return step.detach()
-
-
-def _project(gap: Tensor, gradient: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Distance |gap| / ||w||_q [n] (inf where w = 0) and the direction [n, *] of p norm 1 along which it is
-    measured."""
-    flat = gradient.flatten(1)
-    if p == 2:
-        norm = torch.linalg.vector_norm(flat, dim=1)
-        direction = flat / norm[:, None]
-    elif p == 1:
-        norm, where = flat.abs().max(1)  # the first maximum: one coordinate carries the whole step
-        direction = torch.zeros_like(flat).scatter(1, where[:, None], flat.gather(1, where[:, None]).sign())
-    else:
-        norm = flat.abs().sum(1)
-        direction = flat.sign()
-    dead = norm == 0
-    distance = torch.where(dead, math.inf, gap / norm)
-    return distance, torch.where(dead[:, None], 0, direction).view_as(gradient)
+def check_search(p: float, max_iter: int, overshoot: float, candidates: int) -> None:
+    """Raises ValueError for an option out of range."""
+    if not p >= 1:
+        raise ValueError(f"p is {p}; allowed: p >= 1, inf included")
+    if max_iter < 1:
+        raise ValueError(f"max_iter is {max_iter}; allowed: at least 1")
+    if not overshoot >= 0:
+        raise ValueError(f"overshoot is {overshoot}; allowed: overshoot >= 0")
+    if candidates < 2:
+        raise ValueError(f"candidates is {candidates}; allowed: at least 2, the prediction and one rival")
 
 
 def _check(
     x: Tensor,
     target: Tensor | None,
-    p: float,
-    max_iter: int,
-    overshoot: float,
     overshoot_mode: str,
-    candidates: int,
     bounds: tuple[float, float] | None,
+    step_limit: float | None,
 ) -> None:
     if not x.is_floating_point() or x.ndim < 2:
         raise ValueError(f"x is {x.dtype} {list(x.shape)}; a floating-point tensor [N, *] is expected")
     if target is not None and (target.shape != x.shape[:1] or target.is_floating_point()):
         raise ValueError(f"target is {target.dtype} {list(target.shape)}; int64 [{len(x)}] is expected")
-    if p not in (1, 2, math.inf):
-        raise ValueError(f"p is {p}; allowed: 1, 2, inf")
-    if max_iter < 1:
-        raise ValueError(f"max_iter is {max_iter}; allowed: at least 1")
-    if not overshoot >= 0:
-        raise ValueError(f"overshoot is {overshoot}; allowed: overshoot >= 0")
     if overshoot_mode not in ("total", "step"):
         raise ValueError(f"overshoot_mode is {overshoot_mode!r}; allowed: 'total', 'step'")
-    if candidates < 2:
-        raise ValueError(f"candidates is {candidates}; allowed: at least 2, the prediction and one rival")
     if bounds is not None and not bounds[0] < bounds[1]:
         raise ValueError(f"bounds is {bounds}; allowed: (low, high) with low < high")
+    if step_limit is not None and not step_limit > 0:
+        raise ValueError(f"step_limit is {step_limit}; allowed: step_limit > 0")

@@ -79,10 +79,7 @@ def make_plan(captured: Captured, space: str, q: float, layer_scale: str | None 
 
 def _kind(tap: Tap, captured: Captured) -> str:
     logits, head = captured.logits, captured.head
-    if tap.shape[:1] != logits.shape[:1]:
-        raise ValueError(
-            f"tap {tap.name!r} has shape {tuple(tap.shape)}; its first dimension must be the batch ({logits.shape[0]})"
-        )
+    _check_batch(tap, logits)
     if same_edge(tap.edge, torch.autograd.graph.get_gradient_edge(logits)):
         return "logits"
     if head is not None and any(same_edge(tap.edge, edge) for edge in head.edges):
@@ -90,6 +87,13 @@ def _kind(tap: Tap, captured: Captured) -> str:
     if head is not None and head.pooled is not None and same_edge(tap.edge, head.pooled):
         return "pooled"
     return "pass"
+
+
+def _check_batch(tap: Tap, logits: Tensor) -> None:
+    if tap.shape[:1] != logits.shape[:1]:
+        raise ValueError(
+            f"tap {tap.name!r} has shape {tuple(tap.shape)}; its first dimension must be the batch ({logits.shape[0]})"
+        )
 
 
 class Cotangents:
@@ -172,6 +176,19 @@ def difference_norms(
                 del gradients
             measured = torch.stack(norms, 1)
         return _columns(measured, plan.sources, index, logits.dtype)
+
+
+def logit_norms(captured: Captured, p: float = 2, second_order: bool = False, backend: str = "auto") -> Tensor:
+    """D[n,l] = || d z[n] / d h_l[n] ||_q of a model with one logit, z [N] or [N,1]; the rest as in difference_norms.
+
+    Returns [N,L], fp32 (fp64 for fp64).
+    """
+    logits = captured.logits
+    for tap in captured.taps:
+        _check_batch(tap, logits)
+    with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
+        gradients = _backward(logits, torch.ones_like(logits), captured.taps, second_order)
+        return functional.dual_norm(gradients, p, batch_dims=1, backend=backend)
 
 
 def _gradients(

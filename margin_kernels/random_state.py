@@ -25,6 +25,14 @@ class RandomState(NamedTuple):
             return cls(cpu)
         return cls(cpu, x.device, torch.cuda.get_rng_state(x.device))
 
+    def changed(self) -> bool:
+        """Whether anything was drawn since."""
+        if not torch.equal(self.cpu, torch.get_rng_state()):
+            return True
+        if self.device is None or self.state is None:
+            return False
+        return not torch.equal(self.state, torch.cuda.get_rng_state(self.device))
+
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.device is not None and self.state is not None:

@@ -155,7 +155,7 @@ def test_an_empty_batch_is_empty(network):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"p": 3}, "p is 3; allowed: 1, 2, inf"),
+        ({"p": 0.5}, "p is 0.5; allowed: p >= 1"),
         ({"max_iter": 0}, "max_iter is 0"),
         ({"overshoot": -0.1}, "overshoot is -0.1"),
         ({"overshoot_mode": "once"}, "overshoot_mode is 'once'"),

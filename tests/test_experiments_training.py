@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import margin_kernels as mk
 from margin_kernels.experiments import attacks, checkpoint, config, data, models, objectives, records
 from margin_kernels.experiments.data import Dataset, Split
 from margin_kernels.experiments.training import Trainer, TrainingError, build_optimiser, learning_rate
@@ -27,6 +28,8 @@ def settings(*arguments):
     return config.parse([*base, *arguments])
 
 
+SENSITIVITY = ("--loss.kind", "margin_sensitivity")
+ONE_TO_N = ("--loss.kind", "one_to_n", "--loss.one_to_n.delta", "5", "--loss.one_to_n.bound", "positive")
 MARGIN = ("--loss.kind", "large_margin", "--loss.top_k", "2", "--loss.gamma", "[0.5,1,2,4,4]")
 
 
@@ -54,6 +57,8 @@ def without_time(history):
             "[3]",
         ),
         ("--loss.kind", "hinge", "--optimiser.name", "rmsprop", "--training.precision", "bf16"),
+        (*SENSITIVITY, "--loss.sensitivity.p", "inf", "--model.dropout", "0.3"),
+        (*ONE_TO_N, "--loss.one_to_n.weight_norm", "true"),
     ],
 )
 def test_two_epochs_resume_and_two_more_are_bitwise_four(digits, tmp_path, arguments):
@@ -97,7 +102,8 @@ def test_clipping_bounds_the_gradient(digits):
 
 
 def test_learning_lowers_the_loss_and_raises_the_accuracy(digits):
-    for arguments in ((), ("--loss.kind", "hinge"), MARGIN, FGSM):
+    squared_hinge = ("--loss.kind", "squared_hinge")
+    for arguments in ((), ("--loss.kind", "hinge"), squared_hinge, MARGIN, SENSITIVITY, ONE_TO_N, FGSM):
         options = ("--training.epochs", "8", "--training.batch_size", "16", "--optimiser.lr", "0.003")
         history = Trainer(settings(*arguments, *options), digits).run()
         assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
@@ -274,6 +280,59 @@ def test_large_margin_without_margin_weight_trains_as_cross_entropy(digits):
     torch.testing.assert_close(weights(plain), weights(margin), rtol=1e-3, atol=1e-5)
 
 
+def test_margin_sensitivity_without_weight_trains_as_the_hinge(digits):
+    plain = Trainer(settings("--loss.kind", "hinge"), digits)
+    sensitivity = Trainer(settings(*SENSITIVITY, "--loss.sensitivity.weight", "0"), digits)
+    for trainer in (plain, sensitivity):
+        trainer.run(until=1)
+    torch.testing.assert_close(weights(plain), weights(sensitivity), rtol=1e-3, atol=1e-5)
+
+
+def test_margin_sensitivity_lowers_the_norm_that_it_is_given(digits):
+    index, norms = torch.arange(60), []
+    options = ("--training.epochs", "8", "--training.batch_size", "16", "--optimiser.lr", "0.003")
+    for weight in ("0", "0.1"):
+        trainer = Trainer(settings(*SENSITIVITY, "--loss.sensitivity.weight", weight, *options), digits)
+        trainer.run()
+        norms.append(float(trainer.task(*digits.train.batch(index, "cpu"))["norm"].mean()))
+    assert norms[1] < 0.7 * norms[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            (*SENSITIVITY, "--loss.sensitivity.power", "1", "--loss.sensitivity.candidates", "3"),
+            mk.MarginSensitivityLoss(0.1, 2, 1, candidates=3),
+        ),
+        (
+            (*SENSITIVITY, "--loss.sensitivity.p", "inf", "--loss.sensitivity.classification", "cross_entropy"),
+            mk.MarginSensitivityLoss(0.1, "inf", 2, "cross_entropy"),
+        ),
+        ((*ONE_TO_N, "--loss.one_to_n.cross_entropy", "true"), mk.OneToNLoss(5.0, "positive", True)),
+    ],
+)
+def test_options_of_a_loss_reach_it_and_the_first_step_has_its_value(digits, arguments, expected):
+    trainer = Trainer(settings(*arguments), digits)
+    assert repr(trainer.task.loss) == repr(expected)
+    assert trainer.task.layers == (("input",) if expected.needs == "taps" else ())
+    x, y = digits.train.batch(torch.arange(40), "cpu")
+    x.requires_grad_()
+    logits = trainer.model(x)
+    value = expected(logits, y, [x]) if expected.needs == "taps" else expected(logits, y)
+    loss, hits = trainer.step(torch.arange(40))
+    assert float(loss) / 40 == pytest.approx(float(value.detach()), rel=1e-5)
+    assert int(hits) == int((logits.argmax(1) == y).sum())
+
+
+def test_weight_norm_takes_the_networks_last_layer(digits):
+    trainer = Trainer(settings(*ONE_TO_N, "--loss.one_to_n.weight_norm", "true"), digits)
+    assert trainer.task.loss.weight_norm is trainer.model.head
+    options = config.LossConfig(kind="one_to_n", one_to_n=config.OneToNConfig(weight_norm=True))
+    with pytest.raises(ValueError, match=r"weight_norm needs a network whose logits come from a linear layer `head`"):
+        objectives.build(nn.Linear(2, 2), options, ())
+
+
 def test_layer_names_are_expanded_and_losses_chosen_by_name():
     assert objectives.layers(["input", "hidden", "output"], ("a", "b")) == ("input", "a", "b", "output")
     with pytest.raises(ValueError, match=r"loss.kind is 'svm'; allowed: cross_entropy, hinge, large_margin"):
@@ -289,6 +348,8 @@ def test_settings_that_cannot_run_here_say_so(digits):
         Trainer(settings("--training.precision", "fp16"), digits)
     with pytest.raises(ValueError, match=r"training.compile is set, but torch.compile cannot follow"):
         Trainer(settings(*MARGIN, "--training.compile", "true"), digits)
+    with pytest.raises(ValueError, match=r"the gradients of loss.kind margin_sensitivity"):
+        Trainer(settings(*SENSITIVITY, "--training.compile", "true"), digits)
     with pytest.raises(ValueError, match=r"cannot follow the gradients of loss.kind fgsm_training"):
         Trainer(settings(*FGSM, "--training.compile", "true"), digits)
     with pytest.raises(ValueError, match=r"optimiser.name is 'lion'"):

@@ -72,14 +72,14 @@ class SensitivityConfig:
     Args:
         weight: factor C of the norm of the gradient difference
         p: norm of the distances, p >= 1 or inf
-        power: of the norm, 1 or 2
+        power: of the norm, >= 1 (1 or 2 in [M])
         classification: hinge or cross_entropy
         candidates: rivals whose gradient is looked at, the largest logits; null for all
     """
 
     weight: float = 0.1
     p: float | Literal["inf"] = 2.0
-    power: int = 2
+    power: float = 2.0
     classification: Literal["hinge", "cross_entropy"] = "hinge"
     candidates: int | None = None
 
@@ -152,7 +152,8 @@ class LossConfig:
     """Which loss, the options of LargeMarginLoss, which the others ignore, and a section for each other loss.
 
     Args:
-        kind: cross_entropy, hinge, large_margin or fgsm_training
+        kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin, one_to_n or
+        fgsm_training
         gamma: desired distance to the boundary in the units of each tap; one value, or one per tap in the order of
         layers p: norm of the distances, p >= 1 or inf
         top_k: competitors per sample, 1 to C-1

@@ -1,16 +1,22 @@
 """What is minimised: one module per run that maps a batch to its loss and logits, chosen by name.
 
-    cross_entropy   mean_n logsumexp_i z_ni - z_ny
-    hinge           mean_n max(0, 1 + max_{j != y} z_nj - z_ny)        the multi-class hinge of [M]
-    large_margin    LargeMarginLoss over named taps [E]
-    fgsm_training   1/2 CE(x) + 1/2 CE(x'), x' = x attacked by FGSM or PGD          adversarial training
+    cross_entropy        mean_n logsumexp_i z_ni - z_ny
+    hinge                mean_n max(0, 1 + max_{j != y} z_nj - z_ny)        the multi-class hinge of [M]
+    squared_hinge        mean_n [delta - z_ny]_+^2 + sum_{c != y} [delta + z_nc]_+^2        the baseline of [N]
+    large_margin         LargeMarginLoss over named taps [E]
+    margin_sensitivity   MarginSensitivityLoss at the input [M]
+    adversarial_margin   AdversarialMarginLoss: DeepFool distances [D] [A]
+    one_to_n             OneToNLoss [N]
+    fgsm_training        1/2 CE(x) + 1/2 CE(x'), x' = x attacked by FGSM or PGD          adversarial training
 
 A new loss is one entry of OBJECTIVES.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +31,13 @@ from .config import AdversarialTrainingConfig, LossConfig, exponent
 def hinge(logits: Tensor, target: Tensor) -> Tensor:
     """Multi-class hinge: logits [N, C], target [N] -> mean over n of max(0, 1 + max_{j != y} z_j - z_y)."""
     return F.relu(1 + logit_gap(logits, target)).mean()
+
+
+def squared_hinge(logits: Tensor, target: Tensor, delta: float) -> Tensor:
+    """One-against-all squared hinge: logits [N, C], target [N] -> mean over n of [delta - z_y]_+^2 + sum over c != y of
+    [delta + z_c]_+^2 ([N] eq. 10, lambda = 0)."""
+    sign = 1 - 2 * F.one_hot(target, logits.shape[1]).to(logits.dtype)
+    return F.relu(delta + sign * logits).square().sum(1).mean()
 
 
 class LogitTask(nn.Module):
@@ -78,6 +91,24 @@ def _hinge(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Mo
     return LogitTask(model, hinge)
 
 
+def _squared_hinge(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    return LogitTask(model, partial(squared_hinge, delta=config.one_to_n.delta))
+
+
+def _margin_sensitivity(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    loss = mk.MarginSensitivityLoss(**dataclasses.asdict(config.sensitivity))
+    return mk.MarginTask(model, loss, layers=("input",), passes=config.passes, batchnorm=config.batchnorm)
+
+
+def _one_to_n(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    options = dataclasses.asdict(config.one_to_n)
+    head = getattr(model, "head", None)
+    if options["weight_norm"] and not isinstance(head, nn.Linear):
+        raise ValueError("loss.one_to_n.weight_norm needs a network whose logits come from a linear layer `head`")
+    options["weight_norm"] = head if options["weight_norm"] else None
+    return mk.MarginTask(model, mk.OneToNLoss(**options))
+
+
 def _fgsm_training(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
     return AdversarialTrainingTask(model, config.adversarial_training)
 
@@ -101,10 +132,19 @@ def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -
     return mk.MarginTask(model, loss, layers=taps, passes=config.passes, batchnorm=config.batchnorm)
 
 
+def _adversarial_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    options = dataclasses.asdict(config.adversarial)
+    return mk.MarginTask(model, mk.AdversarialMarginLoss(**options))
+
+
 OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Module]] = {
     "cross_entropy": _cross_entropy,
     "hinge": _hinge,
     "large_margin": _large_margin,
+    "squared_hinge": _squared_hinge,
+    "margin_sensitivity": _margin_sensitivity,
+    "adversarial_margin": _adversarial_margin,
+    "one_to_n": _one_to_n,
     "fgsm_training": _fgsm_training,
 }
 

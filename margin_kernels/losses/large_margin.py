@@ -13,12 +13,11 @@ from ..backends import BACKENDS
 from ..passes import difference_norms
 from ..reference.margin_hinge import AGGREGATIONS
 from ..taps import Captured, cut_sources
-from .options import choice, count, flag, is_number, norm_exponent, number, numbers
+from .options import REDUCTIONS, choice, count, flag, is_number, norm_exponent, number, numbers
 
 SPACES = ("logit", "probability")
 LAYER_SCALES = (None, "numel")
 LAYER_REDUCTIONS = ("mean", "sum")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class Margins(NamedTuple):

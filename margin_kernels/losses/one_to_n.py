@@ -1,0 +1,127 @@
+"""1-to-N loss: each sample against the logits that the batch's other classes have in its column."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..backends import BACKENDS
+from ..reference.one_to_n import BOUNDS
+from .options import REDUCTIONS, choice, flag, number, reduced
+
+
+class OneToNMargins(NamedTuple):
+    """What one evaluation of OneToNLoss shows; everything but `loss` is detached.
+
+    loss [] or [N];  per_sample [N], the loss of each;  nll [N], the cross-entropy;  gap [N], of the strongest rival
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    nll: Tensor
+    gap: Tensor
+
+
+class OneToNLoss(nn.Module):
+    """1-to-N loss: one positive logit against all negative ones of the batch in the same column, in O(N C).
+
+        a_i = min(z[i,y_i], delta)
+        A_c = logsumexp over j with y_j != c of max(z[j,c], -delta)          (+ delta for bound="positive")
+        L_i = softplus(A_{y_i} - a_i)                                         = -log of eq. 8
+        L_i = logaddexp(A_{y_i}, logsumexp_k z[i,k]) - a_i                    with cross_entropy, eq. 14
+
+    Args:
+        delta: half the margin, in units of the logits, finite, > 0.
+        bound: "symmetric": scores bounded to [-delta, delta]; "positive": negatives bounded from 0.
+        cross_entropy: adds the sample's own softmax denominator.
+        weight_norm: None, or the model's final nn.Linear: each logit is divided by the l2 norm of its row of the
+            weight (||W_c|| = 1 of the derivation), with gradient. A row of zeros gives NaN. The layer stays the
+            model's: this module owns no parameters.
+        reduction: "mean", "sum" or "none" over samples.
+        backend: "auto" or a backend of margin_kernels.backends, for all ops.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value, and what is allowed.
+
+    A batch of one class has no negatives: loss and gradient 0 without cross_entropy. A non-finite logit gives NaN in
+    every loss that it enters. In data-parallel training the negatives are those of each process's own batch.
+    Source: Rocca Layza, Pedrini, Torres. 1-to-N Large Margin Classifier. SIBGRAPI 2020, eq. 8 and 14.
+    """
+
+    # What MarginTask gives it: nothing but the logits.
+    needs = "logits"
+
+    def __init__(
+        self,
+        delta: float = 1.0,
+        bound: str = "symmetric",
+        cross_entropy: bool = False,
+        weight_norm: nn.Linear | None = None,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.delta = number("delta", delta, above=0)
+        self.bound = choice("bound", bound, BOUNDS)
+        self.cross_entropy = flag("cross_entropy", cross_entropy)
+        if weight_norm is not None and not isinstance(weight_norm, nn.Linear):
+            raise TypeError(
+                f"weight_norm must be None or the model's final nn.Linear, got {type(weight_norm).__name__}"
+            )
+        # In a tuple, so that it is not registered: its parameters are the model's. Copies of a task copy it with the
+        # model, as one object.
+        self._head = (weight_norm,)
+        self.reduction = choice("reduction", reduction, REDUCTIONS)
+        self.backend = choice("backend", backend, ("auto", *BACKENDS))
+
+    @property
+    def weight_norm(self) -> nn.Linear | None:
+        """The layer whose row norms divide the logits."""
+        return self._head[0]
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss, [] or [N], of logits [N,C] and target [N] int64."""
+        return reduced(self._per_sample(logits, target), self.reduction)
+
+    def margins(self, logits: Tensor, target: Tensor) -> OneToNMargins:
+        """The loss of logits [N,C] and target [N] int64, and statistics of each sample."""
+        per_sample = self._per_sample(logits, target)
+        loss = reduced(per_sample, self.reduction)
+        return OneToNMargins(loss, **self._statistics(logits, target, per_sample))
+
+    def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """per_sample, nll and gap, each [N] and detached."""
+        return self._statistics(logits, target, self._per_sample(logits, target))
+
+    def _statistics(self, logits: Tensor, target: Tensor, per_sample: Tensor) -> dict[str, Tensor]:
+        _, gap, nll = functional.competitors(logits.detach(), target, backend=self.backend)
+        return {"per_sample": per_sample.detach(), "nll": nll, "gap": gap[:, 0]}
+
+    def _per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
+        scores = self._scores(logits)
+        return functional.one_to_n(
+            scores, target, self.delta, self.bound, self.cross_entropy, "none", backend=self.backend
+        )
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """The logits, divided by the norms of their weight rows where that is asked for."""
+        head = self.weight_norm
+        if head is None:
+            return logits
+        if logits.dim() != 2 or logits.shape[1] != head.out_features:
+            raise ValueError(
+                f"weight_norm must be the layer that makes the logits, got one of {head.out_features} outputs for "
+                f"logits {list(logits.shape)}"
+            )
+        with torch.autocast(logits.device.type, enabled=False):
+            norm = functional.dual_norm([head.weight], 2, batch_dims=1, backend=self.backend).squeeze(1)
+            return (logits if logits.dtype == torch.float64 else logits.float()) / norm
+
+    def extra_repr(self) -> str:
+        parts = [f"delta={self.delta:g}", f"bound={self.bound!r}"]
+        defaults = {"cross_entropy": False, "weight_norm": None, "reduction": "mean", "backend": "auto"}
+        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
+        return ", ".join(parts)
