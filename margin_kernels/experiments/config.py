@@ -283,6 +283,7 @@ class EvaluationConfig:
             them, 0 for none
         deepfool_samples: test images measured by DeepFool; 0 for none
         deepfool_iterations: at most
+        deepfool_step_limit: longest step of DeepFool, or null; [M] limits it to 0.5
         distance_samples: test images whose signed distance is measured; 0 for none
         distance_p: norm of that distance
         timing_repeats: interleaved pairs of training steps; 0 for no timing
@@ -296,6 +297,7 @@ class EvaluationConfig:
     ifgsm_samples: int | None = None
     deepfool_samples: int = 500
     deepfool_iterations: int = 50
+    deepfool_step_limit: float | None = None
     distance_samples: int = 1000
     distance_p: float | Literal["inf"] = 2.0
     timing_repeats: int = 15
