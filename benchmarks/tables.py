@@ -136,7 +136,7 @@ def losses(run: dict) -> str:
 
 
 def sweep(path: Path) -> str:
-    """One row per model and point of a sweep's summary.csv: means, with the standard deviation where there are seeds."""
+    """One row per model and point of a sweep's summary.csv: means, and standard deviations where there are seeds."""
     columns = {
         "error": ("error %", 100, 2),
         "fgsm_error": ("FGSM error %", 100, 1),

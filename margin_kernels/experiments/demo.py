@@ -55,8 +55,8 @@ INPUT_WEIGHT = 16.0
 RULE = (
     "One network per value. The gamma of a large margin loss is m times the median distance of the cross-entropy "
     "network at each tap, in the norm of the loss. Chosen on the validation split: among the networks whose accuracy "
-    f"is at most {100 * TOLERANCE:g} points below that of cross-entropy (or the most accurate one, if there is none), the "
-    f"one with the best accuracy under IFGSM on the logit gap, eps = {EPS:g}."
+    f"is at most {100 * TOLERANCE:g} points below that of cross-entropy (or the most accurate one, if there is none), "
+    f"the one with the best accuracy under IFGSM on the logit gap, eps = {EPS:g}."
 )
 
 
