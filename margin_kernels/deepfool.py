@@ -15,15 +15,18 @@ keeps which boundary each step went to, from which a loss can repeat the steps w
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import functional
 
+LOG = logging.getLogger(__name__)
 Model = nn.Module | Callable[[Tensor], Tensor]
 
 # foolbox adds this to every linearised distance in "total" mode, so that a step ends behind the boundary also where
@@ -86,7 +89,8 @@ def deepfool(
     """
     check_search(p, max_iter, overshoot, candidates)
     _check(x, target, overshoot_mode, bounds, step_limit)
-    found = search(model, x, target, p, max_iter, overshoot, overshoot_mode, candidates, bounds, step_limit)
+    options = (max_iter, overshoot, overshoot_mode, candidates, bounds, step_limit)
+    found = search(model, x, target, p, *options, together=not convolves(model))
     return found.result
 
 
@@ -101,60 +105,77 @@ def search(
     candidates: int = 10,
     bounds: tuple[float, float] | None = None,
     step_limit: float | None = None,
+    logits: Tensor | None = None,
     whole_batch: bool = False,
+    together: bool = False,
     backend: str = "auto",
 ) -> Search:
     """`deepfool` with the boundaries that its steps went to; arguments as there, checked by the caller.
 
-    whole_batch: finished samples stay in the batch, for models whose rows depend on their place in it (dropout masks
-    that are drawn again).
+    logits: model(x) where it is known.  whole_batch: finished samples stay in the batch, for models whose rows depend
+    on their place in it (dropout masks that are drawn again).  together: the gradients of all candidates in one batched
+    backward pass, faster for networks without convolutions.
     """
     x = x.detach()
     total, moved = torch.zeros_like(x), x.clone()
-    leaving = x.device.type == "cpu" and not whole_batch
+    # Where the host sees the mask anyway, a pass without a graph finds what is done, and only the others pay for
+    # gradients: one for each candidate, or a single one where the target is the only candidate.
+    looks = x.device.type == "cpu" and not whole_batch
     rows = torch.arange(len(x), device=x.device)  # the samples still in the batch
-    state: _State | None = None
+    iterations = torch.zeros_like(rows)
     uppers: list[Tensor] = []
     lowers: list[Tensor] = []
+    if logits is None and looks:
+        with torch.no_grad():
+            logits = model(x)
+    state = None if logits is None else _State.start(logits, x, target, candidates)
     for step in range(max_iter + 1):
-        if state is not None and leaving:
-            # Which samples are done is seen without a graph, so that only the others pay for the gradients.
-            with torch.no_grad():
-                state.look(rows, model(moved[rows]))
+        if state is not None and looks:
+            if step:
+                with torch.no_grad():
+                    state.look(rows, model(moved[rows]))
             rows = rows[state.active[rows]]
-        elif state is not None and step % CUDA_CHECK_EVERY == 0 and not whole_batch:
+        elif state is not None and step and step % CUDA_CHECK_EVERY == 0 and not whole_batch:
             rows = rows[state.active[rows]]
-        if state is not None and len(rows) == 0:
+        if step and len(rows) == 0:
             break
-        last = step == max_iter
-        with torch.set_grad_enabled(not last):
-            leaf = moved[rows].requires_grad_(not last)
-            output = model(leaf)
-            if state is None:
-                state = _State.start(output, x, target, candidates)
-            state.look(rows, output.detach())
-            if last or len(rows) == 0:
-                break
-            upper, lower = state.boundaries(rows)
-            delta, choice = _nearest_step(
-                output, leaf, upper, lower, state.active[rows], p, overshoot_mode == "total", step_limit, backend
-            )
-        uppers.append(_scattered(upper.gather(1, choice[:, None])[:, 0], rows, len(x)))
-        lowers.append(_scattered(lower, rows, len(x)))
-        keep = state.active[rows].view(-1, *[1] * (x.ndim - 1))
-        total[rows] += torch.where(keep, delta, 0)
-        if overshoot_mode == "total":
-            following = x[rows] + (1 + overshoot) * total[rows]
-        else:
-            following = moved[rows] + (1 + overshoot) * delta
-        if bounds is not None:
-            following = following.clamp(*bounds)
-        moved[rows] = torch.where(keep, following, moved[rows])
-        state.iterations[rows] += state.active[rows].long()
+        if step == max_iter:
+            if state is not None and not looks:
+                with torch.no_grad():
+                    state.look(rows, model(moved[rows]))
+            break
+        upper, lower = torch.zeros_like(iterations), torch.zeros_like(iterations)
+        for group in state.groups(rows) if state is not None and looks else (rows,):
+            with torch.enable_grad():
+                leaf = moved[group].requires_grad_()
+                output = model(leaf)
+                if state is None:
+                    state = _State.start(output, x, target, candidates)
+                if not looks:
+                    state.look(group, output.detach())
+                above, below = state.boundaries(group, looks)
+                active = state.active[group]
+                slack = overshoot_mode == "total"
+                delta, choice = _nearest_step(
+                    output, leaf, above, below, active, p, slack, step_limit, together, backend
+                )
+            upper[group], lower[group] = above.gather(1, choice[:, None])[:, 0], below
+            keep = active.view(-1, *[1] * (x.ndim - 1))
+            total[group] += torch.where(keep, delta, 0)
+            if overshoot_mode == "total":
+                following = x[group] + (1 + overshoot) * total[group]
+            else:
+                following = moved[group] + (1 + overshoot) * delta
+            if bounds is not None:
+                following = following.clamp(*bounds)
+            moved[group] = torch.where(keep, following, moved[group])
+            iterations[group] += active.long()
+        uppers.append(upper)
+        lowers.append(lower)
     assert state is not None
-    empty = rows.new_zeros(0, len(x))
+    empty = iterations.new_zeros(0, len(x))
     paths = torch.stack(uppers) if uppers else empty, torch.stack(lowers) if lowers else empty
-    return Search(state.result(x, moved, p), state.prediction, *paths)
+    return Search(state.result(x, moved, p, iterations), state.prediction, *paths)
 
 
 class _State:
@@ -163,7 +184,7 @@ class _State:
     def __init__(self, prediction: Tensor, rivals: Tensor, goal: Tensor, toward: Tensor, finite: Tensor) -> None:
         self.prediction, self.rivals, self.goal, self.toward = prediction, rivals, goal, toward
         self.finite, self.active = finite, finite.clone()
-        self.label, self.iterations = prediction.clone(), torch.zeros_like(prediction)
+        self.label = prediction.clone()
 
     @classmethod
     def start(cls, output: Tensor, x: Tensor, target: Tensor | None, candidates: int) -> _State:
@@ -187,26 +208,28 @@ class _State:
         self.finite[rows] &= ~logits.isnan().any(1)
         self.active[rows] &= (self.toward[rows] == (label != self.goal[rows])) & self.finite[rows]
 
-    def boundaries(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def groups(self, rows: Tensor) -> list[Tensor]:
+        """Samples rows [n] by the number of boundaries that they may go to, empty groups left out."""
+        toward = self.toward[rows]
+        return [group for group in (rows[~toward], rows[toward]) if len(group)]
+
+    def boundaries(self, rows: Tensor, grouped: bool) -> tuple[Tensor, Tensor]:
         """Classes (upper, lower), [n, m] and [n]: the boundaries z_upper = z_lower that a step may go to. Samples that
-        move toward their target have one boundary only, {target, prediction}, repeated so that the batch stays
-        rectangular."""
+        move toward their target have one boundary only, {target, prediction}: m = 1 where rows is one of `groups`, else
+        it is repeated so that the batch stays rectangular."""
         toward, goal, rivals = self.toward[rows], self.goal[rows], self.rivals[rows]
+        if grouped and bool(toward.any()):
+            rivals = rivals[:, :1]
         upper = torch.where(toward[:, None], goal[:, None].expand_as(rivals), rivals)
         return upper, torch.where(toward, self.label[rows], goal)
 
-    def result(self, x: Tensor, moved: Tensor, p: float) -> DeepFoolResult:
+    def result(self, x: Tensor, moved: Tensor, p: float, iterations: Tensor) -> DeepFoolResult:
         crossed = (self.toward == (self.label == self.goal)) & self.finite
         perturbation = moved - x
         distance = torch.linalg.vector_norm(perturbation.flatten(1), ord=p, dim=1)
         valid = self.finite & ~perturbation.flatten(1).isnan().any(1)
         distance = distance.masked_fill(~valid, math.nan)
-        return DeepFoolResult(perturbation, distance, self.iterations, crossed & valid, self.label)
-
-
-def _scattered(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[N] with values [n] at rows [n], 0 elsewhere."""
-    return values.new_zeros(count).index_copy(0, rows, values)
+        return DeepFoolResult(perturbation, distance, iterations, crossed & valid, self.label)
 
 
 def _nearest_step(
@@ -218,6 +241,7 @@ def _nearest_step(
     p: float,
     slack: bool,
     step_limit: float | None,
+    together: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The step [n, *] to the nearest of the linearised boundaries, 0 where no gradient points anywhere, and which of
@@ -225,17 +249,35 @@ def _nearest_step(
     with torch.autocast(leaf.device.type, enabled=False):
         z = output.to(torch.promote_types(output.dtype, torch.float32))
         gap = z.gather(1, upper) - z.gather(1, lower[:, None])  # [n, m]
-        count = gap.shape[1]
-        gradients = [torch.autograd.grad(gap[:, j].sum(), leaf, retain_graph=j + 1 < count)[0] for j in range(count)]
+        gradients = _rows_of_jacobian(gap, leaf, together)
     with torch.no_grad():
         gap = gap.abs().clamp_min(SMALLEST_GAP)
-        step, choice, distance = functional.deepfool_step(gap, torch.stack(gradients, 1), active, p, backend)
+        step, choice, distance = functional.deepfool_step(gap, gradients, active, p, backend)
         if slack:
             step = step * _per_sample(1 + TOTAL_SLACK / distance, step)
             distance = distance + TOTAL_SLACK
         if step_limit is not None:
             step = step * _per_sample((step_limit / distance).clamp_max(1), step)
     return step, choice
+
+
+def _rows_of_jacobian(gap: Tensor, leaf: Tensor, together: bool) -> Tensor:
+    """d gap[n, j] / d leaf[n], [n, m, *]: in m backward passes, or `together` in one of m cotangents, as far as the
+    functions of the graph can be batched."""
+    count = gap.shape[1]
+    if together and count > 1:
+        one_hot = torch.eye(count, dtype=gap.dtype, device=gap.device).unsqueeze(1).expand(count, *gap.shape)
+        try:
+            return torch.autograd.grad(gap, leaf, one_hot, retain_graph=True, is_grads_batched=True)[0].transpose(0, 1)
+        except RuntimeError as error:
+            LOG.debug("candidates one at a time: %s", error)
+    passes = [torch.autograd.grad(gap[:, j].sum(), leaf, retain_graph=j + 1 < count)[0] for j in range(count)]
+    return torch.stack(passes, 1)
+
+
+def convolves(model: Model) -> bool:
+    """Whether a model has, or may have, convolutions, which gain nothing from cotangents side by side."""
+    return not isinstance(model, nn.Module) or any(isinstance(module, _ConvNd) for module in model.modules())
 
 
 def _per_sample(factor: Tensor, like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..backends import BACKENDS
 from ..batchnorm import running_statistics, training_batchnorms
-from ..deepfool import Search, check_search, search
+from ..deepfool import Search, check_search, convolves, search
 from ..random_state import RandomState
 from ..reference.dual_norm import dual_exponent
 from .options import choice, count, flag, norm_exponent, number
@@ -163,7 +163,10 @@ class AdversarialMarginLoss(nn.Module):
                 self.overshoot,
                 "step",
                 self.candidates,
+                # The forward pass of the loss, where it was that of the same function.
+                logits=None if training or (random is None and held.draws) else logits.detach(),
                 whole_batch=held.draws,
+                together=not convolves(model),
                 backend=self.backend,
             )
             result = found.result
