@@ -23,9 +23,13 @@ from torch import Tensor
 
 from . import functional
 from .reference.dual_norm import dual_exponent
-from .taps import Captured, Tap, same_edge
+from .taps import Captured, Tap, graph_nodes, same_edge
+from .thin_convolution import thin_convolution
 
 PASSES = ("auto", "loop")
+
+# c [N,C] and c W [N,D] of one competitor, None where nothing needs them.
+Seeds = tuple[Tensor | None, Tensor | None]
 
 
 def check_passes(passes: str) -> str:
@@ -116,7 +120,7 @@ class Cotangents:
         else:
             self._own = logits.new_zeros(logits.shape).scatter_(1, self._columns, -1.0)
 
-    def of(self, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def of(self, index: Tensor) -> Seeds:
         """c [N,C] (None where nothing needs it) and c W [N,D] (None without a head) for competitors index [N]."""
         cotangent = None
         if self._scores is not None:
@@ -170,8 +174,9 @@ def difference_norms(
         elif plan.cotangent or plan.rows or plan.taps:
             norms: list[Tensor] = []
             cotangents = Cotangents(captured, target, space, second_order)
+            route = Route(captured, plan.taps)
             for competitor in index.unbind(1):
-                gradients = _gradients(captured, plan, cotangents.of(competitor), second_order)
+                gradients = _gradients(plan, route, cotangents.of(competitor), second_order)
                 norms.append(functional.dual_norm(gradients, p, batch_dims=1, backend=backend))
                 del gradients
             measured = torch.stack(norms, 1)
@@ -187,43 +192,52 @@ def logit_norms(captured: Captured, p: float = 2, second_order: bool = False, ba
     for tap in captured.taps:
         _check_batch(tap, logits)
     with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
-        gradients = _backward(logits, torch.ones_like(logits), captured.taps, second_order)
+        route = Route(captured._replace(head=None), captured.taps)
+        gradients = route.backward(torch.ones_like(logits), second_order)
         return functional.dual_norm(gradients, p, batch_dims=1, backend=backend)
 
 
-def _gradients(
-    captured: Captured, plan: Plan, seeds: tuple[Tensor | None, Tensor | None], second_order: bool
-) -> list[Tensor]:
+def _gradients(plan: Plan, route: Route, seeds: Seeds, second_order: bool) -> list[Tensor]:
     """What dual_norm measures for one competitor, each [N,*]: c and c W as the plan names them, then the taps."""
     cotangent, rows = seeds
     named = (cotangent if plan.cotangent else None, rows if plan.rows else None)
     measured = [seed for seed in named if seed is not None]
     if not plan.taps:
         return measured
-    start = captured.logits if captured.head is None else captured.head.input
     seed = cotangent if rows is None else rows
     assert seed is not None
-    return measured + _backward(start, seed.to(start.dtype), plan.taps, second_order)
+    return measured + route.backward(seed.to(route.start.dtype), second_order)
 
 
-def _backward(start: Tensor, seed: Tensor, taps: Sequence[Tap], second_order: bool) -> list[Tensor]:
-    """Gradients of <seed, start> with respect to the taps; no weight gradient is computed."""
-    edges = [tap.edge for tap in taps]
-    try:
-        gradients = torch.autograd.grad(
-            start, edges, seed, retain_graph=True, create_graph=second_order, allow_unused=True
-        )
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise ValueError(
-            "reentrant checkpointing cannot give activation gradients: call torch.utils.checkpoint.checkpoint with "
-            f"use_reentrant=False (taps: {', '.join(tap.name for tap in taps)})"
-        ) from error
-    for tap, gradient in zip(taps, gradients, strict=True):
-        if gradient is None:
-            raise ValueError(f"tap {tap.name!r} is outside the graph of the logits: they do not depend on it")
-    return list(gradients)
+class Route:
+    """The way of a pass from the logits, or the head's input, to the taps; looked up once for all competitors."""
+
+    def __init__(self, captured: Captured, taps: Sequence[Tap]) -> None:
+        self.start = captured.logits if captured.head is None else captured.head.input
+        self.taps = taps
+        nodes = graph_nodes(self.start) if taps else []
+        self._thin = [thin_convolution(nodes, tap) for tap in taps]
+
+    def backward(self, seed: Tensor, second_order: bool) -> list[Tensor]:
+        """Gradients of <seed, start> with respect to the taps; no weight gradient is computed."""
+        edges = [tap.edge if conv is None else conv.output for tap, conv in zip(self.taps, self._thin, strict=True)]
+        try:
+            gradients = torch.autograd.grad(
+                self.start, edges, seed, retain_graph=True, create_graph=second_order, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise ValueError(
+                "reentrant checkpointing cannot give activation gradients: call torch.utils.checkpoint.checkpoint with "
+                f"use_reentrant=False (taps: {', '.join(tap.name for tap in self.taps)})"
+            ) from error
+        found: list[Tensor] = []
+        for tap, conv, gradient in zip(self.taps, self._thin, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(f"tap {tap.name!r} is outside the graph of the logits: they do not depend on it")
+            found.append(gradient if conv is None else conv.input_gradient(gradient))
+        return found
 
 
 def _columns(measured: Tensor | None, sources: list[Source], index: Tensor, dtype: torch.dtype) -> Tensor:

@@ -81,6 +81,18 @@ def same_edge(one: GradientEdge, other: GradientEdge) -> bool:
     return one.node is other.node and one.output_nr == other.output_nr
 
 
+def graph_nodes(tensor: Tensor) -> list[Any]:
+    """The nodes of the autograd graph that made a tensor."""
+    nodes: list[Any] = [get_gradient_edge(tensor).node]
+    seen = set(nodes)
+    for node in nodes:
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return nodes
+
+
 def explicit(logits: Tensor, activations: Sequence[Tensor]) -> Captured:
     """Taps from tensors that the caller kept: activations [N,*] of one forward pass that led to logits [N,C].
 

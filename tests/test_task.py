@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from margin_kernels import LargeMarginLoss, MarginTask
+from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, OneToNLoss
 
 CLASSES = 4
 
@@ -146,6 +146,46 @@ def test_without_gradients_there_are_only_the_logits_statistics() -> None:
         assert sorted(out) == ["gap", "index", "nll", "output"]
         assert all(torch.equal(out[name], full[name]) for name in out)
     task(x, y)["loss"].backward()
+
+
+@pytest.mark.parametrize(
+    ("loss", "statistics"),
+    [
+        (MarginSensitivityLoss(), ["classification", "gap", "nll", "output"]),
+        (OneToNLoss(), ["gap", "nll", "output", "per_sample"]),
+    ],
+    ids=["sensitivity", "one_to_n"],
+)
+def test_without_gradients_every_loss_shows_what_the_logits_show(loss, statistics) -> None:
+    x, y = batch()
+    task = MarginTask(conv_net(), loss)
+    full = task(x, y)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = task(x, y)
+        assert sorted(out) == statistics
+        assert all(torch.equal(out[name], full[name]) for name in out)
+    task(x, y)["loss"].backward()
+
+
+def test_a_loss_of_the_logits_costs_one_plain_forward_and_has_no_taps() -> None:
+    x, y = batch()
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, CLASSES))
+    reference = copy.deepcopy(model)
+    seen: list[bool] = []
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
+    for batchnorm in ("batch", "frozen"):
+        task = MarginTask(model, OneToNLoss(), batchnorm=batchnorm)
+        assert task.layers == ()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(task(x, y)["output"], reference(x))
+    assert seen == [False, False]
+
+
+def test_layers_are_refused_for_a_loss_of_the_logits() -> None:
+    with pytest.raises(ValueError, match=r"layers must be None for OneToNLoss, which measures at no tap, got"):
+        MarginTask(conv_net(), OneToNLoss(), ("input",))
 
 
 def test_accumulated_gradients_are_the_sum() -> None:
@@ -362,8 +402,11 @@ class TestCopies:
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def distributed_loss(second_order: bool) -> LargeMarginLoss:
-    return LargeMarginLoss(3.0, top_k=2, second_order=second_order, cross_entropy_weight=0.1)
+DISTRIBUTED = [
+    (LargeMarginLoss(3.0, top_k=2, cross_entropy_weight=0.1), LAYERS),
+    (LargeMarginLoss(3.0, top_k=2, second_order=True, cross_entropy_weight=0.1), LAYERS),
+    (MarginSensitivityLoss(2.0, power=1), None),
+]
 
 
 def train_on_one_of_two(rank: int, file: str) -> None:
@@ -372,9 +415,9 @@ def train_on_one_of_two(rank: int, file: str) -> None:
     x, y = batch(dtype=torch.float64)
     part = slice(3 * rank, 3 * rank + 3)
     found = []
-    for second_order in (False, True):
+    for loss, layers in DISTRIBUTED:
         model = conv_net().double()
-        wrapped = DistributedDataParallel(MarginTask(model, distributed_loss(second_order), LAYERS))
+        wrapped = DistributedDataParallel(MarginTask(model, loss, layers))
         for _ in range(2):
             model.zero_grad()
             wrapped(x[part], y[part])["loss"].backward()
@@ -389,8 +432,8 @@ def train_on_one_of_two(rank: int, file: str) -> None:
 def test_two_processes_average_to_the_gradient_of_the_whole_batch(tmp_path) -> None:
     file = str(tmp_path / "store")
     multiprocessing.spawn(train_on_one_of_two, (file,), nprocs=2)
-    for second_order, found in zip((False, True), torch.load(f"{file}.gradients"), strict=True):
+    for (loss, layers), found in zip(DISTRIBUTED, torch.load(f"{file}.gradients"), strict=True):
         model = conv_net().double()
-        MarginTask(model, distributed_loss(second_order), LAYERS)(*batch(dtype=torch.float64))["loss"].backward()
+        MarginTask(model, loss, layers)(*batch(dtype=torch.float64))["loss"].backward()
         for a, b in zip(found, gradients(model), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,66 @@
+"""The input gradient of a convolution with few input channels, as one matrix product and col2im.
+
+    z = W * x,   x [N,Ci,H,W'], W [Co,Ci,kh,kw]:      d x = col2im( W^T g ),   W as [Co, Ci kh kw], g [N, Co, positions]
+
+A network's first convolution has 1 or 3 input channels, and the CPU library pads them to a vector of 16: for the 5x5
+convolution of mnist_cnn the gradient at the input then costs as much as that of the second convolution, which has 16
+times its work. Training never asks for it; a pass to the input does, for each competitor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn import functional as F
+
+from .taps import Tap, same_edge
+
+# Output channels for each input channel from which col2im is the faster way: measured, MKL-DNN on AVX-512.
+FEW = 16
+# Elements of a kernel: W^T g then holds at most four times the elements of g.
+SMALL = 64
+
+
+class ThinConvolution(NamedTuple):
+    """A convolution that alone reads the tapped x: the edge of its output, its weight and padding, and (H, W') of x."""
+
+    output: GradientEdge
+    weight: Tensor
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    size: tuple[int, int]
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient in x [N,Ci,H,W'] from that in the output [N,Co,*]; differentiable in both factors."""
+        # bmm, for matmul would make it one product of transposed copies.
+        columns = torch.bmm(self.weight.flatten(1).t().expand(len(gradient), -1, -1), gradient.flatten(2))
+        return F.fold(columns, self.size, self.weight.shape[2:], self.dilation, self.padding)
+
+
+def thin_convolution(nodes: Sequence[Any], tap: Tap) -> ThinConvolution | None:
+    """The convolution that alone among the nodes reads the tap, where col2im is the faster way to its gradient."""
+    if len(tap.shape) != 4:
+        return None
+    readers = [
+        (node, number)
+        for node in nodes
+        for number, (following, output) in enumerate(node.next_functions)
+        if following is not None and same_edge(GradientEdge(following, output), tap.edge)
+    ]
+    if len(readers) != 1 or readers[0][0].name() != "ConvolutionBackward0" or readers[0][1] != 0:
+        return None
+    node = readers[0][0]
+    if node._saved_groups != 1 or node._saved_transposed or tuple(node._saved_stride) != (1, 1):
+        return None
+    weight = node._saved_weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+        return None
+    outputs, inputs, height, width = weight.shape
+    if outputs < FEW * inputs or height * width > SMALL:
+        return None
+    padding, dilation = tuple(node._saved_padding), tuple(node._saved_dilation)
+    return ThinConvolution(GradientEdge(node, 0), weight, padding, dilation, (tap.shape[2], tap.shape[3]))
