@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from dataclasses import dataclass, field
@@ -236,7 +237,8 @@ class TrainingConfig:
     """How to train.
 
     Args:
-        epochs: passes over the training images
+        epochs: passes over the training images, `repeat` at a time
+        repeat: passes in what counts as one epoch; for so few images that a pass is a step or two
         stop_at_train_accuracy: stop after the epoch in which this share of the training labels (the noisy ones, where
             there is noise) was predicted, counted batch by batch during the epoch; null for all epochs
         batch_size: images per optimiser step
@@ -254,6 +256,7 @@ class TrainingConfig:
     """
 
     epochs: int = 30
+    repeat: int = 1
     stop_at_train_accuracy: float | None = None
     batch_size: int = 64
     accumulate: int = 1
@@ -434,12 +437,18 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
 def typed(values: dict[str, Any]) -> Config:
     """Config from a nested dict as a YAML file holds it: keys and types are checked. Raises ConfigError."""
     check_keys(values, "config")
-    parser = ArgumentParser(exit_on_error=False)
-    add_arguments(parser)
     try:
-        return from_namespace(parser.parse_object(values))
+        return from_namespace(_parser().parse_object(values))
     except ArgumentError as error:
         raise ConfigError(str(error)) from None
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    """A parser of configs alone, made once: a sweep has hundreds of cells."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    return parser
 
 
 def to_dict(config: Config) -> dict[str, Any]:
