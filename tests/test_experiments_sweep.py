@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -143,6 +144,18 @@ def test_another_budget_is_not_mixed_with_the_records_of_this_one(tiny, capsys):
     path, out = tiny
     assert run(path, out) == 1
     assert "was made with other settings (training.epochs): choose another --out" in capsys.readouterr().err
+
+
+def test_a_record_from_before_a_field_existed_counts_as_its_default(tiny, tmp_path):
+    path, out = tiny
+    shutil.copytree(out / "records", tmp_path / "records")
+    for file in (tmp_path / "records").iterdir():
+        record = json.loads(file.read_text())
+        del record["config"]["training"]["repeat"], record["config"]["loss"]["adversarial_training"]
+        file.write_text(json.dumps(record))
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "records").iterdir()}
+    assert run(path, tmp_path, "--budget", "quick") == 0
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "records").iterdir()} == before
 
 
 def test_dry_run_lists_the_cells_and_starts_nothing(tiny, tmp_path, capsys):

@@ -156,6 +156,12 @@ def test_resume_refuses_another_config_and_a_broken_file(digits, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"other settings \(optimiser.lr, training.seed\)"):
         other.resume()
     path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["training"]["repeat"]  # as written before the field existed
+    torch.save(state, path)
+    same = Trainer(settings(), digits, tmp_path)
+    same.resume()
+    assert same.epoch == 1
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint.pt: not a readable checkpoint"):
         Trainer(settings(), digits, tmp_path).resume()

@@ -462,6 +462,11 @@ def from_dict(values: dict[str, Any]) -> Config:
     return _build(Config, values)
 
 
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored config, perhaps of an earlier version, with the defaults of the fields that it lacks."""
+    return to_dict(from_dict(values))
+
+
 def to_yaml(config: Config) -> str:
     """YAML in the order of the dataclasses."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -26,7 +26,7 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from . import summary
-from .config import to_dict
+from .config import complete, to_dict
 from .progress import Meter
 from .records import finite, write_json
 from .sweep import Cell
@@ -69,8 +69,8 @@ class Runner:
         path = self.record(cell.name)
         if not path.is_file():
             return False
-        changed = [key for key in differing(json.loads(path.read_text())["config"], planned(cell))]
-        changed = [key for key in changed if key not in RESUMABLE]
+        recorded = complete(json.loads(path.read_text())["config"])
+        changed = [key for key in differing(recorded, planned(cell)) if key not in RESUMABLE]
         if changed:
             raise ValueError(
                 f"{path} was made with other settings ({', '.join(changed)}): choose another --out, or delete the file"

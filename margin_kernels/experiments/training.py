@@ -21,7 +21,7 @@ import margin_kernels as mk
 
 from . import checkpoint, models, objectives
 from .attacks import eval_mode
-from .config import Config, exponent, to_dict, to_yaml
+from .config import Config, complete, exponent, to_dict, to_yaml
 from .data import Dataset, Split
 from .distance import signed_distance, tap_names
 from .records import flatten, machine, versions, write_csv, write_json, write_text
@@ -286,7 +286,7 @@ class Trainer:
         if self.folder is None:
             raise ValueError("resume needs the folder of the run")
         state = checkpoint.load_state(self.folder)
-        changed = [key for key in differing(state["config"], to_dict(self.config)) if key not in RESUMABLE]
+        changed = [key for key in differing(complete(state["config"]), to_dict(self.config)) if key not in RESUMABLE]
         if changed:
             raise checkpoint.CheckpointError(
                 f"{self.folder}: the checkpoint was written with other settings ({', '.join(changed)}); "
