@@ -1,6 +1,6 @@
 # On a fresh machine with Python 3.11+ and a C++ compiler one command does everything: each target depends on `install`.
 #
-#   make demo     trains five losses on scanned digits and writes demo/index.html
+#   make demo     trains eight losses on scanned digits and writes demo/index.html
 #   make test     the tests                 make bench    every benchmark, few rounds
 #   make lint     ruff, mypy, clang-format  make cpptest  the C++ library and its tests
 #   make test-triton  the Triton kernels without a GPU: interpreted by the op tests, compiled for sm_90

@@ -124,6 +124,37 @@ def steps(run: dict) -> str:
     return table(head, rows)
 
 
+def losses(run: dict) -> str:
+    """Time / peak memory of a step relative to cross-entropy, one column for each network and number of threads."""
+    columns = list(dict.fromkeys((cell["network"], cell["threads"]) for cell in run["steps"]))
+    rows: dict[str, dict[tuple, str]] = {}
+    for cell in run["steps"]:
+        text = f"{cell['time_to_cross_entropy']:.2f} / {cell['memory_to_cross_entropy']:.1f}"
+        rows.setdefault(cell["loss"], {})[cell["network"], cell["threads"]] = text
+    head = [f"{network}, {threads} thread{'s' if threads > 1 else ''}" for network, threads in columns]
+    return table(["loss", *head], [[name, *(cells[c] for c in columns)] for name, cells in rows.items()])
+
+
+def sweep(path: Path) -> str:
+    """One row per model and point of a sweep's summary.csv: means, and standard deviations where there are seeds."""
+    columns = {
+        "error": ("error %", 100, 2),
+        "fgsm_error": ("FGSM error %", 100, 1),
+        "ifgsm_gap_error": ("IFGSM gap error %", 100, 1),
+        "margin": ("margin", 1, 2),
+        "rho_adv": ("10 rho_adv", 10, 2),
+    }
+    rows = []
+    for row in csv.DictReader(path.open()):
+        cells = []
+        for key, (_, factor, digits) in columns.items():
+            mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
+            text = f"{factor * float(mean):.{digits}f}" if mean else "-"
+            cells.append(f"{text} ± {factor * float(std):.{digits}f}" if mean and std else text)
+        rows.append([" ".join(filter(None, (row["model"], row["point"]))), row["seeds"], *cells])
+    return table(["model", "runs", *(head for head, _, _ in columns.values())], rows)
+
+
 def overhead(run: dict) -> str:
     return table(["call", "microseconds"], [[n, f"{v:.1f}"] for n, v in run["overhead_microseconds"].items()])
 

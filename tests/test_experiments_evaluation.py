@@ -265,7 +265,7 @@ def test_best_values_are_marked_by_what_is_printed(linear):
     models[2]["evaluation"]["clean"] = evaluation["clean"] - 0.1
     (accuracy, *_) = table.sections(models)
     assert table.best(accuracy.rows[0], models) == {0, 1}
-    assert report.tuning_cell("m", 1.5) == "1.5" and report.tuning_cell("clean", 0.9751) == "97.5 %"
+    assert report.tuning_cell([1.5, 2.0]) == "1.5, 2" and report.tuning_cell(0.9751) == "97.5 %"
 
 
 def test_evaluating_leaves_the_network_trainable():

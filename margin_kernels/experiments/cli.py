@@ -33,7 +33,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
   evaluate   measure trained networks: accuracy, attacks, distances, cost of a step
   report     compare evaluated runs: one HTML page, CSV, JSON, PNG
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
-  demo       train and compare five losses on scikit-learn's digits
+  demo       train and compare eight losses on scikit-learn's digits
   info       versions, machine, backends, shipped configs
 
 margin-kernels COMMAND --help says more.

@@ -1,13 +1,14 @@
-"""Five losses on scikit-learn's digits: cross-entropy, hinge, and the large margin loss for l1, l2 and linf.
+"""Eight losses on scikit-learn's digits: cross-entropy, hinge, the large margin loss for l1, l2 and linf, margin
+sensitivity, adversarial margin maximisation, and 1-to-N.
 
-The margin losses tap the input, every hidden layer and the output. Their gamma is a multiple m of what cross-entropy
-reaches by itself, tap by tap, and m is chosen on the validation split:
+Each margin loss has one hyper-parameter that is chosen on the validation split. The large margin losses tap the input,
+every hidden layer and the output; their gamma is a multiple m of what cross-entropy reaches by itself, tap by tap:
 
     gamma_l = m * median over training samples of d[n,l] of the cross-entropy network, in the norm of the loss
     loss    = mean nll + mean over n of sum_l r_l max_j max(0, 1 - d[n,j,l] / gamma_l)          r_input = 16, else 1
 
-so that every tap is measured in its own units and the input, where attacks happen, weighs most. The test split is
-looked at once, for the table.
+so that every tap is measured in its own units and the input, where attacks happen, weighs most. Of margin sensitivity
+and of adversarial margins it is the weight, of 1-to-N the bound delta. The test split is looked at once, for the table.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from rich.table import Table
 from . import data, report, table
 from .attacks import eval_mode, ifgsm
 from .config import (
+    AdversarialConfig,
     Config,
     EvaluationConfig,
     LossConfig,
     ModelConfig,
+    OneToNConfig,
     OptimiserConfig,
     ScheduleConfig,
+    SensitivityConfig,
     TrainingConfig,
     to_dict,
 )
@@ -43,32 +47,41 @@ from .records import machine, versions
 from .training import Trainer, accuracy
 
 NORMS = ("1", "2", "inf")
+TUNED = (*(f"l{norm} margin" for norm in NORMS), "sensitivity", "adversarial", "1-to-N")
 EPS = 0.1
 TOLERANCE = 0.005  # validation accuracy a margin network may lose against cross-entropy
 INPUT_WEIGHT = 16.0
 
 RULE = (
-    "One network per norm and per multiple m; gamma is m times the median distance of the cross-entropy network at "
-    "each tap. Chosen on the validation split: among the networks whose accuracy is at most "
-    f"{100 * TOLERANCE:g} points below that of cross-entropy (or the most accurate one, if there is none), the "
-    f"one with the best accuracy under IFGSM on the logit gap, eps = {EPS:g}."
+    "One network per value. The gamma of a large margin loss is m times the median distance of the cross-entropy "
+    "network at each tap, in the norm of the loss. Chosen on the validation split: among the networks whose accuracy "
+    f"is at most {100 * TOLERANCE:g} points below that of cross-entropy (or the most accurate one, if there is none), "
+    f"the one with the best accuracy under IFGSM on the logit gap, eps = {EPS:g}."
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much the demo does."""
+    """How much the demo does: epochs, and the values among which each hyper-parameter is chosen."""
 
     epochs: int
     multiples: tuple[float, ...]
+    sensitivity: tuple[float, ...]
+    adversarial: tuple[float, ...]
+    deltas: tuple[float, ...]
     top_k: int
     evaluation: EvaluationConfig
 
 
-FULL = Plan(30, (1.0, 1.5, 2.5), 3, EvaluationConfig(eps=EPS, timing_repeats=25))
+FULL = Plan(
+    30, (1.0, 1.5, 2.5), (0.03, 0.1, 0.3), (4.0, 16.0), (2.0, 10.0), 3, EvaluationConfig(eps=EPS, timing_repeats=25)
+)
 QUICK = Plan(
     12,
     (2.0,),
+    (0.1,),
+    (8.0,),
+    (10.0,),
     1,
     EvaluationConfig(
         eps=EPS, curve=[0.0, 0.05, 0.1, 0.2], deepfool_samples=100, deepfool_iterations=20, timing_repeats=9
@@ -77,7 +90,7 @@ QUICK = Plan(
 
 
 def settings(name: str, loss: LossConfig, plan: Plan, seed: int) -> Config:
-    """The config that all five share but for the loss."""
+    """The config that all networks share but for the loss."""
     return Config(
         name=name,
         model=ModelConfig("digits_cnn"),
@@ -103,6 +116,30 @@ def margin_loss(norm: str, gamma: list[float], top_k: int) -> LossConfig:
     )
 
 
+Trial = tuple[str, list[float] | str, LossConfig]  # the value that is tried, gamma per tap where there is one, the loss
+
+
+def trials(label: str, baseline: Trainer, plan: Plan) -> list[Trial]:
+    """What is tried for one loss."""
+    if label == "sensitivity":
+        weights = [LossConfig("margin_sensitivity", sensitivity=SensitivityConfig(w)) for w in plan.sensitivity]
+        return [(f"weight {loss.sensitivity.weight:g}", "", loss) for loss in weights]
+    if label == "adversarial":
+        weights = [LossConfig("adversarial_margin", adversarial=AdversarialConfig(w)) for w in plan.adversarial]
+        return [(f"weight {loss.adversarial.weight:g}", "", loss) for loss in weights]
+    if label == "1-to-N":
+        bounds = [LossConfig("one_to_n", one_to_n=OneToNConfig(delta)) for delta in plan.deltas]
+        return [(f"delta {loss.one_to_n.delta:g}", "", loss) for loss in bounds]
+    norm = label.removesuffix(" margin").removeprefix("l")
+    p = math.inf if norm == "inf" else float(norm)
+    medians = signed_distance(baseline.model, baseline.dataset.train, baseline.hidden, p).median(0).values.tolist()
+    tried: list[Trial] = []
+    for multiple in plan.multiples:
+        gamma = [float(f"{multiple * value:.4g}") for value in medians]
+        tried.append((f"m {multiple:g}", gamma, margin_loss(norm, gamma, plan.top_k)))
+    return tried
+
+
 class Demo:
     """The demo's state: the data, the meter, and what was trained."""
 
@@ -124,21 +161,16 @@ class Demo:
         attacked_split = data.Split(attacked.images, y)
         return accuracy(trainer.model, self.dataset.validation), accuracy(trainer.model, attacked_split)
 
-    def tune(self, baseline: Trainer, norm: str) -> tuple[Trainer, list[dict[str, Any]]]:
-        """The margin network of one norm with the best multiple of gamma, and a row per multiple."""
+    def tune(self, baseline: Trainer, label: str) -> tuple[Trainer, list[dict[str, Any]]]:
+        """The network of one loss with the best value of its hyper-parameter, and a row per value."""
         floor = accuracy(baseline.model, self.dataset.validation) - TOLERANCE
-        p = math.inf if norm == "inf" else float(norm)
-        medians = signed_distance(baseline.model, self.dataset.train, baseline.hidden, p).median(0).values.tolist()
         tried: list[tuple[Trainer, float, float]] = []
         rows: list[dict[str, Any]] = []
-        for multiple in self.plan.multiples:
-            gamma = [float(f"{multiple * value:.4g}") for value in medians]
-            trainer = self.train(f"l{norm} margin", margin_loss(norm, gamma, self.plan.top_k))
+        for value, gamma, loss in trials(label, baseline, self.plan):
+            trainer = self.train(label, loss)
             clean, attacked = self.validate(trainer)
             tried.append((trainer, clean, attacked))
-            rows.append(
-                {"norm": f"l{norm}", "m": multiple, "gamma per tap": gamma, "clean": clean, "IFGSM gap": attacked}
-            )
+            rows.append({"loss": label, "value": value, "gamma per tap": gamma, "clean": clean, "IFGSM gap": attacked})
         chosen = choose([(clean, attacked) for _, clean, attacked in tried], floor)
         for i, row in enumerate(rows):
             row["chosen"] = i == chosen
@@ -155,8 +187,9 @@ def choose(scores: list[tuple[float, float]], floor: float) -> int:
 
 
 def step_cost(loss: LossConfig, plan: Plan) -> float:
-    """Cost of a training step in units of a cross-entropy step, 3F: second order adds about twice its passes."""
-    return 1.0 + 2.0 * plan.top_k if loss.kind == "large_margin" else 1.0
+    """Cost of a training step in units of a cross-entropy step, for the time that is left."""
+    own = {"large_margin": 1.0 + 2.0 * plan.top_k, "margin_sensitivity": 4.0, "adversarial_margin": 8.0}
+    return own.get(loss.kind, 1.0)
 
 
 def run(folder: Path, quick: bool = False, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
@@ -175,22 +208,24 @@ def _run(folder: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any
     start = time.perf_counter()
     dataset = data.load("digits")
     steps = plan.epochs * math.ceil(len(dataset.train) / 64)
-    margin = step_cost(LossConfig(kind="large_margin"), plan)
+    networks = len(plan.multiples) * len(NORMS) * step_cost(LossConfig("large_margin"), plan)
+    networks += len(plan.sensitivity) * step_cost(LossConfig("margin_sensitivity"), plan)
+    networks += len(plan.adversarial) * step_cost(LossConfig("adversarial_margin"), plan) + len(plan.deltas)
     evaluation_cost = 0.4 * steps
-    total = steps * (2 + len(NORMS) * len(plan.multiples) * margin) + evaluation_cost * (2 + len(NORMS)) + 0.2 * steps
+    total = steps * (2 + networks) + evaluation_cost * (2 + len(TUNED)) + 0.2 * steps
     with Meter(total, "training", console, steps=False) as meter:
         demo = Demo(plan, seed, meter, dataset)
         trainers = {"cross-entropy": demo.train("cross-entropy", LossConfig())}
         trainers["hinge"] = demo.train("hinge", LossConfig(kind="hinge"))
         tuning: list[dict[str, Any]] = []
         baseline = trainers["cross-entropy"]
-        for norm in NORMS:
-            trainers[f"l{norm} margin"], rows = demo.tune(baseline, norm)
+        for label in TUNED:
+            trainers[label], rows = demo.tune(baseline, label)
             tuning += rows
-        reference = dict.fromkeys(("m", "gamma per tap"), "")
+        reference = dict.fromkeys(("value", "gamma per tap"), "")
         for label in ("hinge", "cross-entropy"):
             clean, attacked = demo.validate(trainers[label])
-            tuning.insert(0, {"norm": label, **reference, "clean": clean, "IFGSM gap": attacked, "chosen": False})
+            tuning.insert(0, {"loss": label, **reference, "clean": clean, "IFGSM gap": attacked, "chosen": False})
         meter.advance(0, "timing")
         configs = {label: trainer.config for label, trainer in trainers.items()}
         timing = time_steps(baseline.config, configs, dataset, plan.evaluation.timing_repeats)
@@ -220,6 +255,9 @@ INTRO = [
     "for a distance gamma to the decision boundary at the input, at every hidden layer and at the output, in the l1, "
     "l2 or linf norm. The distances are differentiated to second order here, and the input tap weighs "
     f"{INPUT_WEIGHT:g} times as much as each other tap.",
+    "Sensitivity: margin sensitivity (Matyasko and Chau, IJCNN 2017), a hinge and the squared norm of the gradient of "
+    "the margin. Adversarial: MIN EXP of adversarial margin maximisation (Yan, Guo and Zhang, TPAMI 2019), the norm of "
+    "the perturbation that DeepFool finds. 1-to-N: the loss of Rocca Layza, Pedrini and Torres, SIBGRAPI 2020.",
     "A large margin loss may scale the logits until cross-entropy has no gradient left to attack with, so every attack "
     "is also run on the logit gap, which has no scale. Bold: the best of a row.",
 ]
@@ -263,13 +301,11 @@ def facts(baseline: Trainer, seconds: float, tested: int) -> dict[str, Any]:
 
 def show_tuning(console: Console, rows: list[dict[str, Any]]) -> None:
     """Prints the choice of gamma; the chosen rows in bold."""
-    title = "Choice of gamma on the validation split (bold: chosen)"
+    title = "Choice on the validation split (bold: chosen)"
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [key for key in rows[0] if key != "chosen"]
     for column in columns:
-        shown.add_column(column, justify="left" if column == "norm" else "right", no_wrap=True)
+        shown.add_column(column, justify="left" if column in ("loss", "value") else "right", no_wrap=True)
     for row in rows:
-        shown.add_row(
-            *(report.tuning_cell(column, row[column]) for column in columns), style="bold" if row["chosen"] else ""
-        )
+        shown.add_row(*(report.tuning_cell(row[column]) for column in columns), style="bold" if row["chosen"] else "")
     console.print(shown)

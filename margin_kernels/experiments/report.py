@@ -53,7 +53,7 @@ def write(folder: Path, results: dict[str, Any]) -> Path:
     """Writes everything into `folder` and returns the page's path.
 
     `results`: title, intro (paragraphs), models (name, label, config, history, evaluation, timing), facts (name ->
-    value), and optionally tuning (list of rows: label, gamma, validation, ..., chosen).
+    value), and optionally tuning (list of rows: loss, value, ..., chosen).
     """
     groups = all_figures(results["models"])
     write_csv(folder / "results.csv", table.flat(results["models"]))
@@ -77,7 +77,7 @@ def page(results: dict[str, Any], groups: dict[str, list[Figure]]) -> str:
     body += ["<h2>Results</h2>", _results_table(results["models"])]
     if results.get("tuning"):
         body += [
-            "<h2>Choice of gamma</h2>",
+            "<h2>Choice on the validation split</h2>",
             f"<p>{html.escape(results['tuning_rule'])}</p>",
             _tuning_table(results["tuning"]),
         ]
@@ -118,19 +118,17 @@ def _tuning_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         mark = ' class="chosen"' if row["chosen"] else ""
-        lines.append(
-            f"<tr{mark}>" + "".join(f"<td>{html.escape(tuning_cell(c, row[c]))}</td>" for c in columns) + "</tr>"
-        )
+        lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(tuning_cell(row[c]))}</td>" for c in columns) + "</tr>")
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def tuning_cell(column: str, value: Any) -> str:
-    """A cell of the tuning table: accuracies as percent, other numbers to three digits, lists joined."""
+def tuning_cell(value: Any) -> str:
+    """A cell of the tuning table: accuracies as percent, lists joined to three digits."""
     if isinstance(value, list):
         return ", ".join(f"{item:.3g}" for item in value)
     if not isinstance(value, float):
         return str(value)
-    return f"{value:g}" if column == "m" else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %"
 
 
 def _figure(figure: Figure) -> str:

@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+# Of the terminal's table: the longest label of a row, and a model's numbers with their space.
+LABEL_WIDTH, COLUMN_WIDTH = 30, 10
 Model = dict[str, Any]  # name, label, config, history, evaluation, timing
 
 
@@ -106,10 +108,17 @@ def best(row: Row, models: list[Model]) -> set[int]:
 
 
 def show(console: Console, models: list[Model], title: str) -> None:
-    """Prints the table; the best value of a row in bold."""
+    """Prints the table, in parts where the terminal is too narrow for all models; the best value of a row in bold."""
+    fitting = max(1, (console.width - LABEL_WIDTH) // COLUMN_WIDTH)
+    for first in range(0, len(models), fitting):
+        part = range(first, min(first + fitting, len(models)))
+        console.print(_table(models, part, title if first == 0 else None))
+
+
+def _table(models: list[Model], part: range, title: str | None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for model in models:
+    for model in (models[i] for i in part):
         # a word a line keeps columns as narrow as their numbers
         table.add_column(model["label"].replace(" ", "\n").replace("-", "-\n"), justify="right", vertical="bottom")
     for i, section in enumerate(sections(models)):
@@ -118,9 +127,9 @@ def show(console: Console, models: list[Model], title: str) -> None:
         table.add_row(f"[italic]{section.title}[/italic]")
         for row in section.rows:
             winners = best(row, models)
-            texts = [cell(row, model) for model in models]
-            table.add_row("  " + row.label, *(f"[bold]{t}[/bold]" if i in winners else t for i, t in enumerate(texts)))
-    console.print(table)
+            texts = {i: cell(row, models[i]) for i in part}
+            table.add_row("  " + row.label, *(f"[bold]{t}[/bold]" if i in winners else t for i, t in texts.items()))
+    return table
 
 
 def cell(row: Row, model: Model) -> str:
