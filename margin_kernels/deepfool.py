@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import functional
+from .passes import pair_gradient, route_from
 
 LOG = logging.getLogger(__name__)
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -246,12 +247,11 @@ def _nearest_step(
 ) -> tuple[Tensor, Tensor]:
     """The step [n, *] to the nearest of the linearised boundaries, 0 where no gradient points anywhere, and which of
     the boundaries that is, [n]."""
-    with torch.autocast(leaf.device.type, enabled=False):
-        z = output.to(torch.promote_types(output.dtype, torch.float32))
-        gap = z.gather(1, upper) - z.gather(1, lower[:, None])  # [n, m]
-        gradients = _rows_of_jacobian(gap, leaf, together)
+    z = output.to(torch.promote_types(output.dtype, torch.float32))
+    gap = z.gather(1, upper) - z.gather(1, lower[:, None])  # [n, m]
+    gradients = _gradients(output, gap, leaf, upper, lower, together)
     with torch.no_grad():
-        gap = gap.abs().clamp_min(SMALLEST_GAP)
+        gap = gap.detach().abs().clamp_min(SMALLEST_GAP)
         step, choice, distance = functional.deepfool_step(gap, gradients, active, p, backend)
         if slack:
             step = step * _per_sample(1 + TOTAL_SLACK / distance, step)
@@ -261,18 +261,20 @@ def _nearest_step(
     return step, choice
 
 
-def _rows_of_jacobian(gap: Tensor, leaf: Tensor, together: bool) -> Tensor:
+def _gradients(output: Tensor, gap: Tensor, leaf: Tensor, upper: Tensor, lower: Tensor, together: bool) -> Tensor:
     """d gap[n, j] / d leaf[n], [n, m, *]: in m backward passes, or `together` in one of m cotangents, as far as the
     functions of the graph can be batched."""
     count = gap.shape[1]
     if together and count > 1:
         one_hot = torch.eye(count, dtype=gap.dtype, device=gap.device).unsqueeze(1).expand(count, *gap.shape)
         try:
-            return torch.autograd.grad(gap, leaf, one_hot, retain_graph=True, is_grads_batched=True)[0].transpose(0, 1)
+            with torch.autocast(leaf.device.type, enabled=False):
+                batched = torch.autograd.grad(gap, leaf, one_hot, retain_graph=True, is_grads_batched=True)
+            return batched[0].transpose(0, 1)
         except RuntimeError as error:
             LOG.debug("candidates one at a time: %s", error)
-    passes = [torch.autograd.grad(gap[:, j].sum(), leaf, retain_graph=j + 1 < count)[0] for j in range(count)]
-    return torch.stack(passes, 1)
+    route = route_from(output, leaf)
+    return torch.stack([pair_gradient(output, upper[:, j], lower, leaf, route=route) for j in range(count)], 1)
 
 
 def convolves(model: Model) -> bool:

@@ -209,6 +209,28 @@ def _gradients(plan: Plan, route: Route, seeds: Seeds, second_order: bool) -> li
     return measured + route.backward(seed.to(route.start.dtype), second_order)
 
 
+def pair_gradient(
+    logits: Tensor, upper: Tensor, lower: Tensor, x: Tensor, second_order: bool = False, route: Route | None = None
+) -> Tensor:
+    """d (z[n,upper_n] - z[n,lower_n]) / d x[n], [N,*], of logits z [N,C] made from x [N,*]; the graph is kept.
+
+    upper, lower  classes, int64 [N];  second_order  True: the gradient carries a graph;  route  from x, if it is known
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        seed = (
+            torch.zeros_like(logits)
+            .scatter_(1, upper.unsqueeze(1), 1.0)
+            .scatter_add_(1, lower.unsqueeze(1), torch.full_like(logits[:, :1], -1.0))
+        )
+        return (route or route_from(logits, x)).backward(seed, second_order)[0]
+
+
+def route_from(logits: Tensor, x: Tensor) -> Route:
+    """The way of a pass from logits [N,C] to the x [N,*] that they were made from."""
+    taps = [Tap("x", torch.autograd.graph.get_gradient_edge(x), x.shape)]
+    return Route(Captured(logits, taps), taps)
+
+
 class Route:
     """The way of a pass from the logits, or the head's input, to the taps; looked up once for all competitors."""
 

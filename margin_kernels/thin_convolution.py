@@ -62,5 +62,10 @@ def thin_convolution(nodes: Sequence[Any], tap: Tap) -> ThinConvolution | None:
     outputs, inputs, height, width = weight.shape
     if outputs < FEW * inputs or height * width > SMALL:
         return None
-    padding, dilation = tuple(node._saved_padding), tuple(node._saved_dilation)
+    padding, dilation = _pair(node._saved_padding), _pair(node._saved_dilation)
     return ThinConvolution(GradientEdge(node, 0), weight, padding, dilation, (tap.shape[2], tap.shape[3]))
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    """The value of each direction; padding="valid" saves one for both."""
+    return values[0], values[-1]

@@ -259,6 +259,17 @@ def test_a_centred_run_keeps_the_mean_of_its_training_images(digits, tmp_path):
     assert torch.equal(loaded(x), trainer.model.eval()(x))
 
 
+def test_repeated_passes_are_epochs_without_the_records_between_them(digits):
+    options = ("--training.distance_samples", "0", "--optimiser.name", "sgd")
+    single = Trainer(settings(*options, "--training.epochs", "6"), digits)
+    triple = Trainer(settings(*options, "--training.epochs", "2", "--training.repeat", "3"), digits)
+    short, long = triple.run(), single.run()
+    assert torch.equal(weights(single), weights(triple)) and triple.steps_per_epoch == 3 * single.steps_per_epoch
+    assert short[1]["validation_accuracy"] == long[5]["validation_accuracy"]
+    for key in ("train_loss", "train_accuracy"):
+        assert short[0][key] == pytest.approx(sum(record[key] for record in long[:3]) / 3)
+
+
 def test_training_stops_at_the_training_accuracy_it_is_given(digits, tmp_path):
     options = ("--training.epochs", "12", "--training.batch_size", "16", "--training.distance_samples", "0")
     whole = Trainer(settings(*options), digits).run()

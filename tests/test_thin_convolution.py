@@ -58,6 +58,7 @@ CONVOLUTIONS = [
     nn.Conv2d(1, 16, (2, 4)),
     nn.Conv2d(3, 48, 3, padding=(0, 2), dilation=(2, 1)),
     nn.Conv2d(1, 17, 1),
+    nn.Conv2d(1, 16, 3, padding="valid"),
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from dataclasses import dataclass, field
@@ -236,7 +237,8 @@ class TrainingConfig:
     """How to train.
 
     Args:
-        epochs: passes over the training images
+        epochs: passes over the training images, `repeat` at a time
+        repeat: passes in what counts as one epoch; for so few images that a pass is a step or two
         stop_at_train_accuracy: stop after the epoch in which this share of the training labels (the noisy ones, where
             there is noise) was predicted, counted batch by batch during the epoch; null for all epochs
         batch_size: images per optimiser step
@@ -254,6 +256,7 @@ class TrainingConfig:
     """
 
     epochs: int = 30
+    repeat: int = 1
     stop_at_train_accuracy: float | None = None
     batch_size: int = 64
     accumulate: int = 1
@@ -283,6 +286,7 @@ class EvaluationConfig:
             them, 0 for none
         deepfool_samples: test images measured by DeepFool; 0 for none
         deepfool_iterations: at most
+        deepfool_step_limit: longest step of DeepFool, or null; [M] limits it to 0.5
         distance_samples: test images whose signed distance is measured; 0 for none
         distance_p: norm of that distance
         timing_repeats: interleaved pairs of training steps; 0 for no timing
@@ -296,6 +300,7 @@ class EvaluationConfig:
     ifgsm_samples: int | None = None
     deepfool_samples: int = 500
     deepfool_iterations: int = 50
+    deepfool_step_limit: float | None = None
     distance_samples: int = 1000
     distance_p: float | Literal["inf"] = 2.0
     timing_repeats: int = 15
@@ -432,12 +437,18 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
 def typed(values: dict[str, Any]) -> Config:
     """Config from a nested dict as a YAML file holds it: keys and types are checked. Raises ConfigError."""
     check_keys(values, "config")
-    parser = ArgumentParser(exit_on_error=False)
-    add_arguments(parser)
     try:
-        return from_namespace(parser.parse_object(values))
+        return from_namespace(_parser().parse_object(values))
     except ArgumentError as error:
         raise ConfigError(str(error)) from None
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    """A parser of configs alone, made once: a sweep has hundreds of cells."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    return parser
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def boundary_norms(
     with attacks.eval_mode(model):
         for x, y in split.batches(config.batch_size, device):
             side = torch.where(_right(model, x, y), 1.0, -1.0)
-            found = deepfool(model, x, max_iter=config.deepfool_iterations)
+            found = deepfool(model, x, max_iter=config.deepfool_iterations, step_limit=config.deepfool_step_limit)
             norms.append(side * found.distance.masked_fill(~found.success, math.nan))
             ratios.append(norms[-1] / x.flatten(1).norm(dim=1))
     margins, relative = torch.cat(norms).cpu(), torch.cat(ratios).cpu()

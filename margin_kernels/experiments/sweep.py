@@ -5,8 +5,8 @@
       cross-entropy: {}
       margin: {after: cross-entropy, loss: {kind: large_margin}}      goes on from the weights of a model above it
     grid: {data.label_noise: [0.0, 0.4]} every combination of the values;
-    points:                              and, or instead, a list of overrides, each with an optional label
-      - {label: 68 samples, data.train_fraction: 0.00124, training.epochs: 2000}
+    points:                              and, or instead, a list of overrides, each with an optional label and seeds
+      - {label: 68 samples, data.train_fraction: 0.00125, training.repeat: 100, seeds: [0, 1]}
     seeds: [0, 1, 2]
     seed_keys: [training.seed, data.seed]      which keys a seed sets; these two by default
     budgets:                             name -> overrides of the base; seeds, grid and points replace those above
@@ -22,15 +22,16 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from . import config, models, objectives
-from .config import Config, ConfigError
+from .config import Config, ConfigError, to_dict
 
 KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets")
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
@@ -78,21 +79,28 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     content = {**content, **{key: chosen.pop(key) for key in REPLACED if key in chosen}}
     base = _merge(_base(path, content.get("base")), _overrides(path, f"budgets.{budget}", chosen))
     seed_keys = content.get("seed_keys", ["training.seed", "data.seed"])
+    _overrides(path, "seed_keys", dict.fromkeys(seed_keys, 0))
+    points = _points(path, content, _seeds(path, "seeds", content.get("seeds", [0])))
+    # types are checked once for all seeds: a parser takes a tenth of a second
+    conditions = [
+        (point, model, after, to_dict(_typed(f"{path}: {model} {point.label}", _merge(base, values))))
+        for point in points
+        for model, after, values in _models(path, content["models"], point)
+    ]
     cells: dict[str, Cell] = {}
-    for seed, point in itertools.product(_seeds(path, content), _points(path, content)):
-        label, values = point
-        for model, given in _mapping(path, "models", content["models"]).items():
-            own = dict(_mapping(path, f"models.{model}", given))
-            after = _predecessor(path, content["models"], model, own.pop("after", None))
-            overrides = _merge(_overrides(path, f"models.{model}", own), _nested(values))
-            overrides = _merge(overrides, _overrides(path, "seed_keys", dict.fromkeys(seed_keys, seed)))
-            name = cell_name(model, label, seed)
+    for seed in dict.fromkeys(seed for point in points for seed in point.seeds):
+        for point, model, after, settings in conditions:
+            if seed not in point.seeds:
+                continue
+            name = cell_name(model, point.label, seed)
             if name in cells:
                 raise ConfigError(f"{path}: two cells are called {name}; give models and points distinct labels")
-            before = None if after is None else cell_name(after, label, seed)
-            own_part = {"name": name} if before is None else {"name": name, "model": {"initial": before}}
-            settings = _typed(f"{path}: {name}", _merge(_merge(base, overrides), own_part))
-            cells[name] = Cell(name, str(model), label, values, seed, settings, before)
+            before = None if after is None else cell_name(after, point.label, seed)
+            own = {"name": name, **dict.fromkeys(seed_keys, seed)}
+            if before is not None:
+                own["model.initial"] = before
+            typed = config.from_dict(_merge(settings, _nested(own)))
+            cells[name] = Cell(name, model, point.label, point.values, seed, typed, before)
     return list(cells.values())
 
 
@@ -111,15 +119,22 @@ def _base(path: Path, base: Any) -> dict[str, Any]:
     return _overrides(path, "base", _mapping(path, "base", base))
 
 
-def _seeds(path: Path, content: dict[str, Any]) -> list[int]:
-    seeds = content.get("seeds", [0])
+def _seeds(path: Path, where: str, seeds: Any) -> list[int]:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise ConfigError(f"{path}: seeds is {seeds!r}; a list of integers is expected")
+        raise ConfigError(f"{path}: {where} is {seeds!r}; a list of integers is expected")
     return seeds
 
 
-def _points(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Label and dotted overrides of each point combined with each grid point; one empty point where there is none."""
+class Point(NamedTuple):
+    """One condition under which all models are compared; `values`: dotted key -> value."""
+
+    label: str
+    values: dict[str, Any]
+    seeds: list[int]
+
+
+def _points(path: Path, content: dict[str, Any], seeds: list[int]) -> list[Point]:
+    """Each point combined with each grid point; one empty point where there is none."""
     grid = _mapping(path, "grid", content.get("grid"))
     _overrides(path, "grid", grid)
     for key, values in grid.items():
@@ -131,17 +146,26 @@ def _points(path: Path, content: dict[str, Any]) -> list[tuple[str, dict[str, An
     result = []
     for number, given in enumerate(points):
         own = dict(_mapping(path, f"points[{number}]", given))
+        own_seeds = _seeds(path, f"points[{number}].seeds", own.pop("seeds", seeds))
         label = own.pop("label", None)
         values = _dotted(_overrides(path, f"points[{number}]", own))
         label = _words(values) if label is None else str(label)
         for combination in itertools.product(*grid.values()):
             chosen = dict(zip(grid, combination, strict=True))
-            result.append((" ".join(filter(None, (label, _words(chosen)))), {**values, **chosen}))
+            result.append(Point(" ".join(filter(None, (label, _words(chosen)))), {**values, **chosen}, own_seeds))
     return result
 
 
 def _words(values: dict[str, Any]) -> str:
     return " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
+
+
+def _models(path: Path, entries: Any, point: Point) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Label, predecessor and overrides of each model at a point."""
+    for model, given in _mapping(path, "models", entries).items():
+        own = dict(_mapping(path, f"models.{model}", given))
+        after = _predecessor(path, entries, model, own.pop("after", None))
+        yield str(model), after, _merge(_overrides(path, f"models.{model}", own), _nested(point.values))
 
 
 def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,8 @@ class Trainer:
     def __init__(self, config: Config, dataset: Dataset, folder: Path | None = None) -> None:
         self.config, self.dataset, self.folder = config, dataset, folder
         settings = config.training
-        if settings.epochs < 0 or settings.batch_size < 1 or settings.accumulate < 1:
-            raise ValueError("training.epochs must be >= 0, training.batch_size and training.accumulate >= 1")
+        if settings.epochs < 0 or min(settings.batch_size, settings.accumulate, settings.repeat) < 1:
+            raise ValueError("training.epochs must be >= 0, training.batch_size, accumulate and repeat >= 1")
         self.device = resolve_device(settings.device)
         if settings.precision == "fp16" and self.device.type != "cuda":
             raise ValueError("training.precision is fp16, which needs a CUDA device; use bf16 or fp32 on the CPU")
@@ -133,7 +133,8 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.dataset.train) / self.config.training.batch_size)
+        settings = self.config.training
+        return settings.repeat * math.ceil(len(self.dataset.train) / settings.batch_size)
 
     @property
     def stopped(self) -> bool:
@@ -164,23 +165,27 @@ class Trainer:
             checkpoint.save_model(self.folder, self.model, self.description)
         return self.history
 
+    def _batches(self) -> Iterator[Tensor]:
+        """The samples of each step of an epoch: every pass in an order of its own, its last batch the shorter one."""
+        for _ in range(self.config.training.repeat):
+            order = torch.randperm(len(self.dataset.train), generator=self.order)
+            yield from order.split(self.config.training.batch_size)
+
     def _epoch(self, tick: Callable[[int], None]) -> dict[str, Any]:
         start = time.perf_counter()
         self.task.train()
-        order = torch.randperm(len(self.dataset.train), generator=self.order)
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
-        size = self.config.training.batch_size
-        for step, first in enumerate(range(0, len(order), size)):
+        for step, index in enumerate(self._batches()):
             rate = learning_rate(self.config, self.epoch + step / self.steps_per_epoch)
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
-            loss, hits = self.step(order[first : first + size], step)
+            loss, hits = self.step(index, step)
             loss_sum += loss
             correct += hits
             tick(1)
         seconds = time.perf_counter() - start
-        count = len(order)
+        count = len(self.dataset.train) * self.config.training.repeat
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "lr": rate,

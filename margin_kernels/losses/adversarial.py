@@ -24,6 +24,7 @@ from .. import functional
 from ..backends import BACKENDS
 from ..batchnorm import running_statistics, training_batchnorms
 from ..deepfool import Search, check_search, convolves, search
+from ..passes import pair_gradient
 from ..random_state import RandomState
 from ..reference.dual_norm import dual_exponent
 from .options import choice, count, flag, norm_exponent, number
@@ -244,8 +245,10 @@ class AdversarialMarginLoss(nn.Module):
             point = x[moving] + delta[moving]
             if not point.requires_grad:
                 point.requires_grad_()
-            gap = _difference(held(point), found.upper[i, rows[moving]], found.lower[i, rows[moving]])
-            w = _input_gradient(gap, point, create_graph=self.gradient == "unrolled")
+            upper, lower = found.upper[i, rows[moving]], found.lower[i, rows[moving]]
+            logits = held(point)
+            gap = _difference(logits, upper, lower)
+            w = pair_gradient(logits, upper, lower, point, second_order=self.gradient == "unrolled")
             step = functional.deepfool_step(gap.unsqueeze(1), w.unsqueeze(1), active[moving], self.p, self.backend).step
             delta = delta.index_add(0, moving, (1 + self.overshoot) * step)
         return self._norm(delta)
@@ -260,8 +263,9 @@ class AdversarialMarginLoss(nn.Module):
         correct = found.prediction[rows] == target
         before = torch.where(correct, target, found.lower[last, rows])
         after = torch.where(correct, result.label[rows], target)
-        g = _difference(held(point), before, after)
-        w = _input_gradient(g, point, create_graph=False)
+        logits = held(point)
+        g = _difference(logits, before, after)
+        w = pair_gradient(logits, before, after, point)
         slope = functional.dual_norm([w], self.p, batch_dims=1, backend=self.backend)[:, 0]
         change = (g - g.detach()) / torch.where(slope == 0, math.inf, slope)
         return self._norm(result.perturbation[rows]) + change
@@ -299,12 +303,6 @@ def _difference(logits: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
     """z_upper - z_lower, [S], in float32 or wider."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (z.gather(1, upper.unsqueeze(1)) - z.gather(1, lower.unsqueeze(1))).squeeze(1)
-
-
-def _input_gradient(gap: Tensor, point: Tensor, create_graph: bool) -> Tensor:
-    """d gap[n] / d point[n], [S, *], outside of autocast as a backward pass has to be; the graph of gap is kept."""
-    with torch.autocast(point.device.type, enabled=False):
-        return torch.autograd.grad(gap.sum(), point, create_graph=create_graph, retain_graph=True)[0]
 
 
 def _first_of_each_class(value: Tensor, among: Tensor, target: Tensor, classes: int, kept: int) -> Tensor:
