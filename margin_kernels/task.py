@@ -78,7 +78,8 @@ class MarginTask(nn.Module):
 
         Returns a dict: loss [] ([N] for reduction="none") and output (logits [N,C]) with gradient, and the other fields
         that the loss measured, detached. For LargeMarginLoss: distance, norm, active (bool) [N,k,L], gap, index [N,k],
-        nll [N]. Under no_grad: output and what the logits alone show.
+        nll [N]; for every loss the fields of what its `margins` returns. Under no_grad: output and what the logits
+        alone show.
         """
         if getattr(self, "_is_replica", False):
             raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
