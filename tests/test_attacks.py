@@ -41,6 +41,65 @@ def test_ifgsm_equals_foolbox(network, batch, alpha, steps):
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
+def test_ifgsm_with_a_relative_step_equals_foolbox(network, batch):
+    ours = attacks.ifgsm(network.eval(), *batch, eps=0.1, alpha=0.25 * 0.1, steps=7).images
+    theirs = foolbox_images("LinfBasicIterativeAttack", network, *batch, 0.1, rel_stepsize=0.25, steps=7)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_the_attack_on_the_gap_equals_foolbox_with_that_loss(network, batch):
+    foolbox = pytest.importorskip("foolbox")
+    eagerpy = pytest.importorskip("eagerpy")
+
+    class Gap(foolbox.attacks.LinfBasicIterativeAttack):
+        def get_loss_fn(self, model, labels):
+            def loss(inputs):
+                logits, labels_ = model(inputs).raw, labels.raw
+                best = torch.stack([row[torch.arange(5) != y].max() for row, y in zip(logits, labels_, strict=True)])
+                return eagerpy.astensor((best - logits[torch.arange(len(labels_)), labels_]).sum())
+
+            return loss
+
+    wrapped = foolbox.PyTorchModel(network.eval(), bounds=(0, 1))
+    _, theirs, _ = Gap(abs_stepsize=0.02, steps=10, random_start=False)(wrapped, *batch, epsilons=0.1)
+    ours = attacks.ifgsm(network, *batch, eps=0.1, alpha=0.02, steps=10, objective="gap").images
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["ce", "gap"])
+def test_pgd_is_the_literal_projected_iteration_from_a_uniform_start(network, batch, objective):
+    (x, y), eps, alpha = batch, 0.15, 0.04
+    generator = torch.Generator().manual_seed(5)
+    current = (x + (2 * torch.rand(x.shape, generator=generator) - 1) * eps).clamp(0, 1)
+    assert (current - x).abs().max() <= eps and (current - x).abs().mean() > 0.3 * eps
+    network.eval()
+    for _ in range(6):
+        for n in range(len(x)):  # one image at a time
+            leaf = current[n : n + 1].clone().requires_grad_(True)
+            logits = network(leaf)[0]
+            others = torch.cat([logits[: y[n]], logits[y[n] + 1 :]])
+            value = (logits.logsumexp(0) if objective == "ce" else others.max()) - logits[y[n]]
+            (gradient,) = torch.autograd.grad(value, leaf)
+            moved = current[n] + alpha * gradient[0].sign()
+            current[n] = torch.minimum(torch.maximum(moved, x[n] - eps), x[n] + eps).clamp(0, 1)
+    ours = attacks.pgd(
+        network, x, y, eps, alpha, steps=6, objective=objective, generator=torch.Generator().manual_seed(5)
+    ).images
+    torch.testing.assert_close(ours, current, atol=1e-6, rtol=0)
+
+
+def test_zero_gradient_is_the_share_of_images_without_one(batch):
+    class Half(nn.Module):
+        """Logits that ignore dark images."""
+
+        def forward(self, x):
+            bright = F.relu(x.flatten(1).mean(1) - 0.5)
+            return torch.stack([bright, -bright, 2 * bright, 0 * bright, bright.new_ones(len(bright))], 1)
+
+    x = torch.stack([torch.full((1, 8, 8), v) for v in (0.1, 0.9, 0.2, 0.3)])
+    assert attacks.fgsm(Half(), x, torch.zeros(4, dtype=torch.long), 0.1, "gap").zero_gradient == 0.75
+
+
 def test_fgsm_step_is_the_sign_of_the_numerical_gradient(network, batch):
     network, (x, y) = network.double().eval(), (batch[0].double(), batch[1])
     moved = attacks.fgsm(network, x, y, eps=1e-3, bounds=(-1.0, 2.0)).images - x

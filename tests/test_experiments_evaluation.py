@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,18 @@ def test_a_misclassified_sample_counts_by_its_distance_to_another_prediction():
     assert norms["margins"] == pytest.approx([first, -second], rel=1e-4)
     assert norms["margin"] == pytest.approx((first + second) / 2, rel=1e-4)
     assert norms["deepfool"] == pytest.approx(first, rel=1e-4)
+
+
+def test_deepfool_steps_can_be_limited(linear):
+    """A linear classifier is crossed in one step of the length of the distance, or in several shorter ones."""
+    model, split = linear
+    free = evaluate.boundary_norms(model, split, SMALL)
+    limit = statistics.median(abs(margin) for margin in free["margins"]) / 3
+    one = evaluate.boundary_norms(model, split, replace(SMALL, deepfool_iterations=1, deepfool_step_limit=limit))
+    near = sum(abs(margin) < limit for margin in free["margins"])
+    assert 0 < near < len(split) and one["deepfool_missed"] == len(split) - near
+    many = evaluate.boundary_norms(model, split, replace(SMALL, deepfool_iterations=200, deepfool_step_limit=limit))
+    assert many["deepfool_missed"] == 0 and many["margin"] == pytest.approx(free["margin"], rel=0.05)
 
 
 def test_a_sample_without_a_boundary_is_counted_as_missed(linear):
