@@ -158,6 +158,16 @@ def test_a_record_from_before_a_field_existed_counts_as_its_default(tiny, tmp_pa
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "records").iterdir()} == before
 
 
+def test_records_make_a_report_with_the_histogram_of_the_margin(tiny, tmp_path):
+    paths = [str(tiny[1] / "records" / f"{model}__label_noise=0.4__seed0.json") for model in ("cross-entropy", "hinge")]
+    assert cli.main(["report", *paths, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [model["label"] for model in results["models"]] == ["cross-entropy label_noise=0.4", "hinge label_noise=0.4"]
+    assert results["models"][1]["evaluation"] == records(tiny[1])["hinge__label_noise=0.4__seed0"]["evaluation"]
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/svg+xml") == 4 + 1 and "Histogram of the margin" in page
+
+
 def test_dry_run_lists_the_cells_and_starts_nothing(tiny, tmp_path, capsys):
     path, out = tiny
     assert run(path, out, "--budget", "quick", "--dry-run") == 0

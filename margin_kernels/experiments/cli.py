@@ -143,7 +143,12 @@ def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: M
 
 
 def read_model(folder: Path) -> table.Model:
-    """A run's records and evaluation, as report and table want them."""
+    """A run's records and evaluation, as report and table want them; `folder` may be a record of a sweep."""
+    if folder.suffix == ".json" and folder.is_file():
+        record = json.loads(folder.read_text())
+        label = " ".join(filter(None, (record["model_label"], record["point"])))
+        same = {key: record[key] for key in ("config", "history", "evaluation")}
+        return {"name": record["cell"], "label": label, **same, "timing": record.get("timing"), "run": record}
     for name in ("run.json", "evaluation.json"):
         if not (folder / name).is_file():
             command = "train" if name == "run.json" else "evaluate"
@@ -163,7 +168,9 @@ def read_model(folder: Path) -> table.Model:
 
 def make_report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="margin-kernels report", description="Compares evaluated runs on one page.")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders written by train and evaluate")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders written by train and evaluate, or records of a sweep"
+    )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
     parser.add_argument("--title", default=None)
     options = parser.parse_args(arguments)
