@@ -45,8 +45,10 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
 
 def digits(count: int) -> tuple[Tensor, Tensor]:
     """`count` training digits enlarged to [count, 1, 28, 28], and their labels."""
-    x, y = data.load("digits").train.batch(torch.arange(count))
-    return F.interpolate(x, size=(28, 28), mode="bilinear"), y
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        x, y = data.load("digits").train.batch(torch.arange(count))
+    return F.interpolate(x.to(device), size=(28, 28), mode="bilinear"), y.to(device)
 
 
 def trained(name: str, batch: int, steps: int) -> nn.Module:

@@ -4,13 +4,13 @@
 #
 #   bash benchmarks/run_gpu.sh [FOLDER]      FOLDER (default: build/gpu) gets logs, *.json and summary.json
 #
-# PYTHON   the interpreter (python3)       STAGES   a part of "build tests memcheck racecheck kernels step"
+# PYTHON   the interpreter (python3)       STAGES   a part of "build tests memcheck racecheck kernels step losses"
 # A stage that fails is recorded and does not stop the others; the exit code is that of the worst.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-build/gpu}")
 python=${PYTHON:-python3}
-stages=${STAGES:-build tests memcheck racecheck kernels step}
+stages=${STAGES:-build tests memcheck racecheck kernels step losses}
 mkdir -p "$out"
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1 MARGIN_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-9.0}"
 export MAX_JOBS="${MAX_JOBS:-$(nproc)}" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$out/../triton_cache}"
@@ -49,6 +49,9 @@ workers=()
 stage tests 300 "$python" -m pytest -q -m gpu --durations=15 -p no:cacheprovider "${ignore[@]}" "${workers[@]}"
 stage kernels 200 "$python" benchmarks/kernels_gpu.py --out "$out/kernels_gpu.json"
 stage step 90 "$python" benchmarks/step.py --device cuda --threads 1 --out "$out/step_gpu.json"
+# It trains on scikit-learn's digits.
+"$python" -c 'import sklearn' 2>/dev/null || { echo "no scikit-learn: stage losses left out"; stages=${stages/losses/}; }
+stage losses 120 "$python" benchmarks/losses.py --device cuda --threads 1 --out "$out/losses_gpu.json"
 stage memcheck 90 bash -c 'sanitizer memcheck'
 stage racecheck 90 bash -c 'sanitizer racecheck'
 cat "$out/summary.json"
