@@ -351,6 +351,30 @@ def test_batch_norm_uses_running_statistics_and_keeps_them():
     assert all(w.grad is not None and w.grad.isfinite().all() for w in net.parameters())
 
 
+@pytest.mark.parametrize("gradient", ["unrolled", "envelope"])
+def test_the_toy_of_two_rectangles_reaches_the_maximal_margin(gradient):
+    """[A]'s 2-D toy with its batches, optimiser and halved learning rates, in 40 epochs and with a linear classifier:
+    the rectangles are 2 apart, so that no classifier keeps more than 1 from both."""
+    u = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(400) % 2
+    x = torch.stack([torch.where(y == 0, -1 - 2 * u[:, 0], 1 + 2 * u[:, 0]), 4 * u[:, 1] - 2], 1)
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2)
+    task = MarginTask(model, AdversarialMarginLoss(gradient=gradient))
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    order = torch.Generator().manual_seed(1)
+    for epoch in range(40):
+        optimiser.param_groups[0]["lr"] = 0.1 * 0.5 ** (epoch // 10)
+        for part in torch.randperm(400, generator=order).split(20):
+            optimiser.zero_grad()
+            task(x[part], y[part])["loss"].backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 10)
+            optimiser.step()
+    w, b = model.weight[1] - model.weight[0], model.bias[1] - model.bias[0]
+    distances = ((2 * y - 1) * (x @ w + b) / w.norm()).detach()
+    assert float(distances.min()) >= 0.98
+
+
 def test_under_no_grad_the_task_returns_logit_statistics():
     net = small_net()
     x, y = batch(net)
