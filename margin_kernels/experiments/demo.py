@@ -74,14 +74,14 @@ class Plan:
 
 
 FULL = Plan(
-    30, (1.0, 1.5, 2.5), (0.03, 0.1, 0.3), (4.0, 16.0), (2.0, 10.0), 3, EvaluationConfig(eps=EPS, timing_repeats=25)
+    30, (1.0, 1.5, 2.5), (0.03, 0.1, 0.3), (16.0, 64.0), (1.0, 5.0), 3, EvaluationConfig(eps=EPS, timing_repeats=25)
 )
 QUICK = Plan(
     12,
     (2.0,),
     (0.1,),
-    (8.0,),
-    (10.0,),
+    (16.0,),
+    (1.0,),
     1,
     EvaluationConfig(
         eps=EPS, curve=[0.0, 0.05, 0.1, 0.2], deepfool_samples=100, deepfool_iterations=20, timing_repeats=9
