@@ -189,12 +189,18 @@ def main() -> None:
         path = RESULTS / name / "results.csv"
         if path.is_file():
             print(f"## {name}/results.csv\n\n{robustness(path)}\n")
-    for name in ("kernels_cpu", "step_cpu"):
+    for path in sorted((RESULTS / "papers").glob("*/summary.csv")):
+        print(f"## papers/{path.parent.name}/summary.csv\n\n{sweep(path)}\n")
+    for name in ("kernels_cpu", "step_cpu", "losses_cpu"):
+        if not (RESULTS / f"{name}.json").is_file():
+            continue
         run = json.loads((RESULTS / f"{name}.json").read_text())
         print(f"## {name}.json: {where(run['environment'])}\n")
         for part, as_table in PARTS.items():
             if part in run:
                 print(as_table(run), "\n")
+        if name == "losses_cpu":
+            print(losses(run), "\n")
         if "memory" in run:
             print(json.dumps(run["memory"], indent=1))
 

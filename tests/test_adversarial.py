@@ -406,6 +406,23 @@ def test_half_precision_measures_in_float32():
     gradients(out.loss, half)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_distances_are_measured_outside_of_autocast(gradient):
+    net = small_net().float()
+    x, y = batch(net.double())
+    net, x = net.float(), x.float()
+    task = MarginTask(net, AdversarialMarginLoss(weight=3.0, gradient=gradient))
+    plain = task(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = task(x, y)
+    assert mixed["output"].dtype == torch.bfloat16
+    torch.testing.assert_close(mixed["distance"], plain["distance"], rtol=0, atol=0)
+    share = plain["loss"] - plain["nll"].mean()
+    torch.testing.assert_close(mixed["loss"] - mixed["nll"].mean(), share, rtol=1e-5, atol=1e-6)
+    grad = gradients(share, net)
+    torch.testing.assert_close(gradients(mixed["loss"] - mixed["nll"].mean(), net), grad, rtol=0.02, atol=0.05)
+
+
 def test_an_empty_batch_and_a_batch_of_one():
     net = small_net()
     x, y = batch(net)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, OneToNLoss
+from margin_kernels import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, MarginTask, OneToNLoss
 
 CLASSES = 4
 
@@ -406,6 +406,7 @@ DISTRIBUTED = [
     (LargeMarginLoss(3.0, top_k=2, cross_entropy_weight=0.1), LAYERS),
     (LargeMarginLoss(3.0, top_k=2, second_order=True, cross_entropy_weight=0.1), LAYERS),
     (MarginSensitivityLoss(2.0, power=1), None),
+    (AdversarialMarginLoss(2.0, aggregation="avg"), None),
 ]
 
 

@@ -83,8 +83,8 @@ class AdversarialMarginLoss(nn.Module):
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
 
-    While Delta is computed batch norm uses running statistics and dropout holds its masks. The layers must be twice
-    differentiable for "unrolled".
+    While Delta is computed batch norm uses running statistics, dropout holds its masks, and autocast is off. The layers
+    must be twice differentiable for "unrolled".
 
     Presets: [A] MNIST: the defaults. [D]: weight 15, c 25, d 5, normalize, aggregation "avg".
 
@@ -152,7 +152,12 @@ class AdversarialMarginLoss(nn.Module):
         target = target.clamp(0, logits.shape[1] - 1)
         x = x.detach()
         training = training_batchnorms(model)
-        with running_statistics(training) if training else nullcontext():
+        mixed = torch.is_autocast_enabled(x.device.type)
+        # In half precision a step of two per cent beyond the boundary is often none.
+        with (
+            running_statistics(training) if training else nullcontext(),
+            torch.autocast(x.device.type, enabled=False),
+        ):
             held = _Held(model, x, random)
             wide = x if x.dtype == torch.float64 else x.float()
             found = search(
@@ -165,7 +170,7 @@ class AdversarialMarginLoss(nn.Module):
                 "step",
                 self.candidates,
                 # The forward pass of the loss, where it was that of the same function.
-                logits=None if training or (random is None and held.draws) else logits.detach(),
+                logits=None if training or mixed or (random is None and held.draws) else logits.detach(),
                 whole_batch=held.draws,
                 together=not convolves(model),
                 backend=self.backend,
