@@ -121,7 +121,7 @@ def search(
     total, moved = torch.zeros_like(x), x.clone()
     # Where the host sees the mask anyway, a pass without a graph finds what is done, and only the others pay for
     # gradients: one for each candidate, or a single one where the target is the only candidate.
-    looks = x.device.type == "cpu" and not whole_batch
+    looks = host_sees(x) and not whole_batch
     rows = torch.arange(len(x), device=x.device)  # the samples still in the batch
     iterations = torch.zeros_like(rows)
     uppers: list[Tensor] = []
@@ -136,7 +136,7 @@ def search(
                 with torch.no_grad():
                     state.look(rows, model(moved[rows]))
             rows = rows[state.active[rows]]
-        elif state is not None and step and step % CUDA_CHECK_EVERY == 0 and not whole_batch:
+        elif state is not None and 0 < step < max_iter and step % CUDA_CHECK_EVERY == 0 and not whole_batch:
             rows = rows[state.active[rows]]
         if step and len(rows) == 0:
             break
@@ -177,6 +177,11 @@ def search(
     empty = iterations.new_zeros(0, len(x))
     paths = torch.stack(uppers) if uppers else empty, torch.stack(lowers) if lowers else empty
     return Search(state.result(x, moved, p, iterations), state.prediction, *paths)
+
+
+def host_sees(x: Tensor) -> bool:
+    """Whether the host can read a mask of this device without waiting for it."""
+    return x.device.type == "cpu"
 
 
 class _State:

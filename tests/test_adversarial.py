@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -176,6 +177,26 @@ def test_iterations_candidates_and_overshoot(max_iter, candidates, overshoot):
         aggregation="avg", max_iter=max_iter, candidates=candidates, overshoot=overshoot, shrinkage="lin"
     )
     check(loss, net, *batch(net))
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """The way that never reads a mask, which a GPU takes."""
+    # by their modules: the function margin_kernels.deepfool hides the module of that name
+    for name in ("margin_kernels.deepfool", "margin_kernels.losses.adversarial"):
+        monkeypatch.setattr(sys.modules[name], "host_sees", lambda x: False)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("max_iter", [5, 12])
+def test_the_way_without_a_look_at_the_mask_gives_the_same(as_on_a_device, max_iter, aggregation, gradient):
+    net = small_net()
+    x, y = batch(net)
+    loss = AdversarialMarginLoss(weight=3.0, aggregation=aggregation, gradient=gradient, max_iter=max_iter, d=0.4)
+    check(loss, net, x, y)
+    # fewer samples take part than the slots that are kept for them
+    check(loss, net, x[:12], torch.zeros_like(y[:12]))
 
 
 def test_failed_attacks_are_left_out():

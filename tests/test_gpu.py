@@ -10,7 +10,7 @@ import pytest
 import torch
 from gpu_cases import Case, cases, classes, gradients, normal
 
-from margin_kernels import LargeMarginLoss, MarginTask, backends, functional
+from margin_kernels import AdversarialMarginLoss, LargeMarginLoss, MarginTask, backends, functional
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -182,3 +182,28 @@ def test_a_training_step_on_the_gpu_is_the_one_on_the_cpu(p, second_order):
         found[device] = [out["loss"].detach(), *(parameter.grad for parameter in model.parameters())]
     for a, b in zip(found["cpu"], found["cuda"], strict=True):
         assert torch.allclose(a, b.cpu(), rtol=1e-9, atol=1e-12)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("gradient", ["unrolled", "envelope", "first_order"])
+@pytest.mark.parametrize("aggregation", ["min", "avg"])
+def test_adversarial_margins_on_the_gpu_are_those_on_the_cpu_and_wait_for_nothing(aggregation, gradient):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 5)).double()
+    x = torch.randn(32, 6, dtype=torch.float64)
+    y = torch.where(torch.arange(32) % 3 == 0, torch.randint(5, (32,)), net(x).argmax(1))
+    found = {}
+    for device in ("cpu", "cuda", "cuda"):  # the second run on the device has everything loaded
+        net.to(device).zero_grad()
+        inputs = x.to(device), y.to(device)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if "cuda" in found else "default")
+        try:
+            out = MarginTask(net, AdversarialMarginLoss(aggregation=aggregation, gradient=gradient))(*inputs)
+            out["loss"].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        slopes = [weight.grad.cpu() for weight in net.parameters()]
+        found[device] = (out["loss"].detach().cpu(), out["distance"].cpu(), out["selected"].cpu(), slopes)
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-9, atol=1e-12)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..backends import BACKENDS
 from ..batchnorm import running_statistics, training_batchnorms
-from ..deepfool import Search, check_search, convolves, search
+from ..deepfool import Search, check_search, convolves, host_sees, search
 from ..passes import pair_gradient
 from ..random_state import RandomState
 from ..reference.dual_norm import dual_exponent
@@ -208,7 +208,7 @@ class AdversarialMarginLoss(nn.Module):
         everyone = torch.arange(len(selected), device=selected.device)
         if draws:
             return everyone
-        if selected.device.type == "cpu":
+        if host_sees(selected):
             return everyone[selected]
         if self.aggregation == "avg":
             return everyone
@@ -239,7 +239,7 @@ class AdversarialMarginLoss(nn.Module):
     def _unrolled(self, held: _Held, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
         """||Delta||_p [S], the steps of the search repeated with a graph toward the boundaries that it chose."""
         x, iterations = x[rows], found.result.iterations[rows]
-        leaving = x.device.type == "cpu" and not held.draws
+        leaving = host_sees(x) and not held.draws
         delta = torch.zeros_like(x)
         everyone = torch.arange(len(rows), device=rows.device)
         for i in range(len(found.upper)):
