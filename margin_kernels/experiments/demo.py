@@ -73,9 +73,7 @@ class Plan:
     evaluation: EvaluationConfig
 
 
-FULL = Plan(
-    30, (1.0, 1.5, 2.5), (0.03, 0.1, 0.3), (16.0, 64.0), (1.0, 5.0), 3, EvaluationConfig(eps=EPS, timing_repeats=25)
-)
+FULL = Plan(25, (1.0, 1.5), (0.03, 0.1), (16.0, 64.0), (1.0, 5.0), 3, EvaluationConfig(eps=EPS, timing_repeats=15))
 QUICK = Plan(
     12,
     (2.0,),
