@@ -303,7 +303,14 @@ def show_tuning(console: Console, rows: list[dict[str, Any]]) -> None:
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [key for key in rows[0] if key != "chosen"]
     for column in columns:
-        shown.add_column(column, justify="left" if column in ("loss", "value") else "right", no_wrap=True)
+        width = max(len(column), *(len(report.tuning_cell(row[column])) for row in rows))
+        shown.add_column(
+            column,
+            justify="left" if column in ("loss", "value") else "right",
+            no_wrap=True,
+            # the long lists of gamma give way on a narrow terminal, the numbers that decide do not
+            min_width=None if column == "gamma per tap" else width,
+        )
     for row in rows:
         shown.add_row(*(report.tuning_cell(row[column]) for column in columns), style="bold" if row["chosen"] else "")
     console.print(shown)

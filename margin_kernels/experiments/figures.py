@@ -186,7 +186,8 @@ def distance_course(models: list[dict[str, Any]], tap: str) -> Figure:
             axes.set_yscale("asinh", linear_width=scale)
             axes.set_yticks(*_asinh_ticks(*axes.get_ylim(), scale))
             axes.minorticks_off()
-        axes.legend()
+        crowded = len(models) > 5  # so many lines leave no room for it
+        axes.legend(loc="center left" if crowded else "best", bbox_to_anchor=(1.0, 0.5) if crowded else None)
 
     return draw(f"course_{tap}", f"Mean signed distance at {tap} on validation images during training.", paint)
 
