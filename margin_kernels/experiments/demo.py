@@ -308,8 +308,8 @@ def show_tuning(console: Console, rows: list[dict[str, Any]]) -> None:
             column,
             justify="left" if column in ("loss", "value") else "right",
             no_wrap=True,
-            # the long lists of gamma give way on a narrow terminal, the numbers that decide do not
-            min_width=None if column == "gamma per tap" else width,
+            # the long lists of gamma give way to the numbers that decide: 80 columns hold the table
+            max_width=28 if column == "gamma per tap" else width,
         )
     for row in rows:
         shown.add_row(*(report.tuning_cell(row[column]) for column in columns), style="bold" if row["chosen"] else "")
