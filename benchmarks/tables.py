@@ -135,8 +135,44 @@ def losses(run: dict) -> str:
     return table(["loss", *head], [[name, *(cells[c] for c in columns)] for name, cells in rows.items()])
 
 
+# What the papers print for the models of a sweep, from one line of their tables each.
+PUBLISHED = {
+    "adversarial_margin_mnist": {
+        "published error %, margin": {
+            "reference": "1.79, 0.76",
+            "AVG LIN": "2.26",
+            "AVG INV": "1.18",
+            "AVG EXP": "0.94",
+            "MIN LIN": "1.28",
+            "MIN INV": "0.97",
+            "MIN EXP": "0.90, 1.90",
+            "MIN EXP first order": "1.46",
+        }
+    },
+    "sensitivity_mnist_mlp": {
+        "published error %, FGSM error %, 10 rho_adv": {
+            "baseline": "1.42, 95.8, 1.14",
+            "dropout": "1.34, 93.4, 1.20",
+            "FGSM training": "1.19, 10.17, 1.60",
+            "l1": "0.84, 32.43, 2.73",
+            "l2": "0.86, 42.56, 2.59",
+        }
+    },
+    "sensitivity_mnist_lenet": {
+        "published error %, FGSM error %, 10 rho_adv": {
+            "baseline": "0.72, 72.14, 1.54",
+            "dropout": "0.58, 61.66, 1.70",
+            "FGSM training": "0.73, 4.95, 2.00",
+            "l1": "0.64, 20.47, 2.22",
+            "l2": "0.62, 28.26, 2.17",
+        }
+    },
+}
+
+
 def sweep(path: Path) -> str:
-    """One row per model and point of a sweep's summary.csv: means, and standard deviations where there are seeds."""
+    """One row per model and point of a sweep's summary.csv: means, with standard deviations over seeds, and what the
+    paper prints."""
     columns = {
         "error": ("error %", 100, 2),
         "fgsm_error": ("FGSM error %", 100, 1),
@@ -144,6 +180,7 @@ def sweep(path: Path) -> str:
         "margin": ("margin", 1, 2),
         "rho_adv": ("10 rho_adv", 10, 2),
     }
+    published = PUBLISHED.get(path.parent.name, {})
     rows = []
     for row in csv.DictReader(path.open()):
         cells = []
@@ -151,8 +188,9 @@ def sweep(path: Path) -> str:
             mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
             text = f"{factor * float(mean):.{digits}f}" if mean else "-"
             cells.append(f"{text} ± {factor * float(std):.{digits}f}" if mean and std else text)
-        rows.append([" ".join(filter(None, (row["model"], row["point"]))), row["seeds"], *cells])
-    return table(["model", "runs", *(head for head, _, _ in columns.values())], rows)
+        label = ", ".join(filter(None, (row["point"], row["model"])))
+        rows.append([label, row["seeds"], *cells, *(known.get(row["model"], "-") for known in published.values())])
+    return table(["model", "runs", *(head for head, _, _ in columns.values()), *published], rows)
 
 
 def overhead(run: dict) -> str:

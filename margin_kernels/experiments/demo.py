@@ -309,7 +309,7 @@ def show_tuning(console: Console, rows: list[dict[str, Any]]) -> None:
             justify="left" if column in ("loss", "value") else "right",
             no_wrap=True,
             # the long lists of gamma give way to the numbers that decide: 80 columns hold the table
-            max_width=28 if column == "gamma per tap" else width,
+            max_width=26 if column == "gamma per tap" else width,
         )
     for row in rows:
         shown.add_row(*(report.tuning_cell(row[column]) for column in columns), style="bold" if row["chosen"] else "")
