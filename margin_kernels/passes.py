@@ -216,7 +216,7 @@ def pair_gradient(
 
     upper, lower  classes, int64 [N];  second_order  True: the gradient carries a graph;  route  from x, if it is known
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(second_order):
         seed = (
             torch.zeros_like(logits)
             .scatter_(1, upper.unsqueeze(1), 1.0)

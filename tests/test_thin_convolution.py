@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, thin_convolution
+from margin_kernels.passes import pair_gradient
 
 CLASSES = 4
 
@@ -155,3 +156,15 @@ def test_the_weight_of_a_parametrised_convolution_is_differentiated(monkeypatch,
     model = net(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 16, 5, padding=2)), channels=16)
     assert_as_by_autograd(monkeypatch, model, ("input",), x, y)
     assert taken == [16]
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_the_gradient_of_a_pair_carries_a_graph_only_where_it_is_asked_for(taken, second_order) -> None:
+    x, y = batch(1)
+    x.requires_grad_()
+    logits = net(nn.Conv2d(1, 16, 5, padding=2), channels=16)(x)
+    gradient = pair_gradient(logits, (y + 1) % CLASSES, y, x, second_order)
+    rows = torch.arange(len(y))
+    (expected,) = torch.autograd.grad((logits[rows, (y + 1) % CLASSES] - logits[rows, y]).sum(), x)
+    assert taken == [1] and gradient.requires_grad == second_order
+    torch.testing.assert_close(gradient.detach(), expected, rtol=1e-10, atol=1e-13)
