@@ -38,7 +38,8 @@ class ThinConvolution(NamedTuple):
         """The gradient in x [N,Ci,H,W'] from that in the output [N,Co,*]; differentiable in both factors."""
         # bmm, for matmul would make it one product of transposed copies.
         columns = torch.bmm(self.weight.flatten(1).t().expand(len(gradient), -1, -1), gradient.flatten(2))
-        return F.fold(columns, self.size, self.weight.shape[2:], self.dilation, self.padding)
+        # A clone, for what col2im returns keeps the memory of the columns, kh kw times its own.
+        return F.fold(columns, self.size, self.weight.shape[2:], self.dilation, self.padding).clone()
 
 
 def thin_convolution(nodes: Sequence[Any], tap: Tap) -> ThinConvolution | None:

@@ -167,4 +167,5 @@ def test_the_gradient_of_a_pair_carries_a_graph_only_where_it_is_asked_for(taken
     rows = torch.arange(len(y))
     (expected,) = torch.autograd.grad((logits[rows, (y + 1) % CLASSES] - logits[rows, y]).sum(), x)
     assert taken == [1] and gradient.requires_grad == second_order
+    assert gradient.untyped_storage().nbytes() == gradient.nbytes
     torch.testing.assert_close(gradient.detach(), expected, rtol=1e-10, atol=1e-13)
