@@ -126,32 +126,24 @@ def search(
     iterations = torch.zeros_like(rows)
     uppers: list[Tensor] = []
     lowers: list[Tensor] = []
-    if logits is None and looks:
+    if logits is None:
         with torch.no_grad():
             logits = model(x)
-    state = None if logits is None else _State.start(logits, x, target, candidates)
+    state = _State.start(logits, x, target, candidates)
     for step in range(max_iter + 1):
-        if state is not None and looks:
-            if step:
-                with torch.no_grad():
-                    state.look(rows, model(moved[rows]))
+        last = step == max_iter
+        if step and (looks or last):
+            with torch.no_grad():
+                state.look(rows, model(moved[rows]))
+        if looks or (step and not last and step % CUDA_CHECK_EVERY == 0 and not whole_batch):
             rows = rows[state.active[rows]]
-        elif state is not None and 0 < step < max_iter and step % CUDA_CHECK_EVERY == 0 and not whole_batch:
-            rows = rows[state.active[rows]]
-        if step and len(rows) == 0:
-            break
-        if step == max_iter:
-            if state is not None and not looks:
-                with torch.no_grad():
-                    state.look(rows, model(moved[rows]))
+        if last or (step and len(rows) == 0):
             break
         upper, lower = torch.zeros_like(iterations), torch.zeros_like(iterations)
-        for group in state.groups(rows) if state is not None and looks else (rows,):
+        for group in state.groups(rows) if looks else (rows,):
             with torch.enable_grad():
                 leaf = moved[group].requires_grad_()
                 output = model(leaf)
-                if state is None:
-                    state = _State.start(output, x, target, candidates)
                 if not looks:
                     state.look(group, output.detach())
                 above, below = state.boundaries(group, looks)
@@ -173,7 +165,6 @@ def search(
             iterations[group] += active.long()
         uppers.append(upper)
         lowers.append(lower)
-    assert state is not None
     empty = iterations.new_zeros(0, len(x))
     paths = torch.stack(uppers) if uppers else empty, torch.stack(lowers) if lowers else empty
     return Search(state.result(x, moved, p, iterations), state.prediction, *paths)

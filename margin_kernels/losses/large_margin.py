@@ -13,7 +13,7 @@ from ..backends import BACKENDS
 from ..passes import difference_norms
 from ..reference.margin_hinge import AGGREGATIONS
 from ..taps import Captured, cut_sources
-from .options import REDUCTIONS, choice, count, flag, is_number, norm_exponent, number, numbers
+from .options import REDUCTIONS, RIVALS, choice, count, flag, is_number, norm_exponent, number, numbers
 
 SPACES = ("logit", "probability")
 LAYER_SCALES = (None, "numel")
@@ -92,7 +92,7 @@ class LargeMarginLoss(nn.Module):
         super().__init__()
         self.gamma = number("gamma", gamma, above=0) if is_number(gamma) else numbers("gamma", gamma, above=0)
         self.p = norm_exponent(p)
-        self.top_k = count("top_k", top_k)
+        self.top_k = count("top_k", top_k, RIVALS)
         self.aggregation = choice("aggregation", aggregation, AGGREGATIONS)
         self.alpha = None if alpha is None else number("alpha", alpha, above=0)
         self.eps = number("eps", eps, least=0)

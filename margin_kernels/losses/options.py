@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+RIVALS = " (and at most the number of classes - 1)"
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -43,11 +44,12 @@ def norm_exponent(p: Any) -> float:
     return float(p)
 
 
-def count(name: str, value: Any) -> int:
+def count(name: str, value: Any, bound: str = "") -> int:
+    """`bound`: words for an upper bound that is checked elsewhere."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < 1:
-        raise ValueError(f"{name} must be >= 1 (and at most the number of classes - 1), got {value}")
+        raise ValueError(f"{name} must be >= 1{bound}, got {value}")
     return value
 
 

@@ -13,7 +13,7 @@ from .. import functional, taps
 from ..backends import BACKENDS
 from ..passes import difference_norms, logit_norms
 from ..taps import Captured, cut_sources
-from .options import REDUCTIONS, choice, count, norm_exponent, number, reduced
+from .options import REDUCTIONS, RIVALS, choice, count, norm_exponent, number, reduced
 
 CLASSIFICATIONS = ("hinge", "cross_entropy")
 
@@ -87,7 +87,7 @@ class MarginSensitivityLoss(nn.Module):
         self.p = norm_exponent(p)
         self.power = number("power", power, least=1)
         self.classification = choice("classification", classification, CLASSIFICATIONS)
-        self.candidates = None if candidates is None else count("candidates", candidates)
+        self.candidates = None if candidates is None else count("candidates", candidates, RIVALS)
         self.reduction = choice("reduction", reduction, REDUCTIONS)
         self.backend = choice("backend", backend, ("auto", *BACKENDS))
 
