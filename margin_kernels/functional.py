@@ -186,8 +186,7 @@ def margin_hinge_with_distance(
     if name not in _COMPILED:
         checks.check_margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction)
     loss, distance = op(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction)
-    if reduction != "none":
-        loss = loss.mean() if reduction == "mean" else loss.sum()
+    loss = reduced(loss, reduction)
     return loss, distance
 
 
@@ -234,9 +233,7 @@ def one_to_n(
     else:
         checks.check_one_to_n(logits, target, delta, bound)
         loss = op(logits, target, delta, bound, cross_entropy)
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+    return reduced(loss, reduction)
 
 
 def deepfool_step(
@@ -273,6 +270,13 @@ def deepfool_step(
         checks.check_deepfool_step(gap, gradients, active, p)
         step, distance, choice = op(gap, gradients, active, p)
     return DeepFoolStep(step, choice, distance)
+
+
+def reduced(per_sample: Tensor, reduction: str) -> Tensor:
+    """per_sample [N] as [] for "mean" and "sum", as it is for "none"."""
+    if reduction == "none":
+        return per_sample
+    return per_sample.mean() if reduction == "mean" else per_sample.sum()
 
 
 def per_layer(value: Layerwise, norm: Tensor) -> Tensor:

@@ -325,9 +325,9 @@ class ConfigError(ValueError):
     names."""
 
 
-def shipped() -> dict[str, Path]:
-    """The config files that come with the package, by name."""
-    folder = Path(str(resources.files("margin_kernels.experiments") / "configs"))
+def shipped(kind: str = "configs") -> dict[str, Path]:
+    """The config files, or the `sweeps`, that come with the package, by name."""
+    folder = Path(str(resources.files("margin_kernels.experiments") / kind))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

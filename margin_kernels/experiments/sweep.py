@@ -24,7 +24,6 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +51,7 @@ class Cell:
 
 def shipped() -> dict[str, Path]:
     """The sweep files that come with the package, by name."""
-    folder = Path(str(resources.files("margin_kernels.experiments") / "sweeps"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return config.shipped("sweeps")
 
 
 def find(name: str) -> Path:

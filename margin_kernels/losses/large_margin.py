@@ -170,8 +170,7 @@ class LargeMarginLoss(nn.Module):
             loss = loss * self.margin_weight
         if self.cross_entropy_weight == 0:
             return loss
-        if self.reduction != "none":
-            nll = nll.mean() if self.reduction == "mean" else nll.sum()
+        nll = functional.reduced(nll, self.reduction)
         return loss + (nll if self.cross_entropy_weight == 1 else nll * self.cross_entropy_weight)
 
     def _per_layer(self, norm: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

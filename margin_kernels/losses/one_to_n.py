@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..backends import BACKENDS
 from ..reference.one_to_n import BOUNDS
-from .options import REDUCTIONS, choice, flag, number, reduced
+from .options import REDUCTIONS, choice, flag, number
 
 
 class OneToNMargins(NamedTuple):
@@ -84,12 +84,12 @@ class OneToNLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss, [] or [N], of logits [N,C] and target [N] int64."""
-        return reduced(self._per_sample(logits, target), self.reduction)
+        return functional.reduced(self._per_sample(logits, target), self.reduction)
 
     def margins(self, logits: Tensor, target: Tensor) -> OneToNMargins:
         """The loss of logits [N,C] and target [N] int64, and statistics of each sample."""
         per_sample = self._per_sample(logits, target)
-        loss = reduced(per_sample, self.reduction)
+        loss = functional.reduced(per_sample, self.reduction)
         return OneToNMargins(loss, **self._statistics(logits, target, per_sample))
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -63,10 +63,3 @@ def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
-
-
-def reduced(per_sample: Tensor, reduction: str) -> Tensor:
-    """per_sample [N] as [] for "mean" and "sum", as it is for "none"."""
-    if reduction == "none":
-        return per_sample
-    return per_sample.mean() if reduction == "mean" else per_sample.sum()

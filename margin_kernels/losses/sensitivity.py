@@ -13,7 +13,7 @@ from .. import functional, taps
 from ..backends import BACKENDS
 from ..passes import difference_norms, logit_norms
 from ..taps import Captured, cut_sources
-from .options import REDUCTIONS, RIVALS, choice, count, norm_exponent, number, reduced
+from .options import REDUCTIONS, RIVALS, choice, count, norm_exponent, number
 
 CLASSIFICATIONS = ("hinge", "cross_entropy")
 
@@ -120,7 +120,7 @@ class MarginSensitivityLoss(nn.Module):
             norm = self._norms(captured, label, chosen, passes, second_order=True).squeeze(1)
             index = chosen.squeeze(1)
         classification = self._classification(gap, nll)
-        loss = reduced(classification + self.weight * norm.pow(self.power), self.reduction)
+        loss = functional.reduced(classification + self.weight * norm.pow(self.power), self.reduction)
         cut_sources(loss, captured)
         return SensitivityMargins(loss, classification.detach(), nll.detach(), gap.detach(), norm.detach(), index)
 
