@@ -178,6 +178,18 @@ def test_dry_run_lists_the_cells_and_starts_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_cells_are_chosen_by_name_with_those_that_they_go_on_from(tmp_path):
+    path = tmp_path / "chain.yaml"
+    models = {"first": {}, "second": {"after": "first"}, "third": {"after": "second"}, "other": {}}
+    path.write_text(yaml.safe_dump(changed(grid={}, seeds=[0, 1], budgets={}, models=models)))
+    every = sweep.read(path)
+    names = [cell.name for cell in sweep.chosen(every, ["second*seed1", "other__seed0"])]
+    assert names == ["other__seed0", "first__seed1", "second__seed1"]
+    assert sweep.chosen(every, ["*"]) == every
+    with pytest.raises(ConfigError, match=r"--cells fourth\*: no cell has such a name; --dry-run lists them"):
+        sweep.chosen(every, ["first*", "fourth*"])
+
+
 def test_a_killed_sweep_goes_on_from_records_and_checkpoints(tmp_path):
     """SIGKILL while a cell trains: its process ends too, finished records stay as they were, and the rest is what an
     undisturbed sweep gives."""

@@ -221,12 +221,16 @@ def run_sweep(arguments: list[str]) -> int:
     parser.add_argument("--device", default=None, help="training device of all cells (default: as the file says)")
     parser.add_argument("--keep-weights", action="store_true", help="keep the weights of every cell")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left to do")
+    parser.add_argument(
+        "--cells", nargs="+", metavar="PATTERN", default=["*"], help='only cells with such names: "l1*" "*seed0"'
+    )
     options = parser.parse_args(arguments)
     for name in ("jobs", "threads"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}; allowed: at least 1")
     path = sweep.find(options.sweep)
-    cells = sweep.read(path, options.budget)
+    every = sweep.read(path, options.budget)
+    cells = sweep.chosen(every, options.cells)
     out = options.out or Path("sweeps") / path.stem
     console = Console()
     how = sweep_run.Options(
@@ -246,10 +250,10 @@ def run_sweep(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here", highlight=False)
         failed, status = runner.failed, 130
-    records_found = summary.load(out, list(runner.cells))
+    records_found = summary.load(out, [cell.name for cell in every])
     table_rows = summary.write(out, path.stem, options.budget, records_found, failed)
     if table_rows:
-        summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(records_found)} of {len(cells)} cells")
+        summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(records_found)} of {len(every)} cells")
     for name, error in failed.items():
         print(f"{name} failed: {error}", file=sys.stderr)
     console.print(f"{out / 'summary.csv'}, {out / 'summary.json'}", highlight=False, soft_wrap=True)

@@ -24,6 +24,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +101,20 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
             typed = config.from_dict(_merge(settings, _nested(own)))
             cells[name] = Cell(name, model, point.label, point.values, seed, typed, before)
     return list(cells.values())
+
+
+def chosen(cells: list[Cell], patterns: list[str]) -> list[Cell]:
+    """The cells whose names match a shell pattern, and those that they go on from. Raises ConfigError for a pattern
+    that matches none."""
+    matches = [{cell.name for cell in cells if fnmatchcase(cell.name, pattern)} for pattern in patterns]
+    for pattern, names in zip(patterns, matches, strict=True):
+        if not names:
+            raise ConfigError(f"--cells {pattern}: no cell has such a name; --dry-run lists them")
+    names = set().union(*matches)
+    for cell in reversed(cells):  # a cell comes after the one that it goes on from
+        if cell.name in names and cell.after is not None:
+            names.add(cell.after)
+    return [cell for cell in cells if cell.name in names]
 
 
 def cell_name(model: str, point: str, seed: int) -> str:
