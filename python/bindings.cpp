@@ -6,6 +6,7 @@
 #include "../csrc/cpu/simd_types.h"
 #include "../csrc/cut_gradients.h"
 #include "../csrc/ops.h"
+#include "../csrc/thin_convolution.h"
 
 namespace py = pybind11;
 
@@ -50,4 +51,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("deepfool_step", &margin_kernels::deepfool_step, py::arg("gap"), py::arg("gradients"), py::arg("active"),
         py::arg("p"));
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
+  m.def("convolution_input_gradient", &margin_kernels::convolution_input_gradient, py::arg("gradient"),
+        py::arg("weight"), py::arg("padding"), py::arg("dilation"), py::arg("size"));
 }
