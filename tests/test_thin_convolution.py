@@ -1,14 +1,18 @@
-"""The input gradient of a first convolution by col2im: where it is taken, and that it is what autograd gives."""
+"""The input gradient of a first convolution, compiled and by col2im: where it is taken, and that it is autograd's."""
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 from torch.utils.checkpoint import checkpoint
 
 from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, thin_convolution
+from margin_kernels.backends import EXTENSION
 from margin_kernels.passes import pair_gradient
 
 CLASSES = 4
+COMPILED = getattr(EXTENSION, "convolution_input_gradient", None)
+needs_kernel = pytest.mark.skipif(COMPILED is None, reason="the compiled extension is missing")
 
 
 def net(*first: nn.Module, channels: int) -> nn.Sequential:
@@ -26,7 +30,7 @@ def batch(inputs: int, n: int = 5) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def taken(monkeypatch) -> list[int]:
-    """The number of input gradients that were taken by col2im."""
+    """The number of input gradients that were taken from autograd."""
     calls = [0]
     original = thin_convolution.ThinConvolution.input_gradient
 
@@ -39,13 +43,14 @@ def taken(monkeypatch) -> list[int]:
 
 
 def assert_as_by_autograd(monkeypatch, model: nn.Module, layers, x: Tensor, y: Tensor) -> None:
-    """Norms and parameter gradients of first and second order, against those without col2im."""
+    """Norms and parameter gradients of first and second order, against those by autograd alone."""
     losses = [
         LargeMarginLoss(3.0, p, 2, "sum", second_order=order) for p in (1, 2, 3, "inf") for order in (False, True)
     ]
     found = []
-    for few in (thin_convolution.FEW, 10**9):
+    for few, thin in ((thin_convolution.FEW, thin_convolution.THIN), (10**9, 0)):
         monkeypatch.setattr(thin_convolution, "FEW", few)
+        monkeypatch.setattr(thin_convolution, "THIN", thin)
         outs = [MarginTask(model, loss, layers)(x, y) for loss in losses]
         slopes = [torch.autograd.grad(out["loss"], list(model.parameters())) for out in outs]
         found.append(([out["norm"] for out in outs], slopes))
@@ -69,6 +74,15 @@ def test_the_gradients_are_those_of_autograd(monkeypatch, taken, first, layers) 
     model = net(first, channels=first.out_channels)
     assert_as_by_autograd(monkeypatch, model, layers, *batch(first.in_channels))
     assert taken == [16]  # four norms, two orders, two competitors
+
+
+# Too few outputs for col2im, and so for a pass that carries a graph.
+@needs_kernel
+@pytest.mark.parametrize("first", [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(4, 5, (2, 3), dilation=(1, 2))], ids=str)
+def test_with_few_outputs_too(monkeypatch, taken, first) -> None:
+    model = net(first, channels=first.out_channels)
+    assert_as_by_autograd(monkeypatch, model, ("input", "0"), *batch(first.in_channels))
+    assert taken == [16]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -113,14 +127,14 @@ class Late(nn.Module):
         (nn.Conv2d(1, 16, 3, stride=2, padding=3), ("input",)),
         (nn.ConvTranspose2d(1, 16, 3), ("input",)),
         (nn.Conv2d(2, 32, 3, groups=2), ("input",)),
-        (nn.Conv2d(2, 16, 3), ("input",)),
+        (nn.Conv2d(5, 16, 3), ("input",)),
         (nn.Conv2d(1, 16, 9, padding=4), ("input",)),
         (nn.Sequential(nn.Tanh(), nn.Conv2d(1, 16, 3)), ("input",)),
     ],
     ids=["read twice", "read behind a tap", "stride", "transposed", "groups", "too few outputs", "large", "not first"],
 )
 def test_elsewhere_autograd_is_left_alone(monkeypatch, taken, first, layers) -> None:
-    inputs = 2 if isinstance(first, nn.Conv2d) and first.in_channels == 2 else 1
+    inputs = first.in_channels if isinstance(first, nn.Conv2d) else 1
     channels = 32 if isinstance(first, nn.Conv2d) and first.groups == 2 else 16
     assert_as_by_autograd(monkeypatch, net(first, channels=channels), layers, *batch(inputs))
     assert taken == [0]
@@ -169,3 +183,130 @@ def test_the_gradient_of_a_pair_carries_a_graph_only_where_it_is_asked_for(taken
     assert taken == [1] and gradient.requires_grad == second_order
     assert gradient.untyped_storage().nbytes() == gradient.nbytes
     torch.testing.assert_close(gradient.detach(), expected, rtol=1e-10, atol=1e-13)
+
+
+@needs_kernel
+@pytest.mark.parametrize("second_order", [False, True])
+def test_the_kernel_runs_where_no_graph_is_asked_for(monkeypatch, second_order) -> None:
+    calls = []
+    monkeypatch.setattr(thin_convolution, "_COMPILED", lambda *args: calls.append(args) or COMPILED(*args))
+    x, y = batch(1)
+    model = net(nn.Conv2d(1, 16, 5, padding=2), channels=16)
+    MarginTask(model, LargeMarginLoss(second_order=second_order), ("input",))(x, y)
+    assert (len(calls) == 0) == second_order
+
+
+@pytest.mark.parametrize("outputs", [16, 5])
+def test_a_batch_of_gradients_does_without_the_kernel(outputs) -> None:
+    weight, gradients = torch.randn(outputs, 1, 3, 3).double(), torch.randn(2, 4, outputs, 6, 7).double()
+    conv = thin_convolution.ThinConvolution(None, weight, (0, 1), (1, 1), (8, 7))
+    with torch.no_grad():
+        found = torch.func.vmap(conv.input_gradient)(gradients)
+        torch.testing.assert_close(found, torch.stack([conv.input_gradient(g) for g in gradients]))
+
+
+def operands(n, outputs, inputs, size, kernel, padding, dilation, dtype=torch.float64) -> tuple[Tensor, Tensor]:
+    """Gradient in the output and weight, from one generator."""
+    generator = torch.Generator().manual_seed(3)
+    out = [s + 2 * p - d * (k - 1) for s, k, p, d in zip(size, kernel, padding, dilation, strict=True)]
+    gradient = torch.randn(n, outputs, *out, generator=generator, dtype=torch.float64)
+    weight = torch.randn(outputs, inputs, *kernel, generator=generator, dtype=torch.float64)
+    return gradient.to(dtype), weight.to(dtype)
+
+
+# (N, Co, Ci, (H, W'), kernel, padding, dilation)
+SHAPES = [
+    (3, 20, 1, (28, 28), (5, 5), (0, 0), (1, 1)),  # lenet
+    (2, 32, 1, (28, 28), (5, 5), (2, 2), (1, 1)),  # mnist_cnn
+    (2, 16, 3, (32, 32), (3, 3), (1, 1), (1, 1)),  # resnet20
+    (2, 192, 3, (32, 32), (5, 5), (2, 2), (1, 1)),  # nin: several bands of rows
+    (1, 64, 3, (75, 70), (3, 3), (1, 1), (1, 1)),  # bands of which the last is not full
+    (2, 64, 1, (90, 60), (5, 3), (4, 1), (2, 1)),  # bands of a dilated kernel
+    (1, 1, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
+    (1, 3, 2, (1, 40), (1, 3), (0, 1), (1, 1)),
+    (4, 3, 2, (40, 1), (3, 1), (1, 0), (1, 1)),
+    (0, 4, 1, (8, 8), (3, 3), (1, 1), (1, 1)),
+    (2, 5, 4, (9, 33), (2, 4), (0, 1), (1, 1)),
+    (2, 5, 1, (13, 17), (6, 7), (5, 6), (1, 1)),
+    (2, 4, 3, (23, 37), (7, 6), (3, 2), (2, 3)),
+    (2, 4, 2, (5, 9), (3, 3), (2, 5), (4, 3)),  # dilated beyond the input's rows
+    (2, 4, 2, (6, 7), (2, 2), (3, 4), (1, 1)),  # padded beyond the kernel
+    (2, 4, 1, (6, 50), (8, 8), (4, 4), (1, 1)),
+    (2, 3, 1, (30, 30), (12, 1), (0, 0), (1, 1)),
+]
+
+
+def reference(gradient: Tensor, weight: Tensor, size, padding, dilation) -> Tensor:
+    shape = (len(gradient), weight.shape[1], *size)
+    return conv2d_input(shape, weight.double(), gradient.double(), 1, padding, dilation)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_gives_the_gradient(shape, dtype) -> None:
+    at = shape[3], *shape[5:]
+    gradient, weight = operands(*shape, dtype=dtype)
+    found = COMPILED(gradient, weight, *at[1:], at[0])
+    assert found.dtype == dtype and found.is_contiguous()
+    # A sum of n products is rounded n times, each time by less than an eps of the sum of the magnitudes.
+    bound = weight[:, 0].numel() * torch.finfo(dtype).eps * reference(gradient.abs(), weight.abs(), *at)
+    assert ((found - reference(gradient, weight, *at)).abs() <= bound).all()
+    # Sums of small integers are exact.
+    gradient, weight = gradient.round(), weight.round()
+    expected = reference(gradient, weight, *at).to(dtype)
+    for g in (gradient, gradient.to(memory_format=torch.channels_last), gradient.mT.contiguous().mT):
+        for w in (weight, weight.to(memory_format=torch.channels_last)):
+            assert torch.equal(COMPILED(g, w, *at[1:], at[0]), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_bit_is_the_same_for_any_number_of_threads_and_samples(dtype) -> None:
+    gradient, weight = operands(37, 20, 3, (28, 30), (5, 4), (1, 2), (1, 1), dtype=dtype)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(COMPILED(gradient, weight, (1, 2), (1, 1), (28, 30)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    assert torch.equal(found[0][5:6], COMPILED(gradient[5:6], weight, (1, 2), (1, 1), (28, 30)))
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [(0, 0, 0, 0), (1, 3, 27, 27), (2, 1, 9, 26)])
+def test_what_is_not_finite_reaches_what_it_is_summed_into(value, place) -> None:
+    gradient, weight = operands(3, 4, 1, (28, 28), (5, 5), (2, 2), (1, 1))
+    weight[:, :, 1, 2] = 0
+    gradient[place] = value
+    expected = conv2d_input((3, 1, 28, 28), weight, gradient, 1, 2)
+    found = COMPILED(gradient, weight, (2, 2), (1, 1), (28, 28))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@needs_kernel
+def test_what_does_not_fit_is_refused() -> None:
+    g, w = torch.zeros(2, 4, 6, 7), torch.zeros(4, 1, 3, 3)
+    assert COMPILED(g, w, (0, 1), (1, 1), (8, 7)).shape == (2, 1, 8, 7)
+    with pytest.raises(ValueError, match=r"gradient must have shape \[N, 4, 6, 6\], got \[2, 4, 6, 7\]"):
+        COMPILED(g, w, (0, 1), (1, 1), (8, 6))
+    with pytest.raises(ValueError, match="gradient must have shape"):
+        COMPILED(g[:, :3], w, (0, 1), (1, 1), (8, 7))
+    with pytest.raises(ValueError, match="gradient must have shape"):
+        COMPILED(g[0], w, (0, 1), (1, 1), (8, 7))
+    with pytest.raises(ValueError, match="weight must have shape"):
+        COMPILED(g, w[0], (0, 1), (1, 1), (8, 7))
+    with pytest.raises(ValueError, match="gives no output"):
+        COMPILED(g, w, (0, 0), (1, 1), (2, 7))
+    with pytest.raises(ValueError, match="dilation must be at least 1, got 0"):
+        COMPILED(g, w, (0, 1), (1, 0), (8, 7))
+    with pytest.raises(ValueError, match="padding must not be negative, got -1"):
+        COMPILED(g, w, (0, -1), (1, 1), (8, 7))
+    with pytest.raises(TypeError, match="weight must be float32 like gradient, got float64"):
+        COMPILED(g, w.double(), (0, 1), (1, 1), (8, 7))
+    with pytest.raises(TypeError, match="gradient must be float32 or float64, got bfloat16"):
+        COMPILED(g.bfloat16(), w.bfloat16(), (0, 1), (1, 1), (8, 7))
