@@ -6,6 +6,7 @@
 #include "../csrc/cpu/simd_types.h"
 #include "../csrc/cut_gradients.h"
 #include "../csrc/ops.h"
+#include "../csrc/redirected_edges.h"
 
 namespace py = pybind11;
 
@@ -50,4 +51,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("deepfool_step", &margin_kernels::deepfool_step, py::arg("gap"), py::arg("gradients"), py::arg("active"),
         py::arg("p"));
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
+  py::class_<margin_kernels::RedirectedEdges>(m, "RedirectedEdges")
+      .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&>(), py::arg("root"),
+           py::arg("places"))
+      .def("restore", &margin_kernels::RedirectedEdges::restore);
 }

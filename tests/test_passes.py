@@ -258,6 +258,6 @@ def test_the_loss_does_not_compute_the_gradient_of_the_input(monkeypatch, second
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
-def test_split_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match='passes must be one of "auto", "loop", got \'split\''):
-        MarginTask(pooled_net(), LargeMarginLoss(), passes="split")
+def test_an_unknown_mode_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match='passes must be one of "auto", "loop", "split", got \'both\''):
+        MarginTask(pooled_net(), LargeMarginLoss(), passes="both")
