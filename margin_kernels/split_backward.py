@@ -21,10 +21,10 @@ others 0, and their own rows as they were.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,15 @@ def available() -> bool:
     return hasattr(EXTENSION, "RedirectedEdges") and not torch.compiler.is_compiling()
 
 
+class Computed(NamedTuple):
+    """A loss computed from the leaf `logits`: see Split.loss."""
+
+    value: Tensor
+    logits: Tensor
+    gap: Tensor | None
+    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
+
+
 class Split:
     """The split backward of one forward pass. Raises NotExact with the reason where it has none.
 
@@ -68,9 +77,16 @@ class Split:
             for number, (following, output) in enumerate(node.next_functions):
                 if following is not None:
                     self._readers[following].append((node, number, output))
-        first = [node for tap in taps for node, _, output in self._readers[tap.edge.node] if output == tap.edge.output_nr]
-        self._spine = self._above(first)
-        self._leaves = [node for node in self._nodes if node.name() == LEAF]
+        self._spine = self._above(
+            node for tap in taps for node, _, output in self._readers[tap.edge.node] if output == tap.edge.output_nr
+        )
+        # Not a parameter: what gives the model's input, or a frozen stem, its place in the graph.
+        sources = {mark.grad_fn for mark in captured.sources}
+        self._leaves = [
+            node
+            for node in self._nodes
+            if node.name() == LEAF and not all(reader in sources for reader, _, _ in self._readers[node])
+        ]
         self._trained = self._above(self._leaves)
         self.kind = self._kind()
         reason = self._tried.get(self.kind)
@@ -162,7 +178,7 @@ class Split:
         """Takes note of the gradients at `edges` of one pass more; `every_second` repeats the pass with the cotangents
         of samples 0, 2, 4, ... alone. Raises NotExact where samples are coupled."""
         self._kept.append(gradients)
-        if self.kind in self._tried or len(self._logits) == 1:
+        if self.kind in self._tried or len(self._logits) <= 1:
             return
         apart, evidence = self._apart(every_second())
         if evidence and not apart:
@@ -190,9 +206,11 @@ class Split:
         gap: the score gaps [N,k] that the passes differentiated, where w is their gradient; None: logit gaps of classes
         index [N,k], where w is read off the gradient in the logits, other terms of the loss included.
         """
-        return _Split.apply(self, (value, logits, gap, index), *self.parameters)
+        return _Split.apply(self, Computed(value, logits, gap, index), *self.parameters)
 
-    def gradients(self, value: Tensor, logits: Tensor, gap: Tensor | None, index: Tensor, grad: Tensor) -> list[Any]:
+    def gradients(self, computed: Computed, grad: Tensor) -> list[Tensor | None]:
+        """The gradients of <grad, value> in the parameters."""
+        value, logits, gap, index = computed
         # The graph may be freed where nobody needs it after this: no second backward, no other term on the logits.
         top = self._nodes[0]
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph() or torch._C._will_engine_execute_node(top)
@@ -201,26 +219,30 @@ class Split:
             weights = outer.gather(1, index)
         else:
             weights, outer = torch.autograd.grad(value, (gap, logits), grad, retain_graph=keep_graph)
-        roots, seeds = list(self.edges), [self._combined(i, weights) for i in range(len(self.edges))]
+        roots, seeds = list(self.edges), self._combined(weights, in_place=not keep_graph)
         if self._leaving(top) or any(reader is top for reader, _ in self._open):
             roots.append(get_gradient_edge(self._logits))
             seeds.append(outer)
-        if not keep_graph:
-            self._kept.clear()
         stand_ins = [leaf.variable.detach().requires_grad_() for leaf in self._leaves]
         with self._redirected(stand_ins):
-            return list(
-                torch.autograd.grad(roots, stand_ins, seeds, retain_graph=keep_graph, allow_unused=True)
-            )
+            return list(torch.autograd.grad(roots, stand_ins, seeds, retain_graph=keep_graph, allow_unused=True))
 
-    def _combined(self, i: int, weights: Tensor) -> Tensor:
-        """sum_j w[n,j] G_j[n] at edge i, in the dtype of G."""
-        total: Tensor | None = None
-        for j, kept in enumerate(self._kept):
-            share = kept[i] * weights[:, j].view(-1, *[1] * (kept[i].dim() - 1))
-            total = share if total is None else total.add_(share)
-        assert total is not None
-        return total.to(self._kept[0][i].dtype)
+    def _combined(self, weights: Tensor, in_place: bool) -> list[Tensor]:
+        """sum_j w[n,j] G_j[n] at every edge, in the dtype of G; in the memory of G_0 where it is G_0's alone."""
+        first = self._kept[0] if self._kept else []
+        uses = Counter(gradient.untyped_storage().data_ptr() for gradient in first)
+        combined = []
+        for i, gradient in enumerate(first):
+            factors = [w.view(-1, *[1] * (gradient.dim() - 1)) for w in weights.unbind(1)]
+            own = in_place and uses[gradient.untyped_storage().data_ptr()] == 1 and gradient.is_contiguous()
+            own = own and (len(factors) == 1 or gradient.dtype == weights.dtype)  # half precision: summed in float32
+            total = gradient.mul_(factors[0]) if own else gradient * factors[0]
+            for kept, factor in zip(self._kept[1:], factors[1:], strict=True):
+                total.addcmul_(kept[i], factor)
+            combined.append(total.to(gradient.dtype))
+        if in_place:
+            self._kept.clear()
+        return combined
 
     @contextmanager
     def _redirected(self, stand_ins: list[Tensor]) -> Iterator[None]:
@@ -235,6 +257,7 @@ class Split:
                     continue
                 elif following in self._spine or following not in self._trained or self._ends_at(following, output):
                     places.append((i, number, None))
+        assert EXTENSION is not None
         redirected = EXTENSION.RedirectedEdges(self._logits, places)
         try:
             yield
@@ -246,15 +269,15 @@ class _Split(torch.autograd.Function):
     """The value of a loss whose gradients are those that a Split finds."""
 
     @staticmethod
-    def forward(ctx: Any, split: Split, computed: tuple[Tensor, Tensor, Tensor | None, Tensor], *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, split: Split, computed: Computed, *leaves: Tensor) -> Tensor:
         ctx.split, ctx.computed = split, computed
-        return computed[0].detach()
+        return computed.value.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError('the split backward has no second derivative (create_graph=True): use passes="loop"')
-        return (None, None, *ctx.split.gradients(*ctx.computed, grad))
+        return (None, None, *ctx.split.gradients(ctx.computed, grad))
 
 
 def _shape(node: Any, output: int) -> torch.Size:

@@ -93,9 +93,8 @@ class Checkpointed(nn.Module):
 
 
 def plain() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 8), nn.Linear(8, CLASSES)
-    )
+    convolutions = nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten()
+    return nn.Sequential(*convolutions, nn.Linear(24, 8), nn.Linear(8, CLASSES))
 
 
 NETWORKS = {
@@ -248,13 +247,15 @@ def test_frozen_parameters_and_odd_batches() -> None:
         assert_same(*results)
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_autocast(top_k) -> None:
     x, y = batch(dtype=torch.float32)
     found = {}
     for passes in ("split", "loop", "exact"):
         model = build("plain", torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=passes != "exact"):
-            out = MarginTask(model, LargeMarginLoss(3.0), ("input", "3"), "loop" if passes == "exact" else passes)(x, y)
+            loss = LargeMarginLoss(3.0, top_k=top_k, aggregation="sum")
+            out = MarginTask(model, loss, ("input", "3"), "loop" if passes == "exact" else passes)(x, y)
         out["loss"].backward()
         found[passes] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     size = found["exact"].norm()

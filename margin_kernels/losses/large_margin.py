@@ -22,6 +22,9 @@ SPACES = ("logit", "probability")
 LAYER_SCALES = (None, "numel")
 LAYER_REDUCTIONS = ("mean", "sum")
 AUXILIARIES = ("cross_entropy", "pairwise")
+# Competitors up to which "auto" takes the split backward: it keeps the activation gradients of every pass, and from
+# three on writing and reading them costs what it saves (CPU, mnist_cnn and mlp800: even at 3, slower at 9).
+SPLIT_UP_TO = 2
 
 
 class Margins(NamedTuple):
@@ -62,8 +65,8 @@ class LargeMarginLoss(nn.Module):
         second_order: False: D is a constant in the backward pass (the paper); True: D is differentiated as well, for
             which every layer must be twice differentiable (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
         margin_weight, cross_entropy_weight: finite, >= 0.
-        auxiliary: what cross_entropy_weight weighs: "cross_entropy", or "pairwise", the logistic loss of the label and its
-            best competitor, for which the split backward (`passes` of MarginTask) needs no pass of its own.
+        auxiliary: what cross_entropy_weight weighs: "cross_entropy", or "pairwise", the logistic loss of the label and
+            its best competitor, for which the split backward (`passes` of MarginTask) needs no pass of its own.
         layer_reduction: "mean" (weighted) or "sum" (of w_l term) over layers.
         reduction: "mean", "sum" or "none" over samples, of the margin loss and the cross-entropy alike.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
@@ -134,11 +137,12 @@ class LargeMarginLoss(nn.Module):
         captured  the forward pass whose taps are measured; its logits may differ from `logits` (frozen batch norm)
         passes    "loop": the loss is differentiated through the logits. "split": the gradients of the parameters come
                   from those of the passes (margin_kernels.split_backward), the loss has parameters as its inputs and
-                  not the logits. "auto": split where it is exact
+                  not the logits. "auto": split where it is exact, for up to two competitors
         Raises ValueError where passes is "split" and cannot be.
         """
         try:
-            split = None if passes == "loop" else self._split(logits, captured)
+            loop = passes == "loop" or (passes == "auto" and self.top_k > SPLIT_UP_TO)
+            split = None if loop else self._split(logits, captured)
             return self._margins(logits, target, captured, split)
         except NotExact as reason:
             if passes == "split":
