@@ -1,8 +1,10 @@
 """Whole training steps of mnist_cnn against their time floor and against cross-entropy.
 
 step   forward, loss, backward, SGD with momentum; batch 128; taps at the input and the four hidden layers
-floor  the cross-entropy step + k activation-only backward passes, each timed alone in the same run
-ratio  to the cross-entropy step of the same run; by FLOPs (k + 3) / 3
+loop   with cross-entropy; floor: the cross-entropy step + k activation-only backward passes, each timed alone in the same
+       run; by FLOPs (k + 3) / 3 of cross-entropy
+split  with the pairwise logistic loss instead; floor: one pass less; by FLOPs (k + 2) / 3
+ratio  to the cross-entropy step of the same run
 
 python benchmarks/step.py --out benchmarks/results/step_cpu.json
 """
@@ -45,10 +47,11 @@ def cross_entropy_step(batch: int) -> Callable[[], None]:
     return lambda: step.run(lambda: cross_entropy(step.model(step.x), step.y))
 
 
-def margin_step(batch: int, k: int, p: float, backend: str = "auto") -> Callable[[], None]:
+def margin_step(batch: int, k: int, p: float, passes: str = "loop", backend: str = "auto") -> Callable[[], None]:
     step = Step(batch)
-    loss = LargeMarginLoss(gamma=1.0, p=p, top_k=k, cross_entropy_weight=1.0, backend=backend)
-    task = MarginTask(step.model, loss, layers=TAPS)
+    auxiliary = "pairwise" if passes == "split" else "cross_entropy"
+    loss = LargeMarginLoss(1.0, p, top_k=k, cross_entropy_weight=1.0, auxiliary=auxiliary, backend=backend)
+    task = MarginTask(step.model, loss, TAPS, passes)
     return lambda: step.run(lambda: task(step.x, step.y)["loss"])
 
 
@@ -119,16 +122,19 @@ def tap_bytes(batch: int) -> int:
 
 def measure(batch: int, rounds: int, backends: list[str]) -> dict[str, Any]:
     runs = {"cross-entropy": cross_entropy_step(batch), "pass": activation_pass(batch)}
-    cases = [(k, p, backend) for backend in backends for k in (1, 9) for p in (2, float("inf"))]
-    for k, p, backend in cases:
-        runs[f"{k} {p} {backend}"] = margin_step(batch, k, p, backend)
+    cases = [("loop", k, p, backend) for backend in backends for k in (1, 9) for p in (2, float("inf"))]
+    cases += [("split", k, 2, backends[0]) for k in (1, 2, 9)]
+    for passes, k, p, backend in cases:
+        runs[f"{passes} {k} {p} {backend}"] = margin_step(batch, k, p, passes, backend)
     device = torch.get_default_device().type
     times = interleaved(runs, rounds, warmup=3, inner=10 if device == "cuda" else 1, device=device)
     table = []
-    for k, p, backend in cases:
-        seconds, floor = times[f"{k} {p} {backend}"], times["cross-entropy"] + k * times["pass"]
+    for passes, k, p, backend in cases:
+        beside = k if passes == "loop" else k - 1
+        seconds, floor = times[f"{passes} {k} {p} {backend}"], times["cross-entropy"] + beside * times["pass"]
         table.append(
             {
+                "passes": passes,
                 "k": k,
                 "p": "inf" if p == float("inf") else p,
                 "backend": backend,
@@ -137,7 +143,7 @@ def measure(batch: int, rounds: int, backends: list[str]) -> dict[str, Any]:
                 "to_floor": seconds / floor,
                 "to_cross_entropy": seconds / times["cross-entropy"],
                 "floor_to_cross_entropy": floor / times["cross-entropy"],
-                "by_flops": (k + 3) / 3,
+                "by_flops": (beside + 3) / 3,
             }
         )
         print(table[-1], flush=True)
@@ -162,10 +168,10 @@ def memory(batch: int) -> dict[str, Any]:
         "cross_entropy_with_one_bare_pass_bytes": peak_bytes(cross_entropy_step_with_pass(batch)),
         "margin_bytes": {},
     }
-    for k in (1, 9):
-        peak = peak_bytes(margin_step(batch, k, 2))
-        result["margin_bytes"][str(k)] = peak
-        result[f"to_cross_entropy_plus_taps_k{k}"] = peak / (baseline + taps)
+    for passes, k in (("loop", 1), ("loop", 9), ("split", 1), ("split", 9)):
+        peak = peak_bytes(margin_step(batch, k, 2, passes))
+        result["margin_bytes"][f"{passes} {k}"] = peak
+        result[f"to_cross_entropy_plus_taps_{passes}_k{k}"] = peak / (baseline + taps)
     print(result, flush=True)
     return result
 

@@ -111,6 +111,7 @@ def steps(run: dict) -> str:
                 [
                     str(part["threads"]),
                     {"auto": "compiled", "reference": "reference"}[cell["backend"]],
+                    cell["passes"],
                     str(cell["k"]),
                     str(cell["p"]),
                     f"{cell['milliseconds']:.0f}",
@@ -120,8 +121,8 @@ def steps(run: dict) -> str:
                     f"{cell['by_flops']:.2f}",
                 ]
             )
-    head = ["threads", "ops", "k", "p", "ms", "to its floor", "to cross-entropy", "floor to cross-entropy", "by FLOPs"]
-    return table(head, rows)
+    head = ["threads", "ops", "passes", "k", "p", "ms", "to its floor", "to cross-entropy", "floor to cross-entropy"]
+    return table([*head, "by FLOPs"], rows)
 
 
 def losses(run: dict) -> str:

@@ -16,26 +16,29 @@ Where logit scores need nothing but ||W_i - W_y||_q, `row_distance` measures it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from . import functional
 from .reference.dual_norm import dual_exponent
+from .split_backward import Split
 from .taps import Captured, Tap, graph_nodes, same_edge
 from .thin_convolution import thin_convolution
 
-PASSES = ("auto", "loop")
+PASSES = ("auto", "loop", "split")
 
 # c [N,C] and c W [N,D] of one competitor, None where nothing needs them.
 Seeds = tuple[Tensor | None, Tensor | None]
 
 
 def check_passes(passes: str) -> str:
-    """`passes` where it is a mode that exists; "auto" is "loop" for now. Raises ValueError else."""
+    """`passes` where it is a mode that exists. Raises ValueError else."""
     if passes not in PASSES:
-        raise ValueError(f'passes must be one of "auto", "loop", got {passes!r} ("split" is not available yet)')
+        raise ValueError(f'passes must be one of "auto", "loop", "split", got {passes!r}')
     return passes
 
 
@@ -147,7 +150,7 @@ def difference_norms(
     space: str = "logit",
     layer_scale: str | None = None,
     second_order: bool = False,
-    passes: str = "auto",
+    split: Split | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q, q dual to p.
@@ -158,11 +161,10 @@ def difference_norms(
     space         "logit": s = z;  "probability": s = softmax(z)
     layer_scale   None, or "numel": D divided by the number of elements of h_l[n]
     second_order  True: D is differentiable in the parameters (create_graph), else a constant
-    passes        "auto" or "loop": one activation-only backward pass per competitor
+    split         where the passes leave the gradients that a split backward needs, None: nowhere
     Returns [N,k,L], fp32 (fp64 for fp64). Raises ValueError for a tap outside the graph of the logits, a tap whose
     first dimension is not N, and reentrant checkpointing. Source: Elsayed et al. 2018, eq. 7.
     """
-    check_passes(passes)
     plan = make_plan(captured, space, dual_exponent(p), layer_scale)
     logits = captured.logits
     with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
@@ -174,11 +176,14 @@ def difference_norms(
         elif plan.cotangent or plan.rows or plan.taps:
             norms: list[Tensor] = []
             cotangents = Cotangents(captured, target, space, second_order)
-            route = Route(captured, plan.taps)
+            route = Route(captured, plan.taps, () if split is None else split.edges)
             for competitor in index.unbind(1):
-                gradients = _gradients(plan, route, cotangents.of(competitor), second_order)
+                seeds = cotangents.of(competitor)
+                gradients, kept = _gradients(plan, route, seeds, second_order)
                 norms.append(functional.dual_norm(gradients, p, batch_dims=1, backend=backend))
                 del gradients
+                if split is not None:
+                    split.keep(kept, partial(_kept_of_every_second, plan, route, seeds))
             measured = torch.stack(norms, 1)
         return _columns(measured, plan.sources, index, logits.dtype)
 
@@ -193,20 +198,33 @@ def logit_norms(captured: Captured, p: float = 2, second_order: bool = False, ba
         _check_batch(tap, logits)
     with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
         route = Route(captured._replace(head=None), captured.taps)
-        gradients = route.backward(torch.ones_like(logits), second_order)
+        gradients, _ = route.backward(torch.ones_like(logits), second_order)
         return functional.dual_norm(gradients, p, batch_dims=1, backend=backend)
 
 
-def _gradients(plan: Plan, route: Route, seeds: Seeds, second_order: bool) -> list[Tensor]:
-    """What dual_norm measures for one competitor, each [N,*]: c and c W as the plan names them, then the taps."""
+def _gradients(plan: Plan, route: Route, seeds: Seeds, second_order: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """What dual_norm measures for one competitor, each [N,*]: c and c W as the plan names them, then the taps; and the
+    gradients at the other edges of the route."""
     cotangent, rows = seeds
     named = (cotangent if plan.cotangent else None, rows if plan.rows else None)
     measured = [seed for seed in named if seed is not None]
     if not plan.taps:
-        return measured
+        return measured, []
     seed = cotangent if rows is None else rows
     assert seed is not None
-    return measured + route.backward(seed.to(route.start.dtype), second_order)
+    gradients, kept = route.backward(seed.to(route.start.dtype), second_order)
+    return measured + gradients, kept
+
+
+def _kept_of_every_second(plan: Plan, route: Route, seeds: Seeds) -> list[Tensor]:
+    """The gradients at the other edges of the route from the cotangents of samples 0, 2, 4, ... alone."""
+    halved = []
+    for seed in seeds:
+        if seed is not None:
+            seed = seed.clone()
+            seed[1::2] = 0
+        halved.append(seed)
+    return _gradients(plan, route, (halved[0], halved[1]), second_order=False)[1]
 
 
 def pair_gradient(
@@ -222,7 +240,7 @@ def pair_gradient(
             .scatter_(1, upper.unsqueeze(1), 1.0)
             .scatter_add_(1, lower.unsqueeze(1), torch.full_like(logits[:, :1], -1.0))
         )
-        return (route or route_from(logits, x)).backward(seed, second_order)[0]
+        return (route or route_from(logits, x)).backward(seed, second_order)[0][0]
 
 
 def route_from(logits: Tensor, x: Tensor) -> Route:
@@ -232,20 +250,23 @@ def route_from(logits: Tensor, x: Tensor) -> Route:
 
 
 class Route:
-    """The way of a pass from the logits, or the head's input, to the taps; looked up once for all competitors."""
+    """The way of a pass from the logits, or the head's input, to the taps, and to other edges whose gradients are kept;
+    looked up once for all competitors."""
 
-    def __init__(self, captured: Captured, taps: Sequence[Tap]) -> None:
+    def __init__(self, captured: Captured, taps: Sequence[Tap], kept: Sequence[GradientEdge] = ()) -> None:
         self.start = captured.logits if captured.head is None else captured.head.input
         self.taps = taps
         nodes = graph_nodes(self.start) if taps else []
         self._thin = [thin_convolution(nodes, tap) for tap in taps]
+        self._edges = [tap.edge if conv is None else conv.output for tap, conv in zip(taps, self._thin, strict=True)]
+        self._edges += kept
 
-    def backward(self, seed: Tensor, second_order: bool) -> list[Tensor]:
-        """Gradients of <seed, start> with respect to the taps; no weight gradient is computed."""
-        edges = [tap.edge if conv is None else conv.output for tap, conv in zip(self.taps, self._thin, strict=True)]
+    def backward(self, seed: Tensor, second_order: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients of <seed, start> with respect to the taps, and at the edges that are kept; no weight gradient is
+        computed."""
         try:
             gradients = torch.autograd.grad(
-                self.start, edges, seed, retain_graph=True, create_graph=second_order, allow_unused=True
+                self.start, self._edges, seed, retain_graph=True, create_graph=second_order, allow_unused=True
             )
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
@@ -255,11 +276,11 @@ class Route:
                 f"use_reentrant=False (taps: {', '.join(tap.name for tap in self.taps)})"
             ) from error
         found: list[Tensor] = []
-        for tap, conv, gradient in zip(self.taps, self._thin, gradients, strict=True):
+        for tap, conv, gradient in zip(self.taps, self._thin, gradients[: len(self.taps)], strict=True):
             if gradient is None:
                 raise ValueError(f"tap {tap.name!r} is outside the graph of the logits: they do not depend on it")
             found.append(gradient if conv is None else conv.input_gradient(gradient))
-        return found
+        return found, list(gradients[len(self.taps) :])
 
 
 def _columns(measured: Tensor | None, sources: list[Source], index: Tensor, dtype: torch.dtype) -> Tensor:

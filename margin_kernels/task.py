@@ -34,13 +34,21 @@ class MarginTask(nn.Module):
             call of a module called several times. Default: the input alone, the margin that input perturbations meet.
             Only for losses that measure at taps.
             `task.layers` holds the resolved names, in the order of the last dimension of distance and norm.
-        passes: "auto" or "loop", how the gradients are obtained (margin_kernels.passes).
+        passes: how LargeMarginLoss comes to its gradients.
+            "loop": one activation-only backward pass for each competitor, and the ordinary backward of the loss.
+            "split": the gradients of the parameters from those that the passes found (margin_kernels.split_backward),
+            half a backward pass less, for top_k = 1 the cost of cross-entropy. The loss is then connected to the
+            parameters, and not to the logits or activations in between. Needs first order, no cross-entropy term (or
+            auxiliary="pairwise", or all competitors), no batch norm in training mode, samples that are rows of every
+            layer's output, and the compiled extension.
+            "auto": split where all that holds and top_k is at most 2, from where on it is not faster; else loop.
         batchnorm: for models with batch norm in training mode, where samples are coupled and the gradient of a summed
             gap is not the gradient of each gap. "batch": as the papers, ignore it (a warning, once); "frozen": norms
             are measured on a second forward pass with running statistics and the same dropout masks.
 
     Raises:
-        ValueError: unknown layers or options, a compiled model, DataParallel; in forward, taps that cannot be measured.
+        ValueError: unknown layers or options, a compiled model, DataParallel; in forward, taps that cannot be measured,
+            passes="split" where it is not possible, with the reason.
 
     The state dict holds the model under "model.". Hooks exist during a forward only.
     """

@@ -6,6 +6,7 @@
 #include "../csrc/cpu/simd_types.h"
 #include "../csrc/cut_gradients.h"
 #include "../csrc/ops.h"
+#include "../csrc/redirected_edges.h"
 #include "../csrc/thin_convolution.h"
 
 namespace py = pybind11;
@@ -53,4 +54,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
   m.def("convolution_input_gradient", &margin_kernels::convolution_input_gradient, py::arg("gradient"),
         py::arg("weight"), py::arg("padding"), py::arg("dilation"), py::arg("size"));
+  py::class_<margin_kernels::RedirectedEdges>(m, "RedirectedEdges")
+      .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&>(), py::arg("root"),
+           py::arg("places"))
+      .def("restore", &margin_kernels::RedirectedEdges::restore);
 }

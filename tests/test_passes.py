@@ -129,7 +129,7 @@ def test_taps_with_a_closed_form_need_no_pass(calls, space) -> None:
 
 @pytest.mark.parametrize("k", [1, 4])
 def test_one_pass_for_each_competitor_gives_every_tap(calls, k) -> None:
-    MarginTask(pooled_net(), LargeMarginLoss(top_k=k), LAYERS)(*batch())
+    MarginTask(pooled_net(), LargeMarginLoss(top_k=k), LAYERS, "loop")(*batch())
     assert [call["inputs"] for call in calls] == [2] * k
 
 
@@ -165,7 +165,7 @@ def test_a_pass_computes_no_weight_gradient_and_stops_at_the_lowest_tap(layers, 
     """The gradient of a linear layer's input is one product, that of its weight would be another."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
     with Products() as counted:
-        MarginTask(model, LargeMarginLoss(top_k=2), layers)(torch.randn(7, 4), torch.randint(3, (7,)))
+        MarginTask(model, LargeMarginLoss(top_k=2), layers, "loop")(torch.randn(7, 4), torch.randint(3, (7,)))
     assert counted.count == 2 * products
 
 
@@ -237,7 +237,7 @@ def test_wide_and_narrow_taps_are_measured_together() -> None:
 def test_the_loss_does_not_compute_the_gradient_of_the_input(monkeypatch, second_order) -> None:
     x, y = batch()
     net = pooled_net()
-    task = MarginTask(net, LargeMarginLoss(5.0, top_k=2, second_order=second_order), ("input", "0"))
+    task = MarginTask(net, LargeMarginLoss(5.0, top_k=2, second_order=second_order), ("input", "0"), "loop")
 
     def sources_reached() -> tuple[int, list[Tensor]]:
         loss = copy.copy(task)(x, y)["loss"]
@@ -258,6 +258,6 @@ def test_the_loss_does_not_compute_the_gradient_of_the_input(monkeypatch, second
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
-def test_split_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match='passes must be one of "auto", "loop", got \'split\''):
-        MarginTask(pooled_net(), LargeMarginLoss(), passes="split")
+def test_an_unknown_mode_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match='passes must be one of "auto", "loop", "split", got \'both\''):
+        MarginTask(pooled_net(), LargeMarginLoss(), passes="both")

@@ -404,6 +404,7 @@ class TestCopies:
 
 DISTRIBUTED = [
     (LargeMarginLoss(3.0, top_k=2, cross_entropy_weight=0.1), LAYERS),
+    (LargeMarginLoss(3.0, top_k=2), LAYERS),
     (LargeMarginLoss(3.0, top_k=2, second_order=True, cross_entropy_weight=0.1), LAYERS),
     (MarginSensitivityLoss(2.0, power=1), None),
     (AdversarialMarginLoss(2.0, aggregation="avg"), None),

@@ -167,10 +167,11 @@ class LossConfig:
         space: logit or probability scores
         second_order: differentiate the gradient norms too
         margin_weight: factor of the margin term
-        cross_entropy_weight: factor of the cross-entropy term
+        cross_entropy_weight: factor of the auxiliary term
+        auxiliary: cross_entropy, or pairwise: the logistic loss of the label and its best competitor
         layers: taps; input, output, module names, or hidden for every hidden layer of the network
         batchnorm: batch or frozen statistics in the margin passes
-        passes: how the margin gradients are obtained, auto or loop
+        passes: how the margin gradients are obtained, auto, loop or split
         sensitivity: options of margin_sensitivity
         adversarial: options of adversarial_margin
         one_to_n: options of one_to_n
@@ -191,6 +192,7 @@ class LossConfig:
     second_order: bool = False
     margin_weight: float = 1.0
     cross_entropy_weight: float = 1.0
+    auxiliary: Literal["cross_entropy", "pairwise"] = "cross_entropy"
     layers: list[str] = field(default_factory=lambda: ["input", "hidden", "output"])
     batchnorm: Literal["batch", "frozen"] = "batch"
     passes: str = "auto"

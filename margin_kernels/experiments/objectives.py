@@ -128,6 +128,7 @@ def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -
         second_order=config.second_order,
         margin_weight=config.margin_weight,
         cross_entropy_weight=config.cross_entropy_weight,
+        auxiliary=config.auxiliary,
     )
     return mk.MarginTask(model, loss, layers=taps, passes=config.passes, batchnorm=config.batchnorm)
 

@@ -7,17 +7,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import functional, taps
 from ..backends import BACKENDS
-from ..passes import difference_norms
+from ..passes import difference_norms, make_plan
+from ..reference.dual_norm import dual_exponent
 from ..reference.margin_hinge import AGGREGATIONS
+from ..split_backward import Kind, NotExact, Split, available
 from ..taps import Captured, cut_sources
 from .options import REDUCTIONS, RIVALS, choice, count, flag, is_number, norm_exponent, number, numbers
 
 SPACES = ("logit", "probability")
 LAYER_SCALES = (None, "numel")
 LAYER_REDUCTIONS = ("mean", "sum")
+AUXILIARIES = ("cross_entropy", "pairwise")
+# Competitors up to which "auto" takes the split backward: it keeps the activation gradients of every pass, and from
+# three on writing and reading them costs what it saves (CPU, mnist_cnn and mlp800: even at 3, slower at 9).
+SPLIT_UP_TO = 2
 
 
 class Margins(NamedTuple):
@@ -43,7 +50,7 @@ class LargeMarginLoss(nn.Module):
         d[n,j,l]    = - gap[n,j] / (eps + D[n,j,l])            distance in the p-norm, positive on the right side
         term[n,j,l] = min( max(gamma_l - d, 0), alpha gamma_l )
         loss[n]     = sum_l w_l agg_j term[n,j,l] / sum_l w_l
-        total       = margin_weight * loss + cross_entropy_weight * nll
+        total       = margin_weight * loss + cross_entropy_weight * (nll or log(1 + exp(z_best - z_y)))
 
     Args:
         gamma: margin that is asked for, > 0, in the units of the activations; one number or one for each layer.
@@ -58,6 +65,8 @@ class LargeMarginLoss(nn.Module):
         second_order: False: D is a constant in the backward pass (the paper); True: D is differentiated as well, for
             which every layer must be twice differentiable (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
         margin_weight, cross_entropy_weight: finite, >= 0.
+        auxiliary: what cross_entropy_weight weighs: "cross_entropy", or "pairwise", the logistic loss of the label and
+            its best competitor, for which the split backward (`passes` of MarginTask) needs no pass of its own.
         layer_reduction: "mean" (weighted) or "sum" (of w_l term) over layers.
         reduction: "mean", "sum" or "none" over samples, of the margin loss and the cross-entropy alike.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
@@ -85,6 +94,7 @@ class LargeMarginLoss(nn.Module):
         second_order: bool = False,
         margin_weight: float = 1.0,
         cross_entropy_weight: float = 0.0,
+        auxiliary: str = "cross_entropy",
         layer_reduction: str = "mean",
         reduction: str = "mean",
         backend: str = "auto",
@@ -104,11 +114,13 @@ class LargeMarginLoss(nn.Module):
         self.second_order = flag("second_order", second_order)
         self.margin_weight = number("margin_weight", margin_weight, least=0)
         self.cross_entropy_weight = number("cross_entropy_weight", cross_entropy_weight, least=0)
+        self.auxiliary = choice("auxiliary", auxiliary, AUXILIARIES)
         self.layer_reduction = choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
         self.reduction = choice("reduction", reduction, REDUCTIONS)
         self.backend = choice("backend", backend, ("auto", *BACKENDS))
         # Hyper-parameters as tensors [L] on a device, made once: no buffers, which .half() would round.
         self._constants: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self._tried: dict[Kind, str | None] = {}
 
     def forward(self, logits: Tensor, target: Tensor, activations: Sequence[Tensor]) -> Tensor:
         """The loss, [] or [N], of logits [N,C] and target [N] int64 with activations h_l [N,*] from the same forward.
@@ -117,19 +129,33 @@ class LargeMarginLoss(nn.Module):
         """
         return self.margins(logits, target, taps.explicit(logits, activations)).loss
 
-    def margins(self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "auto") -> Margins:
+    def margins(self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop") -> Margins:
         """The loss and all that it measured on the way.
 
         logits    [N,C], from which gap and cross-entropy are taken
         target    [N] int64, values in [0, C)
         captured  the forward pass whose taps are measured; its logits may differ from `logits` (frozen batch norm)
-        passes    how the gradients are obtained, as in passes.difference_norms
+        passes    "loop": the loss is differentiated through the logits. "split": the gradients of the parameters come
+                  from those of the passes (margin_kernels.split_backward), the loss has parameters as its inputs and
+                  not the logits. "auto": split where it is exact, for up to two competitors
+        Raises ValueError where passes is "split" and cannot be.
         """
-        index, gap, nll = self.gaps(logits, target)
+        try:
+            loop = passes == "loop" or (passes == "auto" and self.top_k > SPLIT_UP_TO)
+            split = None if loop else self._split(logits, captured)
+            return self._margins(logits, target, captured, split)
+        except NotExact as reason:
+            if passes == "split":
+                raise ValueError(f'passes="split" is not possible: {reason}') from reason
+        return self._margins(logits, target, captured, None)
+
+    def _margins(self, logits: Tensor, target: Tensor, captured: Captured, split: Split | None) -> Margins:
+        source = logits if split is None else logits.detach().requires_grad_()
+        index, gap, nll = self.gaps(source, target)
         # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
         label = target.clamp(0, logits.shape[1] - 1)
         norm = difference_norms(
-            captured, label, index, self.p, self.space, self.layer_scale, self.second_order, passes, self.backend
+            captured, label, index, self.p, self.space, self.layer_scale, self.second_order, split, self.backend
         )
         gamma, cap, layer_weights = self._per_layer(norm)
         loss, distance = functional.margin_hinge_with_distance(
@@ -146,9 +172,33 @@ class LargeMarginLoss(nn.Module):
         )
         shortfall = gamma - distance
         active = shortfall > 0 if cap is None else (shortfall > 0) & (shortfall < cap)
-        total = self._total(loss, nll)
-        cut_sources(total, captured)
+        total = self._total(loss, nll, source, label, index)
+        if split is None:
+            cut_sources(total, captured)
+        else:
+            total = split.loss(total, source, gap if self.space == "probability" else None, index)
         return Margins(total, nll.detach(), gap.detach(), index, norm.detach(), distance, active)
+
+    def _split(self, logits: Tensor, captured: Captured) -> Split:
+        """The split backward of this loss. Raises NotExact with the reason where there is none."""
+        if not available():
+            raise NotExact("the compiled extension is missing, or torch.compile is at work")
+        if self.second_order:
+            raise NotExact("second_order=True differentiates the norms")
+        if captured.logits is not logits:
+            raise NotExact('the norms are measured on a forward pass of their own (batchnorm="frozen")')
+        every = self.space == "logit" and self.top_k >= logits.shape[1] - 1
+        if self.cross_entropy_weight > 0 and self.auxiliary == "cross_entropy" and not every:
+            raise NotExact(
+                "the gradient of the cross-entropy is not among those of the passes: take cross_entropy_weight=0, "
+                'auxiliary="pairwise", or all competitors of space="logit"'
+            )
+        if self.cross_entropy_weight > 0 and self.space == "probability":
+            raise NotExact('the passes of space="probability" do not hold the gradient of the pairwise logistic loss')
+        plan = make_plan(captured, self.space, dual_exponent(self.p))
+        if not plan.taps:
+            raise NotExact("no tap needs a pass")
+        return Split(captured, plan.taps, self._tried)
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: gap, index [N,k] and nll [N]."""
@@ -165,11 +215,15 @@ class LargeMarginLoss(nn.Module):
             gap = scores.gather(1, index) - scores.gather(1, label)
         return functional.Competitors(index, gap, nll)
 
-    def _total(self, loss: Tensor, nll: Tensor) -> Tensor:
+    def _total(self, loss: Tensor, nll: Tensor, logits: Tensor, label: Tensor, index: Tensor) -> Tensor:
         if self.margin_weight != 1:
             loss = loss * self.margin_weight
         if self.cross_entropy_weight == 0:
             return loss
+        if self.auxiliary == "pairwise":
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            best, own = wide.gather(1, index[:, :1]), wide.gather(1, label.unsqueeze(1))
+            nll = F.softplus(best - own).squeeze(1)
         nll = functional.reduced(nll, self.reduction)
         return loss + (nll if self.cross_entropy_weight == 1 else nll * self.cross_entropy_weight)
 
@@ -196,7 +250,7 @@ class LargeMarginLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the tensors made for a device, which another machine may not have."""
-        return {**self.__dict__, "_constants": {}}
+        return {**self.__dict__, "_constants": {}, "_tried": {}}
 
     def extra_repr(self) -> str:
         parts = [f"gamma={self.gamma}", f"p={self.p:g}", f"top_k={self.top_k}", f"aggregation={self.aggregation!r}"]
@@ -209,6 +263,7 @@ class LargeMarginLoss(nn.Module):
             "second_order": False,
             "margin_weight": 1.0,
             "cross_entropy_weight": 0.0,
+            "auxiliary": "cross_entropy",
             "layer_reduction": "mean",
             "reduction": "mean",
             "backend": "auto",

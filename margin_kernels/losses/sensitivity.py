@@ -104,8 +104,10 @@ class MarginSensitivityLoss(nn.Module):
         logits    [N,C], from which the classification loss is taken
         target    [N] int64, values in [0, C)
         captured  the forward pass whose tap is measured; its logits may differ from `logits` (frozen batch norm)
-        passes    how the gradients are obtained, as in passes.difference_norms
+        passes    "auto" or "loop", which are the same here; ValueError for "split"
         """
+        if passes == "split":
+            raise ValueError('passes="split" is not possible: the penalty differentiates the norms')
         if len(captured.taps) != 1:
             names = ", ".join(tap.name for tap in captured.taps)
             raise ValueError(f"MarginSensitivityLoss measures at one tap, got {len(captured.taps)}: {names}")
@@ -116,8 +118,8 @@ class MarginSensitivityLoss(nn.Module):
         else:
             # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
             label = target.clamp(0, logits.shape[1] - 1)
-            chosen = self._widest(captured, label, rivals, passes)
-            norm = self._norms(captured, label, chosen, passes, second_order=True).squeeze(1)
+            chosen = self._widest(captured, label, rivals)
+            norm = self._norms(captured, label, chosen, second_order=True).squeeze(1)
             index = chosen.squeeze(1)
         classification = self._classification(gap, nll)
         loss = functional.reduced(classification + self.weight * norm.pow(self.power), self.reduction)
@@ -143,18 +145,16 @@ class MarginSensitivityLoss(nn.Module):
     def _classification(self, gap: Tensor, nll: Tensor) -> Tensor:
         return F.relu(1 + gap) if self.classification == "hinge" else nll
 
-    def _widest(self, captured: Captured, label: Tensor, rivals: Tensor, passes: str) -> Tensor:
+    def _widest(self, captured: Captured, label: Tensor, rivals: Tensor) -> Tensor:
         """The rival with the largest norm, [N,1]; of equal ones the first."""
         if rivals.shape[1] == 1:
             return rivals
-        norms = self._norms(captured, label, rivals, passes, second_order=False)
+        norms = self._norms(captured, label, rivals, second_order=False)
         return rivals.gather(1, norms.argmax(1, keepdim=True))
 
-    def _norms(self, captured: Captured, label: Tensor, index: Tensor, passes: str, second_order: bool) -> Tensor:
+    def _norms(self, captured: Captured, label: Tensor, index: Tensor, second_order: bool) -> Tensor:
         """|| d (z[n,i] - z[n,y_n]) / d h[n] ||_q, [N,k], of the rivals index [N,k]."""
-        norms = difference_norms(
-            captured, label, index, self.p, second_order=second_order, passes=passes, backend=self.backend
-        )
+        norms = difference_norms(captured, label, index, self.p, second_order=second_order, backend=self.backend)
         return norms.squeeze(-1)
 
     def extra_repr(self) -> str:

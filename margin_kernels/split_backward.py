@@ -1,0 +1,284 @@
+"""Weight gradients of a margin loss from the activation gradients that its norms were measured on.
+
+With constant norms the loss depends on the network through the gaps alone, and backpropagation is linear and treats
+samples one by one. With w[n,j] = d loss / d gap[n,j] and G_j the activation gradients of the pass of competitor j,
+
+    d loss / d a[n] = sum_j w[n,j] G_j[n]        at every activation a of the network
+
+is known as soon as the loss is, and only the gradients of the weights remain: one forward pass, k passes, and half a
+backward pass, (k + 2) F where the loop takes (k + 3) F; for k = 1 the price of cross-entropy.
+
+The graph of the forward pass is used as it is, for any network. Its spine are the nodes between the logits and the
+taps; a node of the spine that a parameter feeds is an owner. Each pass also yields the gradients at the outputs of the
+owners. In the backward of the loss these are combined, and one run of the engine starts at all owners together while
+the edges from one node of the spine to the next are cut: what leaves the spine, weights and what lies behind the taps,
+gets its gradient in the ordinary way, shared weights and any kind of layer included.
+
+Exact where every sample is a row of its own in the output of each owner. Whether that is so is read off the shapes, and
+tried out once for each kind of graph: a pass with the cotangents of every second sample must leave the rows of the
+others 0, and their own rows as they were.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from .backends import EXTENSION
+from .taps import SAME_VALUES, Captured, Tap, graph_nodes, same_edge
+
+LEAF = "torch::autograd::AccumulateGrad"
+# Rounding between a pass and the same pass with half of the samples, relative to the largest gradient.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+# The operations of a graph between logits and taps: name and number of dimensions of each.
+Kind = tuple[tuple[str, int], ...]
+
+
+class NotExact(Exception):
+    """Why the split backward would not give the gradient, or cannot be run."""
+
+
+def available() -> bool:
+    """Whether the compiled extension, which the split backward needs, is there."""
+    return hasattr(EXTENSION, "RedirectedEdges") and not torch.compiler.is_compiling()
+
+
+class Computed(NamedTuple):
+    """A loss computed from the leaf `logits`: see Split.loss."""
+
+    value: Tensor
+    logits: Tensor
+    gap: Tensor | None
+    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
+
+
+class Split:
+    """The split backward of one forward pass. Raises NotExact with the reason where it has none.
+
+    captured  the forward pass, whose logits the loss is computed from
+    taps      the taps that the passes go to
+    tried     kinds of graphs that were tried out, with the reason against or None; added to here
+    edges     where the passes must take gradients besides: the outputs of the owners
+    """
+
+    def __init__(self, captured: Captured, taps: Sequence[Tap], tried: dict[Kind, str | None]) -> None:
+        self._tried = tried
+        self._logits = captured.logits
+        self._nodes = graph_nodes(captured.logits)
+        self._readers: dict[Any, list[tuple[Any, int, int]]] = defaultdict(list)
+        for node in self._nodes:
+            for number, (following, output) in enumerate(node.next_functions):
+                if following is not None:
+                    self._readers[following].append((node, number, output))
+        self._spine = self._above(
+            node for tap in taps for node, _, output in self._readers[tap.edge.node] if output == tap.edge.output_nr
+        )
+        # Not a parameter: what gives the model's input, or a frozen stem, its place in the graph.
+        sources = {mark.grad_fn for mark in captured.sources}
+        self._leaves = [
+            node
+            for node in self._nodes
+            if node.name() == LEAF and not all(reader in sources for reader, _, _ in self._readers[node])
+        ]
+        self._trained = self._above(self._leaves)
+        self.kind = self._kind()
+        reason = self._tried.get(self.kind)
+        if reason is not None:
+            raise NotExact(reason)
+        self._check_nodes(captured)
+        start = captured.logits if captured.head is None else captured.head.input
+        self._start = get_gradient_edge(start)
+        self.edges: list[GradientEdge] = []
+        self._open: set[tuple[Any, int]] = set()  # edges of the spine that stay: views above an owner
+        for node in self._nodes:
+            if node in self._spine and node is not self._nodes[0] and self._leaving(node):
+                self._add(node)
+        # Behind the last taps the ordinary backward goes on, from gradients that are known as well.
+        ends = {
+            (tap.edge.node, tap.edge.output_nr): tap.edge
+            for tap in taps
+            if tap.edge.node not in self._spine and tap.edge.node in self._trained and tap.edge.node.name() != LEAF
+        }
+        self._ends = list(ends.values())
+        self.edges += self._ends
+        self._kept: list[list[Tensor]] = []
+
+    def _kind(self) -> Kind:
+        return tuple((node.name(), len(_shape(node, 0))) for node in self._nodes if node in self._spine)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The leaves of the graph: what the loss has gradients for."""
+        return [leaf.variable for leaf in self._leaves]
+
+    def _above(self, nodes: Iterable[Any]) -> set[Any]:
+        """The nodes from which one of `nodes` is reached, these included."""
+        open_ = list(nodes)
+        found = set(open_)
+        while open_:
+            for reader, _, _ in self._readers[open_.pop()]:
+                if reader not in found:
+                    found.add(reader)
+                    open_.append(reader)
+        return found
+
+    def _leaving(self, node: Any) -> list[int]:
+        """The edges of a node of the spine that lead to parameters and not along the spine."""
+        return [
+            number
+            for number, (following, _) in enumerate(node.next_functions)
+            if following not in self._spine and following in self._trained
+        ]
+
+    def _check_nodes(self, captured: Captured) -> None:
+        for node in self._spine:
+            if "BatchNorm" in node.name() and getattr(node, "_saved_training", getattr(node, "_saved_train", True)):
+                raise NotExact("batch norm in training mode couples the samples")
+        if captured.head is None:
+            return
+        top, below = self._nodes[0], get_gradient_edge(captured.head.input)
+        for following, output in top.next_functions:
+            if following in self._spine and not same_edge(GradientEdge(following, output), below):
+                raise NotExact("the weight of the head depends on tapped activations")
+
+    def _add(self, node: Any) -> None:
+        """The edges at which the gradients of an owner are taken: its outputs, or those of views of them in which each
+        sample is a row."""
+        outputs = {output for _, _, output in self._readers[node]}
+        for output in sorted(outputs):
+            shape = _shape(node, output)
+            if len(shape) > 0 and shape[0] == self._logits.shape[0]:
+                edge = GradientEdge(node, output)
+                if not any(same_edge(edge, known) for known in self.edges):
+                    self.edges.append(edge)
+                continue
+            for reader, number, read in self._readers[node]:
+                if read != output:
+                    continue
+                if reader.name() not in SAME_VALUES:
+                    raise NotExact(
+                        f"{node.name()} has an output of shape {list(shape)}, whose first dimension is not the batch "
+                        f"({self._logits.shape[0]})"
+                    )
+                self._open.add((reader, number))
+                if reader is not self._nodes[0]:
+                    self._add(reader)
+
+    def _ends_at(self, node: Any, output: int) -> bool:
+        return any(same_edge(edge, GradientEdge(node, output)) for edge in self._ends)
+
+    def keep(self, gradients: list[Tensor], every_second: Callable[[], list[Tensor]]) -> None:
+        """Takes note of the gradients at `edges` of one pass more; `every_second` repeats the pass with the cotangents
+        of samples 0, 2, 4, ... alone. Raises NotExact where samples are coupled."""
+        self._kept.append(gradients)
+        if self.kind in self._tried or len(self._logits) <= 1:
+            return
+        apart, evidence = self._apart(every_second())
+        if evidence and not apart:
+            self._tried[self.kind] = "the samples are coupled: the gradients of some depend on others"
+            raise NotExact(self._tried[self.kind])
+        if evidence:
+            self._tried[self.kind] = None
+
+    def _apart(self, half: list[Tensor]) -> tuple[bool, bool]:
+        """Whether `half` is the last pass kept with every second row 0, and whether the numbers tell: finite, and not
+        all 0."""
+        apart, evidence = True, False
+        for whole, part in zip(self._kept[-1], half, strict=True):
+            tolerance = ROUNDING.get(whole.dtype, 1e-3) * whole.abs().amax()
+            zero = (part[1::2] == 0).all()
+            apart = apart and bool(zero & ((part[::2] - whole[::2]).abs() <= tolerance).all())
+            if not bool(whole.isfinite().all()):
+                return True, False
+            evidence = evidence or bool(whole.any())
+        return apart, evidence
+
+    def loss(self, value: Tensor, logits: Tensor, gap: Tensor | None, index: Tensor) -> Tensor:
+        """`value` [] or [N], computed from the leaf `logits` [N,C], with the network's parameters as its inputs.
+
+        gap: the score gaps [N,k] that the passes differentiated, where w is their gradient; None: logit gaps of classes
+        index [N,k], where w is read off the gradient in the logits, other terms of the loss included.
+        """
+        return _Split.apply(self, Computed(value, logits, gap, index), *self.parameters)
+
+    def gradients(self, computed: Computed, grad: Tensor) -> list[Tensor | None]:
+        """The gradients of <grad, value> in the parameters."""
+        value, logits, gap, index = computed
+        # The graph may be freed where nobody needs it after this: no second backward, no other term on the logits.
+        top = self._nodes[0]
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph() or torch._C._will_engine_execute_node(top)
+        if gap is None:
+            (outer,) = torch.autograd.grad(value, logits, grad, retain_graph=keep_graph)
+            weights = outer.gather(1, index)
+        else:
+            weights, outer = torch.autograd.grad(value, (gap, logits), grad, retain_graph=keep_graph)
+        roots, seeds = list(self.edges), self._combined(weights, in_place=not keep_graph)
+        if self._leaving(top) or any(reader is top for reader, _ in self._open):
+            roots.append(get_gradient_edge(self._logits))
+            seeds.append(outer)
+        stand_ins = [leaf.variable.detach().requires_grad_() for leaf in self._leaves]
+        with self._redirected(stand_ins):
+            return list(torch.autograd.grad(roots, stand_ins, seeds, retain_graph=keep_graph, allow_unused=True))
+
+    def _combined(self, weights: Tensor, in_place: bool) -> list[Tensor]:
+        """sum_j w[n,j] G_j[n] at every edge, in the dtype of G; in the memory of G_0 where it is G_0's alone."""
+        first = self._kept[0] if self._kept else []
+        uses = Counter(gradient.untyped_storage().data_ptr() for gradient in first)
+        combined = []
+        for i, gradient in enumerate(first):
+            factors = [w.view(-1, *[1] * (gradient.dim() - 1)) for w in weights.unbind(1)]
+            own = in_place and uses[gradient.untyped_storage().data_ptr()] == 1 and gradient.is_contiguous()
+            own = own and (len(factors) == 1 or gradient.dtype == weights.dtype)  # half precision: summed in float32
+            total = gradient.mul_(factors[0]) if own else gradient * factors[0]
+            for kept, factor in zip(self._kept[1:], factors[1:], strict=True):
+                total.addcmul_(kept[i], factor)
+            combined.append(total.to(gradient.dtype))
+        if in_place:
+            self._kept.clear()
+        return combined
+
+    @contextmanager
+    def _redirected(self, stand_ins: list[Tensor]) -> Iterator[None]:
+        """The graph without the edges along the spine, and with leaves that have no hooks in place of its own."""
+        leaf = dict(zip(self._leaves, stand_ins, strict=True))
+        places: list[tuple[int, int, Tensor | None]] = []
+        for i, node in enumerate(self._nodes):
+            for number, (following, output) in enumerate(node.next_functions):
+                if following in leaf:
+                    places.append((i, number, leaf[following]))
+                elif following is None or node not in self._spine or (node, number) in self._open:
+                    continue
+                elif following in self._spine or following not in self._trained or self._ends_at(following, output):
+                    places.append((i, number, None))
+        assert EXTENSION is not None
+        redirected = EXTENSION.RedirectedEdges(self._logits, places)
+        try:
+            yield
+        finally:
+            redirected.restore()
+
+
+class _Split(torch.autograd.Function):
+    """The value of a loss whose gradients are those that a Split finds."""
+
+    @staticmethod
+    def forward(ctx: Any, split: Split, computed: Computed, *leaves: Tensor) -> Tensor:
+        ctx.split, ctx.computed = split, computed
+        return computed.value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError('the split backward has no second derivative (create_graph=True): use passes="loop"')
+        return (None, None, *ctx.split.gradients(ctx.computed, grad))
+
+
+def _shape(node: Any, output: int) -> torch.Size:
+    return node._input_metadata[output].shape
