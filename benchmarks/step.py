@@ -1,8 +1,8 @@
 """Whole training steps of mnist_cnn against their time floor and against cross-entropy.
 
 step   forward, loss, backward, SGD with momentum; batch 128; taps at the input and the four hidden layers
-loop   with cross-entropy; floor: the cross-entropy step + k activation-only backward passes, each timed alone in the same
-       run; by FLOPs (k + 3) / 3 of cross-entropy
+loop   with cross-entropy; floor: the cross-entropy step + k activation-only backward passes, each timed alone in the
+       same run; by FLOPs (k + 3) / 3 of cross-entropy
 split  with the pairwise logistic loss instead; floor: one pass less; by FLOPs (k + 2) / 3
 ratio  to the cross-entropy step of the same run
 

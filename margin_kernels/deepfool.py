@@ -107,15 +107,17 @@ def search(
     bounds: tuple[float, float] | None = None,
     step_limit: float | None = None,
     logits: Tensor | None = None,
+    source: Tensor | None = None,
     whole_batch: bool = False,
     together: bool = False,
     backend: str = "auto",
 ) -> Search:
     """`deepfool` with the boundaries that its steps went to; arguments as there, checked by the caller.
 
-    logits: model(x) where it is known.  whole_batch: finished samples stay in the batch, for models whose rows depend
-    on their place in it (dropout masks that are drawn again).  together: the gradients of all candidates in one batched
-    backward pass, faster for networks without convolutions.
+    logits: model(x) where it is known.  source: the tensor that these logits were made from, where they carry a graph:
+    the first step then needs no forward pass of its own.  whole_batch: finished samples stay in the batch, for models
+    whose rows depend on their place in it (dropout masks that are drawn again).  together: the gradients of all
+    candidates in one batched backward pass, faster for networks without convolutions.
     """
     x = x.detach()
     total, moved = torch.zeros_like(x), x.clone()
@@ -140,13 +142,18 @@ def search(
         if last or (step and len(rows) == 0):
             break
         upper, lower = torch.zeros_like(iterations), torch.zeros_like(iterations)
-        for group in state.groups(rows) if looks else (rows,):
+        shared = step == 0 and source is not None and state.shares(rows, looks)
+        for group in (rows,) if shared or not looks else state.groups(rows):
             with torch.enable_grad():
-                leaf = moved[group].requires_grad_()
-                output = model(leaf)
+                if shared:
+                    assert source is not None
+                    leaf, output = source, logits
+                else:
+                    leaf = moved[group].requires_grad_()
+                    output = model(leaf)
                 if not looks:
                     state.look(group, output.detach())
-                above, below = state.boundaries(group, looks)
+                above, below = state.boundaries(group, looks and not shared)
                 active = state.active[group]
                 slack = overshoot_mode == "total"
                 delta, choice = _nearest_step(
@@ -209,6 +216,15 @@ class _State:
         """Samples rows [n] by the number of boundaries that they may go to, empty groups left out."""
         toward = self.toward[rows]
         return [group for group in (rows[~toward], rows[toward]) if len(group)]
+
+    def shares(self, rows: Tensor, looks: bool) -> bool:
+        """Whether the first step is cheaper on the graph of the whole batch than on graphs of the two groups: a forward
+        pass saved, and for each sample that moves toward its target as many backward passes as for the others."""
+        if not looks:
+            return True
+        if len(rows) < len(self.active):
+            return False
+        return int(self.toward.sum()) * (self.rivals.shape[1] - 1) < len(rows)
 
     def boundaries(self, rows: Tensor, grouped: bool) -> tuple[Tensor, Tensor]:
         """Classes (upper, lower), [n, m] and [n]: the boundaries z_upper = z_lower that a step may go to. Samples that

@@ -173,6 +173,13 @@ def _in_graph(x: Tensor, sources: list[Tensor]) -> Tensor:
     return alias
 
 
+def in_graph(x: Any) -> tuple[Any, list[Tensor]]:
+    """A floating-point x with a place in the graph, and the marks of its node for `cut_sources`; anything else as it
+    is."""
+    sources: list[Tensor] = []
+    return (_in_graph(x, sources) if isinstance(x, Tensor) and x.is_floating_point() else x), sources
+
+
 def cut_sources(root: Tensor, captured: Captured) -> None:
     """Spare the backward of root the gradients of the model's input and of frozen stems, which nobody reads.
 

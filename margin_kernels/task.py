@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .batchnorm import running_statistics, training_batchnorms
 from .passes import check_passes
 from .random_state import RandomState
-from .taps import Captured, Taps
+from .taps import Captured, Taps, cut_sources, in_graph
 
 BATCHNORM = ("batch", "frozen")
 # What a loss is given besides logits and targets: the taps of the forward pass, nothing, or the model and its input.
@@ -99,8 +99,10 @@ class MarginTask(nn.Module):
             measured = self.loss.margins(logits, y)
         elif self.loss.needs == "model":
             random = RandomState.now(x)
-            logits = self.model(x)
-            measured = self.loss.margins(logits, y, self.model, x, random)
+            source, sources = in_graph(x)
+            logits = self.model(source)
+            measured = self.loss.margins(logits, y, self.model, x, random, source)
+            cut_sources(measured.loss, Captured(logits, [], sources=sources))
         else:
             logits, captured = self._forward(x)
             measured = self.loss.margins(logits, y, captured, self.passes)

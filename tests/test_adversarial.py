@@ -303,6 +303,33 @@ def test_distances_are_those_of_deepfool():
     assert torch.equal(out.iterations, found.iterations) and torch.equal(out.label, found.label)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("wrong", [0, 1, 20])
+def test_the_first_step_needs_no_forward_pass_of_its_own(gradient, wrong):
+    """On the graph of the logits, where few samples move toward their target; the same either way."""
+    net = small_net().eval()
+    x, _ = batch(net)
+    y = net(x).argmax(1)
+    y[:wrong] = (y[:wrong] + 1) % CLASSES
+    loss = AdversarialMarginLoss(weight=3.0, gradient=gradient, aggregation="avg")
+    passes = []
+    handle = net.register_forward_hook(lambda module, args, output: passes.append(len(output)))
+    shared = MarginTask(net, loss)(x, y)
+    within = list(passes)
+    passes.clear()
+    alone = loss.margins(net(x), y, net, x)
+    handle.remove()
+    saved = wrong < 20  # where all move toward their targets, a pass for the one candidate is cheaper on its own
+    assert (sum(passes) - sum(within), passes[0], within[0]) == (20 * saved, 20, 20)
+    for name, value in alone._asdict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(shared[name], value, rtol=1e-11, atol=1e-12)
+        else:
+            assert torch.equal(shared[name], value)
+    expected = gradients(alone.loss, net)
+    torch.testing.assert_close(gradients(shared["loss"], net), expected, rtol=1e-9, atol=1e-11)
+
+
 class Dropping(nn.Module):
     """Dropout as a function, which no module tells of: 0.3 of 8 hidden units; the last column of x is the number of the
     sample, by which a model with `mask` [N, 8] finds the mask of each row."""
@@ -433,7 +460,7 @@ def test_distances_are_measured_outside_of_autocast(gradient):
     x, y = batch(net.double())
     net, x = net.float(), x.float()
     task = MarginTask(net, AdversarialMarginLoss(weight=3.0, gradient=gradient))
-    plain = task(x, y)
+    plain = task.loss.margins(net(x), y, net, x)._asdict()  # as under autocast: forward passes of its own
     with torch.autocast("cpu", torch.bfloat16):
         mixed = task(x, y)
     assert mixed["output"].dtype == torch.bfloat16

@@ -138,12 +138,19 @@ class AdversarialMarginLoss(nn.Module):
         return {"nll": nll, "gap": gap, "index": index}
 
     def margins(
-        self, logits: Tensor, target: Tensor, model: nn.Module, x: Tensor, random: RandomState | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        model: nn.Module,
+        x: Tensor,
+        random: RandomState | None = None,
+        source: Tensor | None = None,
     ) -> AdversarialMargins:
         """The loss and all that it measured on the way.
 
         random: the state of the random numbers from which logits = model(x) were computed, so that the distances are
         those of the same dropout masks; None: of masks drawn now.
+        source: x as the graph of the logits has it, where it has it: the first DeepFool step is taken on that graph.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             raise ValueError(f"x must be a floating-point tensor [N, *], got {_description(x)}")
@@ -160,6 +167,8 @@ class AdversarialMarginLoss(nn.Module):
         ):
             held = _Held(model, x, random)
             wide = x if x.dtype == torch.float64 else x.float()
+            # The forward pass of the loss, where it was that of the same function.
+            same = not (training or mixed or (random is None and held.draws))
             found = search(
                 held,
                 wide,
@@ -169,8 +178,8 @@ class AdversarialMarginLoss(nn.Module):
                 self.overshoot,
                 "step",
                 self.candidates,
-                # The forward pass of the loss, where it was that of the same function.
-                logits=None if training or mixed or (random is None and held.draws) else logits.detach(),
+                logits=logits if same else None,
+                source=source if same and wide.dtype == x.dtype else None,
                 whole_batch=held.draws,
                 together=not convolves(model),
                 backend=self.backend,
