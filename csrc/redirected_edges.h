@@ -1,9 +1,9 @@
 // A backward pass over a part of an autograd graph.
 //
-// The engine runs whatever lies between the roots and the inputs that it is asked for. The split backward asks for less:
-// the gradients of the weights from gradients of the activations that are known already, so nothing may flow from one
-// layer to the next. While a RedirectedEdges lives, chosen edges lead nowhere, or to other leaves than the weights, whose
-// hooks are then left alone; restored, the graph is what it was.
+// The engine runs whatever lies between the roots and the inputs that it is asked for. The split backward asks for
+// less: the gradients of the weights from gradients of the activations that are known already, so nothing may flow from
+// one layer to the next. While a RedirectedEdges lives, chosen edges lead nowhere, or to other leaves than the weights,
+// whose hooks are then left alone; restored, the graph is what it was.
 #pragma once
 
 #include <ATen/core/Tensor.h>
