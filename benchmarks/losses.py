@@ -48,7 +48,9 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
     device = torch.get_default_device()
     with torch.device("cpu"):
         x, y = data.load("digits").train.batch(torch.arange(count))
-    return F.interpolate(x.to(device), size=(28, 28), mode="bilinear"), y.to(device)
+    images = F.interpolate(x.to(device), size=(28, 28), mode="bilinear")
+    # The strides of image files: those of interpolate are channels-last, which a single channel hides.
+    return torch.empty(images.shape, device=device).copy_(images), y.to(device)
 
 
 def trained(name: str, batch: int, steps: int) -> nn.Module:
