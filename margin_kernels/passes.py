@@ -25,14 +25,11 @@ from torch.autograd.graph import GradientEdge
 
 from . import functional
 from .reference.dual_norm import dual_exponent
-from .split_backward import Split
+from .split_backward import Seeds, Split
 from .taps import Captured, Tap, graph_nodes, same_edge
 from .thin_convolution import thin_convolution
 
 PASSES = ("auto", "loop", "split")
-
-# c [N,C] and c W [N,D] of one competitor, None where nothing needs them.
-Seeds = tuple[Tensor | None, Tensor | None]
 
 
 def check_passes(passes: str) -> str:
@@ -104,7 +101,8 @@ def _check_batch(tap: Tap, logits: Tensor) -> None:
 
 
 class Cotangents:
-    """c[n,:] = d (s[n,i] - s[n,y]) / d z[n,:] and the rows c W, one competitor i at a time."""
+    """c [N,C], c[n,:] = d (s[n,i] - s[n,y]) / d z[n,:], and the rows c W [N,D], one competitor i at a time; None where
+    nothing needs them."""
 
     def __init__(self, captured: Captured, target: Tensor, space: str, second_order: bool) -> None:
         logits, head = captured.logits, captured.head
@@ -175,15 +173,17 @@ def difference_norms(
             measured = functional.row_distance(weight, index, target, p, backend=backend).unsqueeze(-1)
         elif plan.cotangent or plan.rows or plan.taps:
             norms: list[Tensor] = []
-            cotangents = Cotangents(captured, target, space, second_order)
+            cotangents = Cotangents(captured, target, space, second_order and split is None)
             route = Route(captured, plan.taps, () if split is None else split.edges)
             for competitor in index.unbind(1):
                 seeds = cotangents.of(competitor)
+                if split is not None:
+                    seeds = split.seeds(seeds)
                 gradients, kept = _gradients(plan, route, seeds, second_order)
+                if split is not None:
+                    gradients = split.keep(gradients, kept, partial(_kept_of_every_second, plan, route, seeds))
                 norms.append(functional.dual_norm(gradients, p, batch_dims=1, backend=backend))
                 del gradients
-                if split is not None:
-                    split.keep(kept, partial(_kept_of_every_second, plan, route, seeds))
             measured = torch.stack(norms, 1)
         return _columns(measured, plan.sources, index, logits.dtype)
 
@@ -221,7 +221,7 @@ def _kept_of_every_second(plan: Plan, route: Route, seeds: Seeds) -> list[Tensor
     halved = []
     for seed in seeds:
         if seed is not None:
-            seed = seed.clone()
+            seed = seed.detach().clone()
             seed[1::2] = 0
         halved.append(seed)
     return _gradients(plan, route, (halved[0], halved[1]), second_order=False)[1]

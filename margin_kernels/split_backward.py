@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torc
 
 # The operations of a graph between logits and taps: name and number of dimensions of each.
 Kind = tuple[tuple[str, int], ...]
+# What one pass starts from: a cotangent of the logits, and rows at the input of the head; as in passes.py.
+Seeds = tuple[Tensor | None, Tensor | None]
+Measured = TypeVar("Measured")
 
 
 class NotExact(Exception):
@@ -50,13 +53,18 @@ def available() -> bool:
     return hasattr(EXTENSION, "RedirectedEdges") and not torch.compiler.is_compiling()
 
 
-class Computed(NamedTuple):
-    """A loss computed from the leaf `logits`: see Split.loss."""
+def split_or_loop(passes: str, build: Callable[[], Split], measure: Callable[[Split | None], Measured]) -> Measured:
+    """measure(build()) for passes "split" and, where that is exact, "auto"; else measure(None).
 
-    value: Tensor
-    logits: Tensor
-    gap: Tensor | None
-    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
+    Raises ValueError with the reason where passes is "split" and NotExact says no.
+    """
+    if passes != "loop":
+        try:
+            return measure(build())
+        except NotExact as reason:
+            if passes == "split":
+                raise ValueError(f'passes="split" is not possible: {reason}') from reason
+    return measure(None)
 
 
 class Split:
@@ -67,6 +75,9 @@ class Split:
     tried     kinds of graphs that were tried out, with the reason against or None; added to here
     edges     where the passes must take gradients besides: the outputs of the owners
     """
+
+    # Whether the passes carry a graph.
+    second_order = False
 
     def __init__(self, captured: Captured, taps: Sequence[Tap], tried: dict[Kind, str | None]) -> None:
         self._tried = tried
@@ -93,13 +104,12 @@ class Split:
         if reason is not None:
             raise NotExact(reason)
         self._check_nodes(captured)
-        start = captured.logits if captured.head is None else captured.head.input
-        self._start = get_gradient_edge(start)
         self.edges: list[GradientEdge] = []
         self._open: set[tuple[Any, int]] = set()  # edges of the spine that stay: views above an owner
-        for node in self._nodes:
-            if node in self._spine and node is not self._nodes[0] and self._leaving(node):
-                self._add(node)
+        self._top = self._nodes[0]
+        self._owners = [node for node in self._nodes[1:] if node in self._spine and self._leaving(node)]
+        for node in self._owners:
+            self._add(node)
         # Behind the last taps the ordinary backward goes on, from gradients that are known as well.
         ends = {
             (tap.edge.node, tap.edge.output_nr): tap.edge
@@ -143,8 +153,8 @@ class Split:
                 raise NotExact("batch norm in training mode couples the samples")
         if captured.head is None:
             return
-        top, below = self._nodes[0], get_gradient_edge(captured.head.input)
-        for following, output in top.next_functions:
+        below = get_gradient_edge(captured.head.input)
+        for following, output in self._nodes[0].next_functions:
             if following in self._spine and not same_edge(GradientEdge(following, output), below):
                 raise NotExact("the weight of the head depends on tapped activations")
 
@@ -168,16 +178,27 @@ class Split:
                         f"({self._logits.shape[0]})"
                     )
                 self._open.add((reader, number))
-                if reader is not self._nodes[0]:
+                if reader is not self._top:
                     self._add(reader)
 
     def _ends_at(self, node: Any, output: int) -> bool:
         return any(same_edge(edge, GradientEdge(node, output)) for edge in self._ends)
 
-    def keep(self, gradients: list[Tensor], every_second: Callable[[], list[Tensor]]) -> None:
-        """Takes note of the gradients at `edges` of one pass more; `every_second` repeats the pass with the cotangents
-        of samples 0, 2, 4, ... alone. Raises NotExact where samples are coupled."""
-        self._kept.append(gradients)
+    def seeds(self, seeds: Seeds) -> Seeds:
+        """The cotangents that a pass is to start from."""
+        return seeds
+
+    def keep(
+        self, measured: list[Tensor], kept: list[Tensor], every_second: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """Takes note of one pass more: the gradients that are measured, those at `edges`, and how to repeat the pass
+        with the cotangents of samples 0, 2, 4, ... alone. Returns the gradients to be measured. Raises NotExact where
+        samples are coupled."""
+        self._kept.append(kept)
+        self._try_out(every_second)
+        return measured
+
+    def _try_out(self, every_second: Callable[[], list[Tensor]]) -> None:
         if self.kind in self._tried or len(self._logits) <= 1:
             return
         apart, evidence = self._apart(every_second())
@@ -200,31 +221,46 @@ class Split:
             evidence = evidence or bool(whole.any())
         return apart, evidence
 
-    def loss(self, value: Tensor, logits: Tensor, gap: Tensor | None, index: Tensor) -> Tensor:
+    def loss(self, value: Tensor, logits: Tensor, gap: Tensor | None, index: Tensor, target: Tensor) -> Tensor:
         """`value` [] or [N], computed from the leaf `logits` [N,C], with the network's parameters as its inputs.
 
-        gap: the score gaps [N,k] that the passes differentiated, where w is their gradient; None: logit gaps of classes
-        index [N,k], where w is read off the gradient in the logits, other terms of the loss included.
+        gap: the score gaps [N,k] that the passes differentiated, where w is their gradient; None: logit gaps between
+        classes index [N,k] and target [N], where w is read off the gradient in the logits, other terms included.
         """
-        return _Split.apply(self, Computed(value, logits, gap, index), *self.parameters)
 
-    def gradients(self, computed: Computed, grad: Tensor) -> list[Tensor | None]:
+        def gradients(grad: Tensor) -> list[Tensor | None]:
+            return self._gradients(value, logits, gap, index, target, grad)
+
+        return _WeightGradients.apply(value.detach(), gradients, *self.parameters)
+
+    def _keeps_graph(self) -> bool:
+        """Whether somebody needs the graph after the backward that is running: a second backward, or another term on
+        the logits."""
+        keep: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+        return keep or torch._C._will_engine_execute_node(self._top)
+
+    def _gradients(
+        self, value: Tensor, logits: Tensor, gap: Tensor | None, index: Tensor, target: Tensor, grad: Tensor
+    ) -> list[Tensor | None]:
         """The gradients of <grad, value> in the parameters."""
-        value, logits, gap, index = computed
-        # The graph may be freed where nobody needs it after this: no second backward, no other term on the logits.
-        top = self._nodes[0]
-        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph() or torch._C._will_engine_execute_node(top)
+        keep_graph = self._keeps_graph()
         if gap is None:
             (outer,) = torch.autograd.grad(value, logits, grad, retain_graph=keep_graph)
             weights = outer.gather(1, index)
         else:
             weights, outer = torch.autograd.grad(value, (gap, logits), grad, retain_graph=keep_graph)
         roots, seeds = list(self.edges), self._combined(weights, in_place=not keep_graph)
-        if self._leaving(top) or any(reader is top for reader, _ in self._open):
+        if self._leaving(self._top) or any(reader is self._top for reader, _ in self._open):
             roots.append(get_gradient_edge(self._logits))
             seeds.append(outer)
+        return self._run(roots, seeds, keep_graph)
+
+    def _run(self, roots: list[GradientEdge], seeds: list[Tensor], keep_graph: bool) -> list[Tensor | None]:
+        """What reaches the parameters from gradients at `roots`, without going along the spine."""
+        if not roots:
+            return [None] * len(self._leaves)
         stand_ins = [leaf.variable.detach().requires_grad_() for leaf in self._leaves]
-        with self._redirected(stand_ins):
+        with redirected(self._logits, self._places(stand_ins)):
             return list(torch.autograd.grad(roots, stand_ins, seeds, retain_graph=keep_graph, allow_unused=True))
 
     def _combined(self, weights: Tensor, in_place: bool) -> list[Tensor]:
@@ -244,9 +280,8 @@ class Split:
             self._kept.clear()
         return combined
 
-    @contextmanager
-    def _redirected(self, stand_ins: list[Tensor]) -> Iterator[None]:
-        """The graph without the edges along the spine, and with leaves that have no hooks in place of its own."""
+    def _places(self, stand_ins: list[Tensor]) -> list[tuple[int, int, Tensor | None]]:
+        """The edges along the spine, which are to lead nowhere, and those to leaves, to others that have no hooks."""
         leaf = dict(zip(self._leaves, stand_ins, strict=True))
         places: list[tuple[int, int, Tensor | None]] = []
         for i, node in enumerate(self._nodes):
@@ -257,27 +292,34 @@ class Split:
                     continue
                 elif following in self._spine or following not in self._trained or self._ends_at(following, output):
                     places.append((i, number, None))
-        assert EXTENSION is not None
-        redirected = EXTENSION.RedirectedEdges(self._logits, places)
-        try:
-            yield
-        finally:
-            redirected.restore()
+        return places
 
 
-class _Split(torch.autograd.Function):
-    """The value of a loss whose gradients are those that a Split finds."""
+@contextmanager
+def redirected(root: Tensor, places: list[tuple[int, int, Tensor | None]]) -> Iterator[None]:
+    """The graph of `root` with other edges: of node i of graph_nodes(root) the edge of that number leads to where the
+    tensor came from, or nowhere."""
+    assert EXTENSION is not None
+    edges = EXTENSION.RedirectedEdges(root, places)
+    try:
+        yield
+    finally:
+        edges.restore()
+
+
+class _WeightGradients(torch.autograd.Function):
+    """A value whose gradients in `leaves` a function of its own finds."""
 
     @staticmethod
-    def forward(ctx: Any, split: Split, computed: Computed, *leaves: Tensor) -> Tensor:
-        ctx.split, ctx.computed = split, computed
-        return computed.value.detach()
+    def forward(ctx: Any, value: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError('the split backward has no second derivative (create_graph=True): use passes="loop"')
-        return (None, None, *ctx.split.gradients(ctx.computed, grad))
+        return (None, None, *ctx.gradients(grad))
 
 
 def _shape(node: Any, output: int) -> torch.Size:

@@ -166,7 +166,7 @@ def test_values_and_statistics_are_those_of_the_loop() -> None:
     loss = LargeMarginLoss(3.0, top_k=2)
     x, y = batch()
     split, loop = (MarginTask(build("plain"), loss, NETWORKS["plain"][1], passes)(x, y) for passes in ("split", "loop"))
-    assert split.keys() == loop.keys() and "_SplitBackward" in type(split["loss"].grad_fn).__name__
+    assert split.keys() == loop.keys() and "_WeightGradients" in type(split["loss"].grad_fn).__name__
     for name, value in split.items():
         assert torch.equal(value, loop[name])
 
@@ -306,7 +306,7 @@ def batchnorm() -> nn.Sequential:
         (TokensFirst, {}, 6, "the samples are coupled"),
         (TokensFirst, {}, 4, r"NativeLayerNormBackward0 has an output of shape \[6, 4, 6\], whose first dimension"),
         (batchnorm, {}, 6, "batch norm in training mode couples the samples"),
-        (plain, {"second_order": True}, 6, "second_order=True differentiates the norms"),
+        (plain, {"second_order": True}, 6, "TanhBackward0 is not known to be linear in the activations"),
         (plain, {"cross_entropy_weight": 1.0}, 6, "the gradient of the cross-entropy is not among those of the passes"),
         (
             plain,
@@ -338,7 +338,7 @@ def test_more_reasons_against_it(monkeypatch) -> None:
     x, y = batch()
     with pytest.raises(ValueError, match="no tap needs a pass"):
         MarginTask(plain().double(), LargeMarginLoss(), ("output",), "split")(x, y)
-    with pytest.raises(ValueError, match="the penalty differentiates the norms"):
+    with pytest.raises(ValueError, match='classification="hinge" and candidates=1'):
         MarginTask(plain().double(), MarginSensitivityLoss(), ("input",), "split")(x, y)
     with pytest.raises(ValueError, match=r'a forward pass of their own \(batchnorm="frozen"\)'):
         MarginTask(batchnorm().double(), LargeMarginLoss(), ("input",), "split", batchnorm="frozen")(x, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from ..backends import BACKENDS
 from ..passes import difference_norms, make_plan
 from ..reference.dual_norm import dual_exponent
 from ..reference.margin_hinge import AGGREGATIONS
-from ..split_backward import Kind, NotExact, Split, available
+from ..split_backward import Kind, NotExact, Split, available, split_or_loop
+from ..tangent import TangentSplit
 from ..taps import Captured, cut_sources
 from .options import REDUCTIONS, RIVALS, choice, count, flag, is_number, norm_exponent, number, numbers
 
@@ -140,14 +142,11 @@ class LargeMarginLoss(nn.Module):
                   not the logits. "auto": split where it is exact, for up to two competitors
         Raises ValueError where passes is "split" and cannot be.
         """
-        try:
-            loop = passes == "loop" or (passes == "auto" and self.top_k > SPLIT_UP_TO)
-            split = None if loop else self._split(logits, captured)
-            return self._margins(logits, target, captured, split)
-        except NotExact as reason:
-            if passes == "split":
-                raise ValueError(f'passes="split" is not possible: {reason}') from reason
-        return self._margins(logits, target, captured, None)
+        if passes == "auto" and self.top_k > SPLIT_UP_TO:
+            passes = "loop"
+        return split_or_loop(
+            passes, partial(self._split, logits, captured), partial(self._margins, logits, target, captured)
+        )
 
     def _margins(self, logits: Tensor, target: Tensor, captured: Captured, split: Split | None) -> Margins:
         source = logits if split is None else logits.detach().requires_grad_()
@@ -176,15 +175,15 @@ class LargeMarginLoss(nn.Module):
         if split is None:
             cut_sources(total, captured)
         else:
-            total = split.loss(total, source, gap if self.space == "probability" else None, index)
+            total = split.loss(total, source, gap if self.space == "probability" else None, index, label)
         return Margins(total, nll.detach(), gap.detach(), index, norm.detach(), distance, active)
 
     def _split(self, logits: Tensor, captured: Captured) -> Split:
         """The split backward of this loss. Raises NotExact with the reason where there is none."""
         if not available():
             raise NotExact("the compiled extension is missing, or torch.compile is at work")
-        if self.second_order:
-            raise NotExact("second_order=True differentiates the norms")
+        if self.second_order and (self.top_k > 1 or self.space == "probability"):
+            raise NotExact('second_order=True takes it for top_k=1 and space="logit" only')
         if captured.logits is not logits:
             raise NotExact('the norms are measured on a forward pass of their own (batchnorm="frozen")')
         every = self.space == "logit" and self.top_k >= logits.shape[1] - 1
@@ -198,7 +197,7 @@ class LargeMarginLoss(nn.Module):
         plan = make_plan(captured, self.space, dual_exponent(self.p))
         if not plan.taps:
             raise NotExact("no tap needs a pass")
-        return Split(captured, plan.taps, self._tried)
+        return (TangentSplit if self.second_order else Split)(captured, plan.taps, self._tried)
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: gap, index [N,k] and nll [N]."""

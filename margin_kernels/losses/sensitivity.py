@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 
 from .. import functional, taps
 from ..backends import BACKENDS
-from ..passes import difference_norms, logit_norms
+from ..passes import difference_norms, logit_norms, make_plan
+from ..reference.dual_norm import dual_exponent
+from ..split_backward import Kind, NotExact, Split, available, split_or_loop
+from ..tangent import TangentSplit
 from ..taps import Captured, cut_sources
 from .options import REDUCTIONS, RIVALS, choice, count, norm_exponent, number
 
@@ -90,6 +94,7 @@ class MarginSensitivityLoss(nn.Module):
         self.candidates = None if candidates is None else count("candidates", candidates, RIVALS)
         self.reduction = choice("reduction", reduction, REDUCTIONS)
         self.backend = choice("backend", backend, ("auto", *BACKENDS))
+        self._tried: dict[Kind, str | None] = {}
 
     def forward(self, logits: Tensor, target: Tensor, activations: Sequence[Tensor]) -> Tensor:
         """The loss, [] or [N], of logits [N,C] and target [N] int64, or one logit and target -1 or +1.
@@ -98,20 +103,27 @@ class MarginSensitivityLoss(nn.Module):
         """
         return self.margins(logits, target, taps.explicit(logits, activations)).loss
 
-    def margins(self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "auto") -> SensitivityMargins:
+    def margins(self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop") -> SensitivityMargins:
         """The loss and all that it measured on the way.
 
         logits    [N,C], from which the classification loss is taken
         target    [N] int64, values in [0, C)
         captured  the forward pass whose tap is measured; its logits may differ from `logits` (frozen batch norm)
-        passes    "auto" or "loop", which are the same here; ValueError for "split"
+        passes    "loop": the loss is differentiated twice and goes back through the logits. "split": the gradients of
+                  the parameters of a piecewise-linear network come from one pass and its tangents
+                  (margin_kernels.tangent), for candidates=1 and the hinge. "auto": split where that is exact
+        Raises ValueError where passes is "split" and cannot be.
         """
-        if passes == "split":
-            raise ValueError('passes="split" is not possible: the penalty differentiates the norms')
         if len(captured.taps) != 1:
             names = ", ".join(tap.name for tap in captured.taps)
             raise ValueError(f"MarginSensitivityLoss measures at one tap, got {len(captured.taps)}: {names}")
-        rivals, gap, nll = self._gaps(logits, target)
+        return split_or_loop(
+            passes, partial(self._split, logits, captured), partial(self._margins, logits, target, captured)
+        )
+
+    def _margins(self, logits: Tensor, target: Tensor, captured: Captured, split: Split | None) -> SensitivityMargins:
+        source = logits if split is None else logits.detach().requires_grad_()
+        rivals, gap, nll = self._gaps(source, target)
         if _is_binary(logits):
             norm = logit_norms(captured, self.p, second_order=True, backend=self.backend).squeeze(1)
             index = rivals.squeeze(1)
@@ -119,12 +131,28 @@ class MarginSensitivityLoss(nn.Module):
             # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
             label = target.clamp(0, logits.shape[1] - 1)
             chosen = self._widest(captured, label, rivals)
-            norm = self._norms(captured, label, chosen, second_order=True).squeeze(1)
+            norm = self._norms(captured, label, chosen, second_order=True, split=split).squeeze(1)
             index = chosen.squeeze(1)
         classification = self._classification(gap, nll)
         loss = functional.reduced(classification + self.weight * norm.pow(self.power), self.reduction)
-        cut_sources(loss, captured)
+        if split is None:
+            cut_sources(loss, captured)
+        else:
+            loss = split.loss(loss, source, None, rivals, label)
         return SensitivityMargins(loss, classification.detach(), nll.detach(), gap.detach(), norm.detach(), index)
+
+    def _split(self, logits: Tensor, captured: Captured) -> Split:
+        """The split backward of this loss. Raises NotExact with the reason where there is none."""
+        if not available():
+            raise NotExact("the compiled extension is missing, or torch.compile is at work")
+        if captured.logits is not logits:
+            raise NotExact('the norms are measured on a forward pass of their own (batchnorm="frozen")')
+        if _is_binary(logits) or self.classification != "hinge" or (self.candidates != 1 and logits.shape[1] > 2):
+            raise NotExact('it takes more than one logit, classification="hinge" and candidates=1')
+        plan = make_plan(captured, "logit", dual_exponent(self.p))
+        if not plan.taps:
+            raise NotExact("no tap needs a pass")
+        return TangentSplit(captured, plan.taps, self._tried)
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: classification, gap and nll [N]."""
@@ -152,9 +180,13 @@ class MarginSensitivityLoss(nn.Module):
         norms = self._norms(captured, label, rivals, second_order=False)
         return rivals.gather(1, norms.argmax(1, keepdim=True))
 
-    def _norms(self, captured: Captured, label: Tensor, index: Tensor, second_order: bool) -> Tensor:
+    def _norms(
+        self, captured: Captured, label: Tensor, index: Tensor, second_order: bool, split: Split | None = None
+    ) -> Tensor:
         """|| d (z[n,i] - z[n,y_n]) / d h[n] ||_q, [N,k], of the rivals index [N,k]."""
-        norms = difference_norms(captured, label, index, self.p, second_order=second_order, backend=self.backend)
+        norms = difference_norms(
+            captured, label, index, self.p, second_order=second_order, split=split, backend=self.backend
+        )
         return norms.squeeze(-1)
 
     def extra_repr(self) -> str:

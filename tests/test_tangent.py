@@ -1,0 +1,268 @@
+"""The split backward with differentiated norms: the gradients of differentiating twice, where networks are linear
+piece by piece."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, split_backward
+from margin_kernels.experiments import models
+
+pytestmark = pytest.mark.skipif(not split_backward.available(), reason="the compiled extension is missing")
+
+CLASSES = 5
+
+
+class Residual(nn.Module):
+    """Shortcuts around and between the taps, in-place activations, a parameter that is added, one convolution twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.twice = nn.Conv2d(4, 4, 3, stride=2, padding=1, bias=False)
+        self.bias, self.act = nn.Parameter(torch.randn(4, 1, 1)), nn.LeakyReLU(0.1, inplace=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.stem(x))
+        h = self.act(self.block(h) + h + self.bias)
+        return self.head(self.twice(self.act(self.twice(h))).mean((2, 3)))
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.hidden = nn.Conv2d(2, 4, 3), nn.Linear(16, 8, bias=False)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.head = nn.Linear(8, CLASSES, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(F.max_pool2d(F.relu(self.conv(x)), 2).flatten(1), 0.3, self.training)
+        return self.head(F.relu(self.normed(F.relu(self.hidden(h)))))
+
+
+def plain() -> nn.Sequential:
+    convolutions = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AvgPool2d(2), nn.Hardtanh(-2, 2), nn.Flatten()
+    return nn.Sequential(*convolutions, nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def batchnorm() -> nn.Sequential:
+    norm = nn.BatchNorm2d(4, affine=False).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+NETWORKS = {
+    "plain": (plain, ("input", "0", "2", "6")),
+    "late taps": (plain, ("2", "5")),
+    "with taps of closed form": (plain, ("input", "7", "output")),
+    "residual": (Residual, ("input", "stem", "block")),
+    "around the tap": (Residual, ("block",)),
+    "behind the shortcuts": (Residual, ("twice:0",)),
+    "dropout and weight norm": (Dropping, ("input", "hidden")),
+    "frozen batch norm": (batchnorm, ("input",)),
+}
+
+
+def batch(n: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 2, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(CLASSES, (n,), generator=generator)
+
+
+def gradients(model: nn.Module, loss: nn.Module, layers, passes: str, n: int = 6) -> list[Tensor | None]:
+    model = copy.deepcopy(model)
+    torch.manual_seed(3)
+    (MarginTask(model, loss, layers, passes)(*batch(n))["loss"].sum() * 3).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def assert_same(actual: list[Tensor | None], expected: list[Tensor | None], least: int = 3) -> None:
+    assert sum(gradient is not None and bool(gradient.any()) for gradient in expected) >= least
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name][0]().double()
+
+
+LARGE = {
+    "l2": {},
+    "linf, clipped": {"p": "inf", "alpha": 2.0, "eps": 0.1},
+    "l1, pairwise": {"p": 1, "cross_entropy_weight": 0.5, "auxiliary": "pairwise"},
+    "l3, per sample": {"p": 3, "reduction": "none", "layer_reduction": "sum"},
+}
+
+
+@pytest.mark.parametrize("options", LARGE)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_large_margin_gradients_are_those_of_differentiating_twice(name, options) -> None:
+    loss = LargeMarginLoss(5.0, second_order=True, **LARGE[options])
+    layers = NETWORKS[name][1]
+    split, loop = (gradients(build(name), loss, layers, passes) for passes in ("split", "loop"))
+    assert_same(split, loop)
+
+
+@pytest.mark.parametrize("options", [{}, {"p": "inf", "power": 1}, {"reduction": "none", "power": 1.5}], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_sensitivity_gradients_are_those_of_differentiating_twice(name, options) -> None:
+    loss = MarginSensitivityLoss(0.7, candidates=1, **options)
+    layers = NETWORKS[name][1][:1]
+    split, loop = (gradients(build(name), loss, layers, passes) for passes in ("split", "loop"))
+    assert_same(split, loop)
+
+
+def test_values_and_statistics_are_those_of_the_loop_and_auto_takes_the_split() -> None:
+    for loss in (LargeMarginLoss(3.0, second_order=True), MarginSensitivityLoss(candidates=1)):
+        auto, loop = (MarginTask(build("plain"), loss, ("input",), passes)(*batch()) for passes in ("auto", "loop"))
+        assert "_WeightGradients" in type(auto["loss"].grad_fn).__name__ and auto.keys() == loop.keys()
+        for name, value in auto.items():
+            torch.testing.assert_close(value, loop[name], rtol=1e-12, atol=0)
+
+
+def test_a_step_does_four_thirds_of_the_work_of_cross_entropy() -> None:
+    """4 F instead of 6 F; taps behind the first convolution, whose input gradient only a pass needs."""
+    x, y = torch.rand(4, 1, 28, 28), torch.randint(10, (4,))
+    model = models.build("mnist_cnn", (1, 28, 28), 10)
+
+    def work(run) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    def step(passes: str):
+        task = MarginTask(model, LargeMarginLoss(1e3, second_order=True), ("pool1",), passes)
+        task(x, y)["loss"].backward()  # tried out
+        return lambda: task(x, y)["loss"].backward()
+
+    cross_entropy = work(lambda: F.cross_entropy(model(x), y).backward())
+    split, loop = work(step("split")), work(step("loop"))
+    first = 4 * 32 * 28 * 28 * 25 * 2
+    one = (cross_entropy - 2 * first) / 3  # forward FLOPs behind the first convolution
+    assert split - 2 * first == pytest.approx(4 * one, rel=0.01)
+    assert loop - 2 * first == pytest.approx(6 * one, rel=0.01)
+
+
+def test_hooks_accumulation_and_terms_of_the_users() -> None:
+    x, y = batch()
+    results = []
+    for passes in ("split", "loop"):
+        model, calls = build("residual"), []
+        model.twice.weight.register_hook(lambda grad, calls=calls: calls.append(1) or 2 * grad)
+        out = MarginTask(model, LargeMarginLoss(3.0, second_order=True), ("input", "block"), passes)(x, y)
+        out["loss"].backward(retain_graph=True)
+        (out["output"].square().sum() + out["loss"]).backward()
+        assert calls == [1, 1]
+        results.append([parameter.grad for parameter in model.parameters()])
+    assert_same(*results)
+    with pytest.raises(ValueError, match="the gradient in the tapped input is asked for as well"):
+        loss = LargeMarginLoss(3.0, second_order=True)
+        MarginTask(build("residual"), loss, ("input",), "split")(x.requires_grad_(), y)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_frozen_parameters_and_odd_batches(n) -> None:
+    model = build("plain")
+    model[0].weight.requires_grad_(False)
+    model[6].requires_grad_(False)
+    model[8].bias.requires_grad_(False)
+    loss = LargeMarginLoss(3.0, second_order=True)
+    found = [gradients(model, loss, ("input", "2"), passes, n) for passes in ("split", "loop")]
+    assert found[0][0] is None and found[0][4] is None and found[0][7] is None
+    assert_same(*found)
+
+
+def test_autocast() -> None:
+    x, y = batch(dtype=torch.float32)
+    found = {}
+    for passes in ("split", "loop", "exact"):
+        model = build("plain").float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=passes != "exact"):
+            loss = LargeMarginLoss(3.0, second_order=True)
+            out = MarginTask(model, loss, ("input", "2"), "loop" if passes == "exact" else passes)(x, y)
+        out["loss"].backward()
+        found[passes] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    size = found["exact"].norm()
+    assert (found["split"] - found["exact"]).norm() / size < 1.5 * (found["loop"] - found["exact"]).norm() / size + 1e-3
+
+
+def test_nan_in_one_sample_reaches_the_loss() -> None:
+    x, y = batch()
+    x[2] = float("nan")
+    task = MarginTask(build("plain"), LargeMarginLoss(3.0, second_order=True), ("input",), "split")
+    loss = task(x, y)["loss"]
+    loss.backward()
+    assert loss.isnan() and task.model[0].weight.grad.isnan().any()
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.scale = nn.Linear(72, 6), nn.Linear(6, CLASSES), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.first(x.flatten(1))) * self.scale)
+
+
+class Squared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(72, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.flatten(1))
+        return self.head(h * h)
+
+
+def smooth() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def affine() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).eval(), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+def headless() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, CLASSES), nn.ReLU())
+
+
+def tokens() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(1, 2), nn.Linear(6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(96, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "message"),
+    [
+        (smooth, {}, "TanhBackward0 is not known to be linear"),
+        (Scaled, {}, "MulBackward0 is not known to be linear"),
+        (Squared, {}, "MulBackward0 is not known to be linear"),
+        (affine, {}, "BatchNormBackward0 is not known to be linear"),
+        (headless, {}, "the logits do not come from a linear layer"),
+        (tokens, {}, "a layer has an input whose rows are not the samples"),
+        (plain, {"top_k": 2}, 'second_order=True takes it for top_k=1 and space="logit" only'),
+        (plain, {"space": "probability"}, 'second_order=True takes it for top_k=1 and space="logit" only'),
+    ],
+)
+def test_what_is_not_exact_is_refused_by_name_and_avoided_by_auto(model, loss, message) -> None:
+    torch.manual_seed(0)
+    model = model().double()
+    loss = LargeMarginLoss(3.0, second_order=True, **loss)
+    with pytest.raises(ValueError, match=f'passes="split" is not possible: .*{message}'):
+        MarginTask(model, loss, ("input",), "split")(*batch())
+    found = [gradients(model, loss, ("input",), passes) for passes in ("auto", "loop")]
+    assert_same(*found, least=2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"candidates": 2}, {"candidates": None}, {"candidates": 1, "classification": "cross_entropy"}], ids=str
+)
+def test_sensitivity_takes_it_for_the_hinge_and_one_candidate(options) -> None:
+    with pytest.raises(ValueError, match=r'takes more than one logit, classification="hinge" and candidates=1'):
+        MarginTask(build("plain"), MarginSensitivityLoss(**options), passes="split")(*batch())
