@@ -28,6 +28,10 @@ NETWORKS = ("mlp800", "mlp1000", "lenet", "lenet5")
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "large margin, k = 1": lambda: mk.LargeMarginLoss(cross_entropy_weight=1.0),
     "large margin, k = 1, second order": lambda: mk.LargeMarginLoss(second_order=True, cross_entropy_weight=1.0),
+    "large margin, k = 1, pairwise": lambda: mk.LargeMarginLoss(cross_entropy_weight=1.0, auxiliary="pairwise"),
+    "large margin, k = 1, second order, pairwise": lambda: mk.LargeMarginLoss(
+        second_order=True, cross_entropy_weight=1.0, auxiliary="pairwise"
+    ),
     "sensitivity l2, 1 candidate": lambda: mk.MarginSensitivityLoss(candidates=1),
     "sensitivity l2, all classes": lambda: mk.MarginSensitivityLoss(),
     "sensitivity l1, all classes": lambda: mk.MarginSensitivityLoss(0.01, "inf", 1),

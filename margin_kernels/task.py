@@ -34,13 +34,14 @@ class MarginTask(nn.Module):
             call of a module called several times. Default: the input alone, the margin that input perturbations meet.
             Only for losses that measure at taps.
             `task.layers` holds the resolved names, in the order of the last dimension of distance and norm.
-        passes: how LargeMarginLoss comes to its gradients.
+        passes: how losses that measure at taps come to their gradients.
             "loop": one activation-only backward pass for each competitor, and the ordinary backward of the loss.
             "split": the gradients of the parameters from those that the passes found (margin_kernels.split_backward),
             half a backward pass less, for top_k = 1 the cost of cross-entropy. The loss is then connected to the
-            parameters, and not to the logits or activations in between. Needs first order, no cross-entropy term (or
+            parameters, and not to the logits or activations in between. Needs no cross-entropy term (or
             auxiliary="pairwise", or all competitors), no batch norm in training mode, samples that are rows of every
-            layer's output, and the compiled extension.
+            layer's output, and the compiled extension; with second_order=True, as with MarginSensitivityLoss, one
+            competitor and a network that is linear piece by piece (margin_kernels.tangent), 4 F instead of 6 F.
             "auto": split where all that holds and top_k is at most 2, from where on it is not faster; else loop.
         batchnorm: for models with batch norm in training mode, where samples are coupled and the gradient of a summed
             gap is not the gradient of each gap. "batch": as the papers, ignore it (a warning, once); "frozen": norms
