@@ -59,8 +59,8 @@ class MarginSensitivityLoss(nn.Module):
         power: of the norm, finite, >= 1. Where the norm is 0 its derivative counts as 0.
         classification: "hinge" or "cross_entropy".
         candidates: rivals among which j is chosen, the largest logits, 1 <= candidates <= C - 1; None: all C - 1.
-            1 takes the strongest rival, needs no passes for the choice, and with the hinge and a piecewise-linear network
-            takes the split backward (`passes` of MarginTask): 4 F instead of 6 F.
+            1 takes the strongest rival and needs no passes for the choice; with the hinge and a piecewise-linear
+            network the split backward (`passes` of MarginTask) then does 4 F instead of 6 F.
         reduction: "mean", "sum" or "none" over samples.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
 
