@@ -207,3 +207,26 @@ def test_adversarial_margins_on_the_gpu_are_those_on_the_cpu_and_wait_for_nothin
         slopes = [weight.grad.cpu() for weight in net.parameters()]
         found[device] = (out["loss"].detach().cpu(), out["distance"].cpu(), out["selected"].cpu(), slopes)
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-9, atol=1e-12)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("second_order", [False, True])
+def test_the_split_backward_on_the_gpu_is_the_loop_and_waits_for_nothing(second_order):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(16, 5)
+    ).double()
+    net, x, y = net.cuda(), torch.randn(32, 2, 6, 6, dtype=torch.float64).cuda(), torch.randint(5, (32,)).cuda()
+    loss = LargeMarginLoss(5.0, second_order=second_order)
+    found = {}
+    for passes in ("loop", "split", "split"):  # the second time the graph has been tried out
+        net.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if passes in found else "default")
+        try:
+            MarginTask(net, loss, ("input", "1"), passes)(x, y)["loss"].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found[passes] = [weight.grad.clone() for weight in net.parameters()]
+    torch.testing.assert_close(found["split"], found["loop"], rtol=1e-9, atol=1e-12)
