@@ -270,7 +270,8 @@ class Split:
         combined = []
         for i, gradient in enumerate(first):
             factors = [w.view(-1, *[1] * (gradient.dim() - 1)) for w in weights.unbind(1)]
-            own = in_place and uses[gradient.untyped_storage().data_ptr()] == 1 and gradient.is_contiguous()
+            memory = gradient.untyped_storage()
+            own = in_place and uses[memory.data_ptr()] == 1 and memory.nbytes() == gradient.numel() * gradient.itemsize
             own = own and (len(factors) == 1 or gradient.dtype == weights.dtype)  # half precision: summed in float32
             total = gradient.mul_(factors[0]) if own else gradient * factors[0]
             for kept, factor in zip(self._kept[1:], factors[1:], strict=True):

@@ -248,6 +248,19 @@ def test_frozen_parameters_and_odd_batches() -> None:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
+def test_channels_last_and_accumulation_over_two_batches(top_k) -> None:
+    results = []
+    for passes in ("split", "loop"):
+        model = build("residual").to(memory_format=torch.channels_last)
+        task = MarginTask(model, LargeMarginLoss(3.0, top_k=top_k, aggregation="sum"), ("input", "norm"), passes)
+        for n in (6, 4):
+            x, y = batch(n=n)
+            task(x.to(memory_format=torch.channels_last), y)["loss"].backward()
+        results.append([parameter.grad for parameter in model.parameters()])
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
 def test_autocast(top_k) -> None:
     x, y = batch(dtype=torch.float32)
     found = {}
