@@ -181,7 +181,7 @@ def sweep(path: Path) -> str:
         "margin": ("margin", 1, 2),
         "rho_adv": ("10 rho_adv", 10, 2),
     }
-    published = PUBLISHED.get(path.parent.name, {})
+    published = next((columns for name, columns in PUBLISHED.items() if path.parent.name.startswith(name)), {})
     rows = []
     for row in csv.DictReader(path.open()):
         cells = []

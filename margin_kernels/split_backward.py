@@ -34,6 +34,8 @@ from .backends import EXTENSION
 from .taps import SAME_VALUES, Captured, Tap, graph_nodes, same_edge
 
 LEAF = "torch::autograd::AccumulateGrad"
+# Nodes that must compute the gradient of their input: this one crashes without, for channels-last tensors on the CPU.
+WITH_INPUT = {"NativeGroupNormBackward0"}
 # Rounding between a pass and the same pass with half of the samples, relative to the largest gradient.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
@@ -260,8 +262,11 @@ class Split:
         if not roots:
             return [None] * len(self._leaves)
         stand_ins = [leaf.variable.detach().requires_grad_() for leaf in self._leaves]
-        with redirected(self._logits, self._places(stand_ins)):
-            return list(torch.autograd.grad(roots, stand_ins, seeds, retain_graph=keep_graph, allow_unused=True))
+        places, sinks = self._places(stand_ins)
+        with redirected(self._logits, places):
+            ends = [*stand_ins, *sinks]
+            found = torch.autograd.grad(roots, ends, seeds, retain_graph=keep_graph, allow_unused=True)
+        return list(found[: len(stand_ins)])
 
     def _combined(self, weights: Tensor, in_place: bool) -> list[Tensor]:
         """sum_j w[n,j] G_j[n] at every edge, in the dtype of G; in the memory of G_0 where it is G_0's alone."""
@@ -281,8 +286,10 @@ class Split:
             self._kept.clear()
         return combined
 
-    def _places(self, stand_ins: list[Tensor]) -> list[tuple[int, int, Tensor | None]]:
-        """The edges along the spine, which are to lead nowhere, and those to leaves, to others that have no hooks."""
+    def _places(self, stand_ins: list[Tensor]) -> tuple[list[tuple[int, int, Tensor | None]], list[Tensor]]:
+        """The edges along the spine, which are to lead nowhere or to sinks, and those to leaves, to others without
+        hooks."""
+        sinks: list[Tensor] = []
         leaf = dict(zip(self._leaves, stand_ins, strict=True))
         places: list[tuple[int, int, Tensor | None]] = []
         for i, node in enumerate(self._nodes):
@@ -292,8 +299,12 @@ class Split:
                 elif following is None or node not in self._spine or (node, number) in self._open:
                     continue
                 elif following in self._spine or following not in self._trained or self._ends_at(following, output):
-                    places.append((i, number, None))
-        return places
+                    if node.name() in WITH_INPUT:
+                        like = following._input_metadata[output]
+                        sink = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+                        sinks.append(sink.requires_grad_())
+                    places.append((i, number, sinks[-1] if node.name() in WITH_INPUT else None))
+        return places, sinks
 
 
 @contextmanager
