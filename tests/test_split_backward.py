@@ -355,6 +355,10 @@ def test_more_reasons_against_it(monkeypatch) -> None:
         MarginTask(plain().double(), MarginSensitivityLoss(), ("input",), "split")(x, y)
     with pytest.raises(ValueError, match=r'a forward pass of their own \(batchnorm="frozen"\)'):
         MarginTask(batchnorm().double(), LargeMarginLoss(), ("input",), "split", batchnorm="frozen")(x, y)
+    hooked = plain().double()
+    hooked[2].register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    with pytest.raises(ValueError, match="a module has backward hooks, which would see the passes and not the loss"):
+        MarginTask(hooked, LargeMarginLoss(), ("input",), "split")(x, y)
     monkeypatch.setattr(split_backward, "EXTENSION", None)
     with pytest.raises(ValueError, match="the compiled extension is missing"):
         MarginTask(plain().double(), LargeMarginLoss(), ("input",), "split")(x, y)
