@@ -10,6 +10,7 @@ python benchmarks/step.py --out benchmarks/results/step_cpu.json
 """
 
 import argparse
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,7 @@ def cross_entropy_step_with_pass(batch: int) -> Callable[[], None]:
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Largest sum of live bytes allocated during one call by PyTorch's allocator."""
     call()  # the optimiser's buffers exist from here on
+    gc.collect()  # what other runs left behind would count as freed by this one
     if torch.get_default_device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

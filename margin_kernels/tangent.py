@@ -221,18 +221,8 @@ class TangentSplit(Split):
         nodes = graph_nodes(joined)
         instead: dict[Any, Tensor] = {}
 
-        def replace(node: Any) -> None:
-            if node in instead or node.name() != "ConvolutionBackwardBackward0":
-                return
-            came_from = node.next_functions[0]
-            if came_from not in made:
-                return
-            replace(came_from[0])  # a convolution of a convolution
-            with torch.enable_grad():
-                instead[node] = _Convolved.apply(instead.get(came_from[0], made[came_from]), node)
-
         for node in nodes:
-            replace(node)
+            _replace(node, made, instead)
         places: list[tuple[int, int, Tensor | None]] = [
             (i, number, instead[following])
             for i, node in enumerate(nodes)
@@ -242,6 +232,19 @@ class TangentSplit(Split):
         ends = [self._rows, *(instead.get(end.grad_fn, end) for end in self._pass[self._kept_outputs :])]
         with redirected(joined, places):
             return list(torch.autograd.grad(joined, ends, retain_graph=keep_graph, allow_unused=True))
+
+
+def _replace(node: Any, made: dict[tuple[Any, int], Tensor], instead: dict[Any, Tensor]) -> None:
+    """Adds to `instead` what takes the place of a node, where that is the one of a convolution's input gradient and made
+    from one of the tensors `made`."""
+    if node in instead or node.name() != "ConvolutionBackwardBackward0":
+        return
+    came_from = node.next_functions[0]
+    if came_from not in made:
+        return
+    _replace(came_from[0], made, instead)  # a convolution of a convolution
+    with torch.enable_grad():
+        instead[node] = _Convolved.apply(instead.get(came_from[0], made[came_from]), node)
 
 
 class _Joined(torch.autograd.Function):

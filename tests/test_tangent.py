@@ -2,6 +2,7 @@
 piece by piece."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -177,6 +178,22 @@ def test_frozen_parameters_and_odd_batches(n) -> None:
     found = [gradients(model, loss, ("input", "2"), passes, n) for passes in ("split", "loop")]
     assert found[0][0] is None and found[0][4] is None and found[0][7] is None
     assert_same(*found)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_a_step_leaves_nothing_to_the_garbage_collector(second_order) -> None:
+    """Activations must go when the loss goes, not when Python next looks for cycles."""
+    x, y = batch()
+    task = MarginTask(build("plain"), LargeMarginLoss(3.0, second_order=second_order), ("input", "2"), "split")
+    task(x, y)["loss"].backward()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            task(x, y)["loss"].backward()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 def test_autocast() -> None:
