@@ -235,8 +235,8 @@ class TangentSplit(Split):
 
 
 def _replace(node: Any, made: dict[tuple[Any, int], Tensor], instead: dict[Any, Tensor]) -> None:
-    """Adds to `instead` what takes the place of a node, where that is the one of a convolution's input gradient and made
-    from one of the tensors `made`."""
+    """Adds to `instead` what takes the place of a node, where that is the one of a convolution's input gradient and
+    made from one of the tensors `made`."""
     if node in instead or node.name() != "ConvolutionBackwardBackward0":
         return
     came_from = node.next_functions[0]
