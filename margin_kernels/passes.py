@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge
 
 from . import functional
 from .reference.dual_norm import dual_exponent
-from .split_backward import Seeds, Split
+from .split_backward import NotExact, Seeds, Split, available
 from .taps import Captured, Tap, graph_nodes, same_edge
 from .thin_convolution import thin_convolution
 
@@ -79,6 +79,19 @@ def make_plan(captured: Captured, space: str, q: float, layer_scale: str | None 
             scale /= tap.shape[1:].numel()
         sources.append(Source(column, scale))
     return Plan(sources, cotangent, rows, passed)
+
+
+def split_taps(captured: Captured, logits: Tensor, space: str, p: float) -> list[Tap]:
+    """The taps that the passes of a split backward go to. Raises NotExact where a loss of `logits`, measured on
+    `captured`, has none."""
+    if not available():
+        raise NotExact("the compiled extension is missing, or torch.compile is at work")
+    if captured.logits is not logits:
+        raise NotExact('the norms are measured on a forward pass of their own (batchnorm="frozen")')
+    plan = make_plan(captured, space, dual_exponent(p))
+    if not plan.taps:
+        raise NotExact("no tap needs a pass")
+    return plan.taps
 
 
 def _kind(tap: Tap, captured: Captured) -> str:

@@ -113,13 +113,12 @@ class Split:
         for node in self._owners:
             self._add(node)
         # Behind the last taps the ordinary backward goes on, from gradients that are known as well.
-        ends = {
+        self._ends = {
             (tap.edge.node, tap.edge.output_nr): tap.edge
             for tap in taps
             if tap.edge.node not in self._spine and tap.edge.node in self._trained and tap.edge.node.name() != LEAF
         }
-        self._ends = list(ends.values())
-        self.edges += self._ends
+        self.edges += self._ends.values()
         self._kept: list[list[Tensor]] = []
 
     def _kind(self) -> Kind:
@@ -184,9 +183,6 @@ class Split:
                 self._open.add((reader, number))
                 if reader is not self._top:
                     self._add(reader)
-
-    def _ends_at(self, node: Any, output: int) -> bool:
-        return any(same_edge(edge, GradientEdge(node, output)) for edge in self._ends)
 
     def seeds(self, seeds: Seeds) -> Seeds:
         """The cotangents that a pass is to start from."""
@@ -300,7 +296,7 @@ class Split:
                     places.append((i, number, leaf[following]))
                 elif following is None or node not in self._spine or (node, number) in self._open:
                     continue
-                elif following in self._spine or following not in self._trained or self._ends_at(following, output):
+                elif following in self._spine or following not in self._trained or (following, output) in self._ends:
                     if node.name() in WITH_INPUT:
                         like = following._input_metadata[output]
                         sink = torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)

@@ -95,18 +95,14 @@ class TangentSplit(Split):
             raise NotExact("the gradient in the tapped input is asked for as well")
         if self._open:
             raise NotExact("a layer has an input whose rows are not the samples")
-        self._head_input = get_gradient_edge(captured.head.input)
         self._taps = taps
         self._outputs = {(edge.node, edge.output_nr): i for i, edge in enumerate(self.edges)}
         self._kept_outputs = len(self.edges)
         for node in self._nodes:
             if node in self._spine:
                 self._check_linear(node)
-        # Where the tangent at the input of each layer is found: "rows", a tap's number, or the number of an edge.
-        self._inputs: dict[Any, tuple[str, int]] = {}
-        for node in [self._top, *self._owners]:
-            if node.name() in LAYERS:
-                self._inputs[node] = self._input(node)
+        # Which of the tangents, at the taps and then at further edges, is the one at the input of a layer.
+        self._inputs = {node: self._input(node) for node in self._owners if node.name() in LAYERS}
 
     def _check_linear(self, node: Any) -> None:
         name = node.name()
@@ -128,16 +124,14 @@ class TangentSplit(Split):
         if not fits:
             raise NotExact(f"{name} is not known to be linear in the activations and additive in parameters")
 
-    def _input(self, node: Any) -> tuple[str, int]:
+    def _input(self, node: Any) -> int:
         following, output = node.next_functions[LAYERS[node.name()].input]
         edge = GradientEdge(following, output)
-        if same_edge(edge, self._head_input):
-            return "rows", 0
         for i, tap in enumerate(self._taps):
             if same_edge(edge, tap.edge) and following not in self._spine:
-                return "tap", i
+                return i
         self.edges.append(edge)
-        return "edge", len(self.edges) - 1
+        return len(self._taps) + len(self.edges) - self._kept_outputs - 1
 
     def seeds(self, seeds: Seeds) -> Seeds:
         cotangent, rows = seeds
@@ -165,7 +159,7 @@ class TangentSplit(Split):
         outer = torch.zeros_like(logits) if outer is None else outer
         rows, *between = self._tangents(slopes, keep_graph)
         w = outer.gather(1, index[:, :1])
-        offset = len(slopes) - len(self._taps)  # rows are measured first, where they are
+        tangents = [*slopes[-len(self._taps) :], *between]  # rows are measured first, where they are
         found: dict[Any, Tensor | None] = dict.fromkeys(self._leaves)
         roots: list[GradientEdge] = []
         seeds: list[Tensor] = []
@@ -178,24 +172,20 @@ class TangentSplit(Split):
                 roots.append(GradientEdge(following, output))
                 seeds.append(gradient)
 
-        for node, (kind, number) in self._inputs.items():
-            leaving = self._leaving(node)
-            places = LAYERS[node.name()]
-            if node is self._top:
-                if places.weight in leaving:  # rows = W[i] - W[y]
-                    total = outer.t() @ _input_of(node)
-                    if rows is not None:
-                        total.index_add_(0, index[:, 0], rows.to(total.dtype))
-                        total.index_add_(0, target, -rows.to(total.dtype))
-                    add(node, places.weight, total.t())
-                if places.bias in leaving:
-                    add(node, places.bias, outer.sum(0))
-                continue
+        leaving, places = self._leaving(self._top), LAYERS[self._top.name()]
+        if places.weight in leaving:  # rows = W[i] - W[y]
+            total = outer.t() @ _input_of(self._top)
+            if rows is not None:
+                total.index_add_(0, index[:, 0], rows.to(total.dtype))
+                total.index_add_(0, target, -rows.to(total.dtype))
+            add(self._top, places.weight, total.t())
+        if places.bias in leaving:
+            add(self._top, places.bias, outer.sum(0))
+        for node, number in self._inputs.items():
+            leaving, places = self._leaving(node), LAYERS[node.name()]
             gradient = self._kept[0][self._outputs[node, 0]]
             if places.weight in leaving:
-                tangent = rows if kind == "rows" else slopes[offset + number] if kind == "tap" else None
-                tangent = between[number - self._kept_outputs] if kind == "edge" else tangent
-                add(node, places.weight, _weight_gradient(node, gradient, w, tangent))
+                add(node, places.weight, _weight_gradient(node, gradient, w, tangents[number]))
             if places.bias in leaving:
                 sums = gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
                 add(node, places.bias, (w.to(sums.dtype).t() @ sums).squeeze(0))

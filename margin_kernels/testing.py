@@ -4,8 +4,11 @@ Truth is the reference in float64. A low-precision result passes when its error 
 PyTorch in the same dtype, plus the floor of FLOOR: a backend may not be worse than what it replaces.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from .triton import INTERPRETED
 
@@ -78,3 +81,17 @@ def assert_gradients_agree(actual: Tensor, truth: Tensor, tolerance: float) -> N
     assert float((a - t).norm() / size) <= tolerance, f"relative L2 error {float((a - t).norm() / size):.3g}"
     assert float(1 - torch.dot(a, t) / (a.norm() * size)) <= tolerance, "the direction differs"
     assert abs(float((a - t).sum() / t.abs().sum())) <= tolerance, "the gradient is biased"
+
+
+def assert_same_gradients(actual: Sequence[Tensor | None], expected: Sequence[Tensor | None], least: int = 1) -> None:
+    """Equal to float64 rounding, None where None stands; at least `least` of the expected ones are not 0."""
+    assert sum(gradient is not None and bool(gradient.any()) for gradient in expected) >= least
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions of one call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()

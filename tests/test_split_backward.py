@@ -1,6 +1,7 @@
 """The split backward gives the gradients of the loop, for any network, and says where it cannot."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, split_backward
 from margin_kernels.experiments import models
+from margin_kernels.testing import assert_same_gradients, flops
 
 pytestmark = pytest.mark.skipif(not split_backward.available(), reason="the compiled extension is missing")
 
@@ -130,10 +131,7 @@ def gradients(name: str, loss: LargeMarginLoss, passes: str, n: int = 6, **optio
     return [parameter.grad for parameter in model.parameters()]
 
 
-def assert_same(actual: list[Tensor | None], expected: list[Tensor | None]) -> None:
-    assert sum(gradient is not None and bool(gradient.any()) for gradient in expected) >= 4
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+assert_same = partial(assert_same_gradients, least=4)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -184,20 +182,15 @@ def test_a_step_does_the_work_of_cross_entropy() -> None:
     x, y = torch.rand(4, 1, 28, 28), torch.randint(10, (4,))
     model = models.build("mnist_cnn", (1, 28, 28), 10)
 
-    def work(run) -> int:
-        with FlopCounterMode(display=False) as counter:
-            run()
-        return counter.get_total_flops()
-
     def step(passes: str):
         task = MarginTask(model, LargeMarginLoss(1e3), ("pool1", "pool2"), passes)
         task(x, y)["loss"].backward()  # tried out
         return lambda: task(x, y)["loss"].backward()
 
-    forward = work(lambda: model(x))
-    cross_entropy = work(lambda: F.cross_entropy(model(x), y).backward())
-    assert work(step("split")) == pytest.approx(cross_entropy, rel=0.002)
-    assert work(step("loop")) > cross_entropy + 0.7 * forward
+    forward = flops(lambda: model(x))
+    cross_entropy = flops(lambda: F.cross_entropy(model(x), y).backward())
+    assert flops(step("split")) == pytest.approx(cross_entropy, rel=0.002)
+    assert flops(step("loop")) > cross_entropy + 0.7 * forward
 
 
 def test_hooks_accumulation_and_a_second_backward_see_ordinary_gradients() -> None:

@@ -3,15 +3,16 @@ piece by piece."""
 
 import copy
 import gc
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, split_backward
 from margin_kernels.experiments import models
+from margin_kernels.testing import assert_same_gradients, flops
 
 pytestmark = pytest.mark.skipif(not split_backward.available(), reason="the compiled extension is missing")
 
@@ -83,10 +84,7 @@ def gradients(model: nn.Module, loss: nn.Module, layers, passes: str, n: int = 6
     return [parameter.grad for parameter in model.parameters()]
 
 
-def assert_same(actual: list[Tensor | None], expected: list[Tensor | None], least: int = 3) -> None:
-    assert sum(gradient is not None and bool(gradient.any()) for gradient in expected) >= least
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+assert_same = partial(assert_same_gradients, least=3)
 
 
 def build(name: str) -> nn.Module:
@@ -133,18 +131,13 @@ def test_a_step_does_four_thirds_of_the_work_of_cross_entropy() -> None:
     x, y = torch.rand(4, 1, 28, 28), torch.randint(10, (4,))
     model = models.build("mnist_cnn", (1, 28, 28), 10)
 
-    def work(run) -> int:
-        with FlopCounterMode(display=False) as counter:
-            run()
-        return counter.get_total_flops()
-
     def step(passes: str):
         task = MarginTask(model, LargeMarginLoss(1e3, second_order=True), ("pool1",), passes)
         task(x, y)["loss"].backward()  # tried out
         return lambda: task(x, y)["loss"].backward()
 
-    cross_entropy = work(lambda: F.cross_entropy(model(x), y).backward())
-    split, loop = work(step("split")), work(step("loop"))
+    cross_entropy = flops(lambda: F.cross_entropy(model(x), y).backward())
+    split, loop = flops(step("split")), flops(step("loop"))
     first = 4 * 32 * 28 * 28 * 25 * 2
     one = (cross_entropy - 2 * first) / 3  # forward FLOPs behind the first convolution
     assert split - 2 * first == pytest.approx(4 * one, rel=0.01)

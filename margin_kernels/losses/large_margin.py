@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from .. import functional, taps
 from ..backends import BACKENDS
-from ..passes import difference_norms, make_plan
-from ..reference.dual_norm import dual_exponent
+from ..passes import difference_norms, split_taps
 from ..reference.margin_hinge import AGGREGATIONS
-from ..split_backward import Kind, NotExact, Split, available, split_or_loop
+from ..split_backward import Kind, NotExact, Split, split_or_loop
 from ..tangent import TangentSplit
 from ..taps import Captured, cut_sources
 from .options import REDUCTIONS, RIVALS, choice, count, flag, is_number, norm_exponent, number, numbers
@@ -180,12 +179,9 @@ class LargeMarginLoss(nn.Module):
 
     def _split(self, logits: Tensor, captured: Captured) -> Split:
         """The split backward of this loss. Raises NotExact with the reason where there is none."""
-        if not available():
-            raise NotExact("the compiled extension is missing, or torch.compile is at work")
+        passed = split_taps(captured, logits, self.space, self.p)
         if self.second_order and (self.top_k > 1 or self.space == "probability"):
             raise NotExact('second_order=True takes it for top_k=1 and space="logit" only')
-        if captured.logits is not logits:
-            raise NotExact('the norms are measured on a forward pass of their own (batchnorm="frozen")')
         every = self.space == "logit" and self.top_k >= logits.shape[1] - 1
         if self.cross_entropy_weight > 0 and self.auxiliary == "cross_entropy" and not every:
             raise NotExact(
@@ -194,10 +190,7 @@ class LargeMarginLoss(nn.Module):
             )
         if self.cross_entropy_weight > 0 and self.space == "probability":
             raise NotExact('the passes of space="probability" do not hold the gradient of the pairwise logistic loss')
-        plan = make_plan(captured, self.space, dual_exponent(self.p))
-        if not plan.taps:
-            raise NotExact("no tap needs a pass")
-        return (TangentSplit if self.second_order else Split)(captured, plan.taps, self._tried)
+        return (TangentSplit if self.second_order else Split)(captured, passed, self._tried)
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: gap, index [N,k] and nll [N]."""

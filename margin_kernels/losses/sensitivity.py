@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from .. import functional, taps
 from ..backends import BACKENDS
-from ..passes import difference_norms, logit_norms, make_plan
-from ..reference.dual_norm import dual_exponent
-from ..split_backward import Kind, NotExact, Split, available, split_or_loop
+from ..passes import difference_norms, logit_norms, split_taps
+from ..split_backward import Kind, NotExact, Split, split_or_loop
 from ..tangent import TangentSplit
 from ..taps import Captured, cut_sources
 from .options import REDUCTIONS, RIVALS, choice, count, norm_exponent, number
@@ -144,16 +143,10 @@ class MarginSensitivityLoss(nn.Module):
 
     def _split(self, logits: Tensor, captured: Captured) -> Split:
         """The split backward of this loss. Raises NotExact with the reason where there is none."""
-        if not available():
-            raise NotExact("the compiled extension is missing, or torch.compile is at work")
-        if captured.logits is not logits:
-            raise NotExact('the norms are measured on a forward pass of their own (batchnorm="frozen")')
+        passed = split_taps(captured, logits, "logit", self.p)
         if _is_binary(logits) or self.classification != "hinge" or (self.candidates != 1 and logits.shape[1] > 2):
             raise NotExact('it takes more than one logit, classification="hinge" and candidates=1')
-        plan = make_plan(captured, "logit", dual_exponent(self.p))
-        if not plan.taps:
-            raise NotExact("no tap needs a pass")
-        return TangentSplit(captured, plan.taps, self._tried)
+        return TangentSplit(captured, passed, self._tried)
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: classification, gap and nll [N]."""
