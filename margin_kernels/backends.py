@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import reference
 from . import triton as triton_backend
+from .tracing import tracing
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 _REBUILD = "reinstall with 'pip install --no-build-isolation .' in the source folder (needs a C++ compiler)"
@@ -84,7 +85,7 @@ def _why_not_compiled(op: str, tensors: Sequence[Tensor], device: str) -> str | 
     found = tensors[0].device.type
     if found != device and found != "meta":
         return f"the {device} backend runs on {device.upper()} tensors and got one on {found}: move it, or use 'auto'"
-    if not torch.compiler.is_compiling() and is_functorch_wrapped(tensors[0]):
+    if not tracing() and is_functorch_wrapped(tensors[0]):
         return "the compiled ops do not run under torch.func transforms: pass backend='reference'"
     return None
 
@@ -110,7 +111,7 @@ def _implementation(backend: str, op: str) -> Callable[..., Any]:
         return getattr(reference, op)
     if backend == "triton":
         return triton_backend.implementation(op)
-    if torch.compiler.is_compiling():
+    if tracing():
         return getattr(torch.ops.margin_kernels, op).default
     # The pybind11 function: the same dispatcher call with two microseconds less of argument parsing.
     return getattr(EXTENSION, op)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .backends import is_functorch_wrapped
 from .reference.margin_hinge import AGGREGATIONS
 from .reference.one_to_n import BOUNDS
+from .tracing import tracing
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -180,8 +181,4 @@ def check_deepfool_step(gap: Tensor, gradients: Tensor, active: Tensor | None, p
 
 def _readable(tensor: Tensor) -> bool:
     """Whether reading values is possible and free: not while a compiler or a torch.func transform traces."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not is_functorch_wrapped(tensor)
-    )
+    return not tracing() and type(tensor) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped(tensor)

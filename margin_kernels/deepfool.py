@@ -26,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from . import functional
 from .passes import pair_gradient, route_from
+from .tracing import tracing
 
 LOG = logging.getLogger(__name__)
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -123,6 +124,7 @@ def search(
     total, moved = torch.zeros_like(x), x.clone()
     # Where the host sees the mask anyway, a pass without a graph finds what is done, and only the others pay for
     # gradients: one for each candidate, or a single one where the target is the only candidate.
+    whole_batch = whole_batch or tracing()
     looks = host_sees(x) and not whole_batch
     rows = torch.arange(len(x), device=x.device)  # the samples still in the batch
     iterations = torch.zeros_like(rows)
@@ -179,7 +181,7 @@ def search(
 
 def host_sees(x: Tensor) -> bool:
     """Whether the host can read a mask of this device without waiting for it."""
-    return x.device.type == "cpu"
+    return x.device.type == "cpu" and not tracing()
 
 
 class _State:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .tracing import recording
+
 
 class RandomState(NamedTuple):
     """States of the CPU generator and of the generator of `device`, None for inputs on the CPU."""
@@ -19,7 +21,10 @@ class RandomState(NamedTuple):
 
     @classmethod
     def now(cls, x: Any) -> RandomState:
-        """The state from which the next forward pass of input x draws; reading it does not wait for a device."""
+        """The state from which the next forward pass of input x draws; reading it does not wait for a device. Empty
+        while a step is recorded, which draws nothing: margin_kernels.compiled has seen to that."""
+        if recording():
+            return cls(torch.empty(0))
         cpu = torch.get_rng_state()
         if not isinstance(x, Tensor) or x.device.type != "cuda":
             return cls(cpu)
@@ -27,6 +32,8 @@ class RandomState(NamedTuple):
 
     def changed(self) -> bool:
         """Whether anything was drawn since."""
+        if recording():
+            return False
         if not torch.equal(self.cpu, torch.get_rng_state()):
             return True
         if self.device is None or self.state is None:
@@ -41,6 +48,9 @@ class RandomState(NamedTuple):
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside, this state: a forward pass draws the dropout masks it drew then. Afterwards the one before."""
+        if recording():
+            yield
+            return
         kept = RandomState(torch.get_rng_state())
         if self.device is not None:
             kept = kept._replace(device=self.device, state=torch.cuda.get_rng_state(self.device))

@@ -32,6 +32,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .backends import EXTENSION
 from .taps import SAME_VALUES, Captured, Tap, graph_nodes, same_edge
+from .tracing import recording
 
 LEAF = "torch::autograd::AccumulateGrad"
 # Nodes that must compute the gradient of their input: this one crashes without, for channels-last tensors on the CPU.
@@ -201,6 +202,8 @@ class Split:
     def _try_out(self, every_second: Callable[[], list[Tensor]]) -> None:
         if self.kind in self._tried or len(self._logits) <= 1:
             return
+        if recording():
+            raise NotExact("no batch has shown so far that the samples are not coupled")
         apart, evidence = self._apart(every_second())
         if evidence and not apart:
             self._tried[self.kind] = "the samples are coupled: the gradients of some depend on others"
@@ -249,7 +252,7 @@ class Split:
             weights = outer.gather(1, index)
         else:
             weights, outer = torch.autograd.grad(value, (gap, logits), grad, retain_graph=keep_graph)
-        roots, seeds = list(self.edges), self._combined(weights, in_place=not keep_graph)
+        roots, seeds = list(self.edges), self._combined(weights, keep_graph)
         if self._leaving(self._top) or any(reader is self._top for reader, _ in self._open):
             roots.append(get_gradient_edge(self._logits))
             seeds.append(outer)
@@ -266,10 +269,11 @@ class Split:
             found = torch.autograd.grad(roots, ends, seeds, retain_graph=keep_graph, allow_unused=True)
         return list(found[: len(stand_ins)])
 
-    def _combined(self, weights: Tensor, in_place: bool) -> list[Tensor]:
+    def _combined(self, weights: Tensor, keep_graph: bool) -> list[Tensor]:
         """sum_j w[n,j] G_j[n] at every edge, in the dtype of G; in the memory of G_0 where it is G_0's alone."""
         first = self._kept[0] if self._kept else []
-        uses = Counter(gradient.untyped_storage().data_ptr() for gradient in first)
+        in_place = not keep_graph and not recording()
+        uses = Counter(gradient.untyped_storage().data_ptr() for gradient in first) if in_place else Counter()
         combined = []
         for i, gradient in enumerate(first):
             factors = [w.view(-1, *[1] * (gradient.dim() - 1)) for w in weights.unbind(1)]
@@ -280,7 +284,7 @@ class Split:
             for kept, factor in zip(self._kept[1:], factors[1:], strict=True):
                 total.addcmul_(kept[i], factor)
             combined.append(total.to(gradient.dtype))
-        if in_place:
+        if not keep_graph:
             self._kept.clear()
         return combined
 

@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .backends import EXTENSION
+from .tracing import is_plain, tracing
 
 INPUT, OUTPUT = "input", "output"
 
@@ -186,7 +187,7 @@ def cut_sources(root: Tensor, captured: Captured) -> None:
     A matter of time alone: without the compiled extension these gradients are computed and dropped.
     """
     cut_gradients = getattr(EXTENSION, "cut_gradients", None)
-    if captured.sources and cut_gradients is not None and not torch.compiler.is_compiling():
+    if captured.sources and cut_gradients is not None and not tracing():
         cut_gradients(root, captured.sources)
 
 
@@ -326,7 +327,7 @@ class _Ends:
         if not isinstance(x, Tensor) or not x.requires_grad or not output.requires_grad or "forward" in vars(module):
             return
         if type(module) is nn.Linear:
-            if x.dim() == 2 and type(module.weight) in (Tensor, nn.Parameter):
+            if x.dim() == 2 and is_plain(module.weight):
                 self._linear.append((name, module.weight, x, get_gradient_edge(output)))
         elif output.dim() > 2 and output.shape[2:].numel() == 1 and x.dim() == output.dim():
             edges = get_gradient_edge(x), get_gradient_edge(output)

@@ -14,6 +14,7 @@ from .batchnorm import running_statistics, training_batchnorms
 from .passes import check_passes
 from .random_state import RandomState
 from .taps import Captured, Taps, cut_sources, in_graph
+from .tracing import tracing
 
 BATCHNORM = ("batch", "frozen")
 # What a loss is given besides logits and targets: the taps of the forward pass, nothing, or the model and its input.
@@ -76,6 +77,7 @@ class MarginTask(nn.Module):
         self.batchnorm = batchnorm
         self._taps = Taps(model, ("input",) if layers is None else layers)
         self._warned = False
+        self._compiled: Any = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -95,6 +97,12 @@ class MarginTask(nn.Module):
         if not torch.is_grad_enabled():
             logits = self.model(x)
             return {"output": logits, **self.loss.logit_statistics(logits, y)}
+        if self._compiled is not None and not tracing():
+            return self._compiled(self, x, y)
+        return self.uncompiled(x, y)
+
+    def uncompiled(self, x: Any, y: Tensor) -> dict[str, Tensor]:
+        """`forward` with gradients, as it is without `compile`."""
         if self.loss.needs == "logits":
             logits = self.model(x)
             measured = self.loss.margins(logits, y)
@@ -108,6 +116,35 @@ class MarginTask(nn.Module):
             logits, captured = self._forward(x)
             measured = self.loss.margins(logits, y, captured, self.passes)
         return {"output": logits, **measured._asdict()}
+
+    def compile(self, **options: Any) -> None:
+        """From now on a training step is one compiled graph, gradients of the parameters included; in place, as
+        nn.Module.compile. Before it is saved, copied or wrapped in DistributedDataParallel, or after.
+
+            task.compile(mode="max-autotune")
+            task(x, y)["loss"].backward()
+
+        The first step of each kind (shapes, train or eval, options of the loss, autocast) is compiled, others run. The
+        gradients are computed with the loss: they are those of `loss` alone, and a term of your own on `output` raises
+        an error in backward. What a module reads from Python, and is none of these, stays as it was at the first step.
+
+        Args:
+            options: of torch.compile: mode, backend, dynamic, options.
+
+        Raises:
+            ValueError: in forward, for a step that reads values of tensors, dropout under AdversarialMarginLoss or
+                batchnorm="frozen", reduction="none".
+        """
+        from .compiled import CompiledStep  # what it imports takes a second
+
+        self._compiled = CompiledStep(options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without compiled code, which is made again."""
+        state = dict(super().__getstate__())
+        if self._compiled is not None:
+            state["_compiled"] = type(self._compiled)(self._compiled.options)
+        return state
 
     def _forward(self, x: Any) -> tuple[Tensor, Captured]:
         """The logits of the ordinary forward pass, and the forward pass whose taps are measured."""

@@ -23,6 +23,7 @@ from torch.nn.grad import conv2d_input
 
 from .backends import EXTENSION, is_functorch_wrapped
 from .taps import Tap, same_edge
+from .tracing import recording, tracing
 
 # Output channels for each input channel from which col2im is faster than the library: measured, MKL-DNN on AVX-512.
 FEW = 16
@@ -32,6 +33,20 @@ THIN = 4
 SMALL = 64
 
 _COMPILED = getattr(EXTENSION, "convolution_input_gradient", None)
+
+
+@torch.library.custom_op("margin_kernels_python::convolution_input_gradient", mutates_args=())
+def _recorded(
+    gradient: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int], size: Sequence[int]
+) -> Tensor:
+    """The compiled kernel as one operation of a recorded step."""
+    assert _COMPILED is not None
+    return _COMPILED(gradient, weight, padding, dilation, size)
+
+
+@_recorded.register_fake
+def _(gradient: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int], size: Sequence[int]) -> Tensor:
+    return gradient.new_empty(gradient.shape[0], weight.shape[1], *size)
 
 
 class ThinConvolution(NamedTuple):
@@ -47,6 +62,8 @@ class ThinConvolution(NamedTuple):
         """The gradient in x [N,Ci,H,W'] from that in the output [N,Co,*]; differentiable in both factors."""
         if _COMPILED is not None and not torch.is_grad_enabled() and self._is_plain(gradient):
             return _COMPILED(gradient, self.weight, self.padding, self.dilation, self.size)
+        if _COMPILED is not None and not torch.is_grad_enabled() and recording():
+            return _recorded(gradient, self.weight, self.padding, self.dilation, self.size)
         outputs, inputs = self.weight.shape[:2]
         if outputs < FEW * inputs:
             shape = (len(gradient), inputs, *self.size)
@@ -61,7 +78,7 @@ class ThinConvolution(NamedTuple):
         return (
             type(gradient) is Tensor
             and gradient.layout == torch.strided
-            and not torch.compiler.is_compiling()
+            and not tracing()
             and not is_functorch_wrapped(gradient)
             and not is_functorch_wrapped(self.weight)
         )

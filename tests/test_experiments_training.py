@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -363,17 +364,23 @@ def test_layer_names_are_expanded_and_losses_chosen_by_name():
 def test_settings_that_cannot_run_here_say_so(digits):
     with pytest.raises(ValueError, match=r"fp16, which needs a CUDA device"):
         Trainer(settings("--training.precision", "fp16"), digits)
-    with pytest.raises(ValueError, match=r"training.compile is set, but torch.compile cannot follow"):
-        Trainer(settings(*MARGIN, "--training.compile", "true"), digits)
-    with pytest.raises(ValueError, match=r"the gradients of loss.kind margin_sensitivity"):
-        Trainer(settings(*SENSITIVITY, "--training.compile", "true"), digits)
-    with pytest.raises(ValueError, match=r"cannot follow the gradients of loss.kind fgsm_training"):
+    with pytest.raises(ValueError, match=r"torch.compile cannot follow the gradients of loss.kind fgsm_training"):
         Trainer(settings(*FGSM, "--training.compile", "true"), digits)
     with pytest.raises(ValueError, match=r"optimiser.name is 'lion'"):
         build_optimiser(replace(config.Config(), optimiser=config.OptimiserConfig(name="lion")), [torch.zeros(1)])
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="sees no CUDA device; use cpu"):
             Trainer(settings("--training.device", "cuda"), digits)
+
+
+@pytest.mark.parametrize("options", [MARGIN, SENSITIVITY, ()], ids=["large margin", "sensitivity", "cross-entropy"])
+def test_compiled_steps_train_as_plain_ones(options, digits, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, compiled = (Trainer(settings(*options, "--training.compile", flag), digits) for flag in ("false", "true"))
+    for number in range(3):
+        index = torch.arange(20 * number, 20 * number + 20)
+        for one, other in zip(compiled.step(index), plain.step(index), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.gpu

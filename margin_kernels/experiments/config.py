@@ -248,7 +248,7 @@ class TrainingConfig:
         seed: initial weights, order of the data, dropout
         device: cpu, cuda or cuda:N
         precision: fp32, bf16 (autocast) or fp16 (autocast and loss scaling, cuda only)
-        compile: torch.compile the model and its loss
+        compile: one compiled graph for each training step (MarginTask.compile), where the loss allows it
         channels_last: memory format of model and images
         clip_norm: largest l2 norm of the gradient, or null
         threads: CPU threads, or null for torch's choice

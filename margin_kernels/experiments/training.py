@@ -108,21 +108,26 @@ class Trainer:
         if config.model.initial is not None:
             self._start_from(Path(config.model.initial))
         self.task = objectives.build(self.model, config.loss, self.hidden)
-        passes_inside = isinstance(self.task, objectives.AdversarialTrainingTask) or (
-            isinstance(self.task, mk.MarginTask) and self.task.loss.needs != "logits"
-        )
-        if settings.compile and passes_inside:
-            raise ValueError(
-                "training.compile is set, but torch.compile cannot follow the gradients of loss.kind "
-                f"{config.loss.kind} (a backward pass inside the forward): leave it off"
-            )
-        self.step_module: Any = torch.compile(self.task) if settings.compile else self.task
+        self.step_module: Any = self.task
+        if settings.compile:
+            self._compile()
         self.optimiser = build_optimiser(config, self.model.parameters())
         self.scaler = torch.amp.GradScaler("cuda", enabled=settings.precision == "fp16")
         self.order = torch.Generator().manual_seed(settings.seed)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.writer = self._tensorboard()
+
+    def _compile(self) -> None:
+        if isinstance(self.task, mk.MarginTask):
+            self.task.compile()
+        elif isinstance(self.task, objectives.LogitTask):
+            self.step_module = torch.compile(self.task)
+        else:
+            raise ValueError(
+                "training.compile is set, but torch.compile cannot follow the gradients of loss.kind "
+                f"{self.config.loss.kind} (a backward pass inside the forward): leave it off"
+            )
 
     def _start_from(self, folder: Path) -> None:
         """The weights of another run, which must have trained the same network."""

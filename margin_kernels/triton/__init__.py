@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import tracing
+
 OPS = ("competitors", "dual_norm", "row_distance", "margin_hinge", "one_to_n", "deepfool_step")
 OLDEST = (3, 6)
 
@@ -50,7 +52,7 @@ def why_not(op: str, tensors: Sequence[Tensor]) -> str | None:
             f"the Triton kernels run on CUDA tensors and got one on {device}: move it, use 'auto', or, for tests, set "
             "TRITON_INTERPRET=1 before margin_kernels is imported"
         )
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensors[0]):
+    if not tracing() and torch._C._functorch.is_functorch_wrapped_tensor(tensors[0]):
         return "the Triton ops do not run under torch.func transforms: pass backend='reference'"
     return None
 

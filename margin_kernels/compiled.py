@@ -1,0 +1,161 @@
+"""A training step as one graph: forward pass, gradients of the margins, loss and gradients of the parameters.
+
+torch.compile cannot follow a gradient that is taken inside a forward pass and differentiated after it. So the step is
+recorded as a whole: the task runs once on tensors without values, with the backward of its loss, and every operation
+below autograd goes into one graph without a gradient in it, which torch.compile then turns into kernels. Loop and split
+backward, first and second order are all recorded alike.
+
+The gradients come with the loss. `loss.backward()` hands them on, times the gradient of the loss, to parameters that
+are inputs of one autograd Function: accumulation, hooks, GradScaler and DDP see ordinary gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .batchnorm import training_batchnorms
+from .random_state import RandomState
+from .tracing import recorded
+
+if TYPE_CHECKING:
+    from .task import MarginTask
+
+# Kinds of steps that are recorded before a warning says that each costs a compilation.
+MANY = 8
+UNRECORDABLE = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedOperatorException,
+)
+
+
+class CompiledStep:
+    """The recorded and compiled steps of one task, one for each kind of call.
+
+    Recorded anew for other shapes, dtypes, strides or devices of inputs and parameters, another mode of a module
+    (train, eval), other parameters that require grad, other options of the loss, another autocast. Anything else that a
+    forward pass reads from Python is as it was when it was recorded.
+
+    options: of torch.compile, as backend, mode, dynamic
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self._steps: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, task: MarginTask, x: Any, y: Tensor) -> dict[str, Tensor]:
+        """As MarginTask.forward. The logits carry no gradient: a backward pass through them raises RuntimeError."""
+        inputs, spec = tree_flatten(x)
+        if not all(isinstance(leaf, Tensor) for leaf in inputs):
+            raise ValueError("a compiled task takes tensors, alone or in tuples, lists and dicts, as x")
+        state = {**dict(task.named_parameters()), **dict(task.named_buffers())}
+        tensors = [*state.values(), *inputs]
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        if not wanted:
+            raise ValueError("no parameter and no input requires grad: there is nothing to train")
+        device = y.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        modes = tuple(module.training for module in task.modules())
+        key = (spec, tuple(map(_kind, (*tensors, y))), modes, autocast, repr(task.loss))
+        step = self._steps.get(key)
+        if step is None:
+            step = self._steps[key] = self._compile(task, x, y, list(state), spec, tensors)
+            if len(self._steps) == MANY:
+                warnings.warn(
+                    f"{MANY} kinds of steps were compiled, each takes a while: keep batch size and options of the loss",
+                    stacklevel=3,
+                )
+        with torch.no_grad():
+            fields, gradients = step([tensor.detach() for tensor in tensors], y)
+        loss, output = _Handed.apply(fields["loss"], fields["output"], gradients, *wanted)
+        return {**fields, "loss": loss, "output": output}
+
+    def _compile(
+        self, task: MarginTask, x: Any, y: Tensor, names: list[str], spec: Any, tensors: list[Tensor]
+    ) -> Callable[..., Any]:
+        _rehearse(task, x, y)
+        device = y.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def step(tensors: list[Tensor], y: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+            state = dict(zip(names, tensors, strict=False))
+            x = tree_unflatten(tensors[len(names) :], spec)
+            # No cache: its half-precision weights would outlive the recording.
+            with torch.autocast(device, dtype, enabled, cache_enabled=False):
+                found = torch.func.functional_call(task, state, (x, y))
+            wanted = [tensor for tensor in tensors if tensor.requires_grad]
+            gradients = torch.autograd.grad(found["loss"], wanted, allow_unused=True)
+            return {name: value.detach() for name, value in found.items()}, list(gradients)
+
+        arguments = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        try:
+            with recorded():
+                graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(arguments, y)
+        except UNRECORDABLE as error:
+            raise ValueError(
+                f"the step cannot be compiled, for it reads a value of a tensor: {str(error).splitlines()[0]}"
+            ) from error
+        return torch.compile(graph.forward, fullgraph=True, **self.options)
+
+
+def _kind(tensor: Tensor) -> Any:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _rehearse(task: MarginTask, x: Any, y: Tensor) -> None:
+    """One step as it is without a compiler: raises its errors, tries out what recordings cannot, and leaves the model's
+    buffers and the random numbers as they were. Raises ValueError for what has no compiled form."""
+    random = RandomState.now(x)
+    buffers = [(buffer, buffer.clone()) for buffer in task.buffers()]
+    with random.replayed():
+        loss = task.uncompiled(x, y)["loss"]
+        drew = random.changed()
+    with torch.no_grad():
+        for buffer, kept in buffers:
+            buffer.copy_(kept)
+    if loss.dim() > 0:
+        raise ValueError('a compiled task gives the gradients of one number: reduction="none" has a loss per sample')
+    replays = task.loss.needs == "model" or (task.batchnorm == "frozen" and training_batchnorms(task.model))
+    if drew and replays:
+        raise ValueError(
+            f"{type(task.loss).__name__} runs the model several times with the same dropout masks, which a compiled "
+            "step cannot: train without dropout, or do not compile"
+        )
+
+
+class _Handed(torch.autograd.Function):
+    """Loss and logits whose gradients in `wanted` are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, output: Tensor, gradients: Sequence[Tensor | None], *wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.missing = [gradient is None for gradient in gradients]
+        ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
+        return loss.view_as(loss), output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor | None, output: Tensor | None) -> tuple[Any, ...]:
+        if output is not None:
+            raise RuntimeError("a compiled task gives the gradients of its loss alone: no other term on its output")
+        if torch.is_grad_enabled():
+            raise RuntimeError("a compiled task has no second derivative (create_graph=True): do not compile it")
+        if loss is None:
+            return (None, None, None, *(None for _ in ctx.missing))
+        found = iter(torch._foreach_mul(list(ctx.saved_tensors), loss))
+        return (None, None, None, *(None if missing else next(found) for missing in ctx.missing))
