@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .batchnorm import training_batchnorms
 from .random_state import RandomState
+from .split_backward import FLOAT16_SCALE
 from .tracing import recorded
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Kinds of steps that are recorded before a warning says that each costs a compilation.
 MANY = 8
+# Largest factor of the loss under float16 autocast.
+LARGEST_SCALE = 2.0**16
 UNRECORDABLE = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -90,6 +93,8 @@ class CompiledStep:
         _rehearse(task, x, y)
         device = y.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # A GradScaler's factor comes after the gradients: in float16 the step needs one of its own.
+        scale = min(FLOAT16_SCALE * len(y), LARGEST_SCALE) if enabled and dtype == torch.float16 else 1.0
 
         def step(tensors: list[Tensor], y: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
             state = dict(zip(names, tensors, strict=False))
@@ -98,8 +103,9 @@ class CompiledStep:
             with torch.autocast(device, dtype, enabled, cache_enabled=False):
                 found = torch.func.functional_call(task, state, (x, y))
             wanted = [tensor for tensor in tensors if tensor.requires_grad]
-            gradients = torch.autograd.grad(found["loss"], wanted, allow_unused=True)
-            return {name: value.detach() for name, value in found.items()}, list(gradients)
+            gradients = torch.autograd.grad(scale * found["loss"], wanted, allow_unused=True)
+            fields = {name: value.detach() for name, value in found.items()}
+            return fields, [gradient if gradient is None or scale == 1 else gradient / scale for gradient in gradients]
 
         arguments = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         try:

@@ -2,8 +2,9 @@
 
 One backward pass of the DIFFERENCE per competitor gives every tap at once; naming the taps as `inputs` prunes the
 weight gradients. The norms are taken right after each pass and the gradients dropped: at most one set of tap gradients
-is alive. Near the logits z = W h + b no pass is needed. With c the derivative of the difference with respect to z
-[N,C], which is e_i - e_y for logits and s_i (e_i - s) - s_y (e_y - s) for softmax scores s:
+is alive. Passes in float16 start from a multiple of the cotangent, by which the norms are divided. Near the logits
+z = W h + b no pass is needed. With c the derivative of the difference with respect to z [N,C], which is e_i - e_y for
+logits and s_i (e_i - s) - s_y (e_y - s) for softmax scores s:
 
     tap on the logits                                G = c            D = 2^(1/q) for logits
     tap on h                                         G = c W          W_i - W_y for logits
@@ -25,7 +26,7 @@ from torch.autograd.graph import GradientEdge
 
 from . import functional
 from .reference.dual_norm import dual_exponent
-from .split_backward import NotExact, Seeds, Split, available
+from .split_backward import NotExact, Seeds, Split, available, pass_scale, pass_start
 from .taps import Captured, Tap, graph_nodes, same_edge
 from .thin_convolution import thin_convolution
 
@@ -47,12 +48,14 @@ class Source(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is measured for each competitor: the cotangent c and the rows c W where a tap needs them, then `taps`."""
+    """What is measured for each competitor: the cotangent c and the rows c W where a tap needs them, then `taps`, by a
+    pass that starts from `scale` times one of them."""
 
     sources: list[Source]
     cotangent: bool
     rows: bool
     taps: list[Tap]
+    scale: float
 
 
 def make_plan(captured: Captured, space: str, q: float, layer_scale: str | None = None) -> Plan:
@@ -71,14 +74,14 @@ def make_plan(captured: Captured, space: str, q: float, layer_scale: str | None 
         elif kind == "logits":
             column = 0
         elif kind == "pass":
-            column = first + len(passed)
+            column, scale = first + len(passed), 1 / pass_scale(captured)
             passed.append(tap)
         elif kind == "pooled" and captured.head is not None:
             scale = captured.head.positions ** (1 / q - 1)
         if layer_scale == "numel":
             scale /= tap.shape[1:].numel()
         sources.append(Source(column, scale))
-    return Plan(sources, cotangent, rows, passed)
+    return Plan(sources, cotangent, rows, passed, pass_scale(captured))
 
 
 def split_taps(captured: Captured, logits: Tensor, space: str, p: float) -> list[Tap]:
@@ -210,9 +213,10 @@ def logit_norms(captured: Captured, p: float = 2, second_order: bool = False, ba
     for tap in captured.taps:
         _check_batch(tap, logits)
     with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
-        route = Route(captured._replace(head=None), captured.taps)
-        gradients, _ = route.backward(torch.ones_like(logits), second_order)
-        return functional.dual_norm(gradients, p, batch_dims=1, backend=backend)
+        captured = captured._replace(head=None)
+        route, scale = Route(captured, captured.taps), pass_scale(captured)
+        gradients, _ = route.backward(torch.full_like(logits, scale), second_order)
+        return functional.dual_norm(gradients, p, batch_dims=1, backend=backend) / scale
 
 
 def _gradients(plan: Plan, route: Route, seeds: Seeds, second_order: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -225,6 +229,7 @@ def _gradients(plan: Plan, route: Route, seeds: Seeds, second_order: bool) -> tu
         return measured, []
     seed = cotangent if rows is None else rows
     assert seed is not None
+    seed = seed if plan.scale == 1 else seed * plan.scale
     gradients, kept = route.backward(seed.to(route.start.dtype), second_order)
     return measured + gradients, kept
 
@@ -267,7 +272,7 @@ class Route:
     looked up once for all competitors."""
 
     def __init__(self, captured: Captured, taps: Sequence[Tap], kept: Sequence[GradientEdge] = ()) -> None:
-        self.start = captured.logits if captured.head is None else captured.head.input
+        self.start = pass_start(captured)
         self.taps = taps
         nodes = graph_nodes(self.start) if taps else []
         self._thin = [thin_convolution(nodes, tap) for tap in taps]

@@ -47,6 +47,11 @@ Seeds = tuple[Tensor | None, Tensor | None]
 Measured = TypeVar("Measured")
 
 
+# What the cotangents of passes in float16 are multiplied by, so that small gradients do not vanish in it; about what a
+# sample's cotangent is multiplied by under the usual loss scale, 2^16 over the batch size.
+FLOAT16_SCALE = 256.0
+
+
 class NotExact(Exception):
     """Why the split backward would not give the gradient, or cannot be run."""
 
@@ -54,6 +59,16 @@ class NotExact(Exception):
 def available() -> bool:
     """Whether the compiled extension, which the split backward needs, is there."""
     return hasattr(EXTENSION, "RedirectedEdges") and not torch.compiler.is_compiling()
+
+
+def pass_start(captured: Captured) -> Tensor:
+    """Where passes start: the input of the head, or the logits where there is none."""
+    return captured.logits if captured.head is None else captured.head.input
+
+
+def pass_scale(captured: Captured) -> float:
+    """The factor of the gradients that passes give."""
+    return FLOAT16_SCALE if pass_start(captured).dtype == torch.float16 else 1.0
 
 
 def split_or_loop(passes: str, build: Callable[[], Split], measure: Callable[[Split | None], Measured]) -> Measured:
@@ -85,6 +100,7 @@ class Split:
     def __init__(self, captured: Captured, taps: Sequence[Tap], tried: dict[Kind, str | None]) -> None:
         self._tried = tried
         self._logits = captured.logits
+        self._scale = pass_scale(captured)
         self._nodes = graph_nodes(captured.logits)
         self._readers: dict[Any, list[tuple[Any, int, int]]] = defaultdict(list)
         for node in self._nodes:
@@ -252,6 +268,7 @@ class Split:
             weights = outer.gather(1, index)
         else:
             weights, outer = torch.autograd.grad(value, (gap, logits), grad, retain_graph=keep_graph)
+        weights = weights if self._scale == 1 else weights / self._scale
         roots, seeds = list(self.edges), self._combined(weights, keep_graph)
         if self._leaving(self._top) or any(reader is self._top for reader, _ in self._open):
             roots.append(get_gradient_edge(self._logits))

@@ -158,7 +158,7 @@ class TangentSplit(Split):
         slopes = [torch.zeros_like(g) if u is None else u for u, g in zip(slopes, self._leaf_gradients, strict=True)]
         outer = torch.zeros_like(logits) if outer is None else outer
         rows, *between = self._tangents(slopes, keep_graph)
-        w = outer.gather(1, index[:, :1])
+        w = outer.gather(1, index[:, :1]) / self._scale
         tangents = [*slopes[-len(self._taps) :], *between]  # rows are measured first, where they are
         found: dict[Any, Tensor | None] = dict.fromkeys(self._leaves)
         roots: list[GradientEdge] = []

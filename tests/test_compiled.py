@@ -229,6 +229,18 @@ def test_frozen_parameters_and_inputs_that_require_grad() -> None:
     assert_same_gradients([p.grad for p in compiled.parameters()], [p.grad for p in eager.parameters()], 4)
 
 
+def test_small_gradients_do_not_vanish_under_float16_autocast() -> None:
+    """Of a loss as small as this one plain float16 keeps nothing; a GradScaler's factor would come too late."""
+    loss = LargeMarginLoss(3.0, top_k=2, margin_weight=1e-7)
+    compiled, eager = twins(loss, LAYERS, network().float(), passes="loop")
+    x, y = batch()
+    with torch.autocast("cpu", torch.float16):
+        _, ours = step(compiled, x.float(), y)
+    _, exact = step(eager, x.float(), y)
+    for one, other in zip(ours, exact, strict=True):
+        assert_gradients_agree(one, other, 2e-2)
+
+
 def test_bfloat16_autocast_is_part_of_the_step() -> None:
     loss = LargeMarginLoss(3.0, top_k=2, cross_entropy_weight=1.0)
     compiled, eager = twins(loss, LAYERS, network().float(), passes="loop")

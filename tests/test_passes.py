@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from margin_kernels import LargeMarginLoss, MarginTask, functional, passes, taps
+from margin_kernels import LargeMarginLoss, MarginTask, functional, passes, split_backward, taps
 from margin_kernels.passes import difference_norms
 from margin_kernels.taps import Taps
 
@@ -228,6 +228,27 @@ def test_wide_and_narrow_taps_are_measured_together() -> None:
     assert norm.dtype == torch.float32
     exact = Taps(net, LAYERS).capture(net, x.float())
     torch.testing.assert_close(norm, difference_norms(exact, y, index), rtol=0.03, atol=1e-3)
+
+
+@pytest.mark.parametrize("space", ["logit", "probability"])
+@pytest.mark.parametrize("second_order", [False, True])
+def test_small_gradients_do_not_vanish_in_float16(monkeypatch, second_order, space) -> None:
+    x, y = batch()
+    net = pooled_net().float()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() == 4:
+                parameter.mul_(2**-12)
+    errors = {}
+    for scale in (split_backward.FLOAT16_SCALE, 1.0):
+        monkeypatch.setattr(split_backward, "FLOAT16_SCALE", scale)
+        with torch.autocast("cpu", torch.float16):
+            captured = Taps(net, LAYERS).capture(net, x.float())
+        index = functional.competitors(captured.logits, y, 2).index
+        norm = difference_norms(captured, y, index, 1, space, second_order=second_order)
+        exact = difference_norms(Taps(net, LAYERS).capture(net, x.float()), y, index, 1, space)
+        errors[scale] = float(((norm - exact).abs() / exact).max().detach())
+    assert errors[256.0] < 0.02 < errors[1.0]
 
 
 @pytest.mark.skipif(

@@ -253,13 +253,14 @@ def test_channels_last_and_accumulation_over_two_batches(top_k) -> None:
     assert_same(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_autocast(top_k) -> None:
+def test_autocast(top_k, dtype) -> None:
     x, y = batch(dtype=torch.float32)
     found = {}
     for passes in ("split", "loop", "exact"):
         model = build("plain", torch.float32)
-        with torch.autocast("cpu", torch.bfloat16, enabled=passes != "exact"):
+        with torch.autocast("cpu", dtype, enabled=passes != "exact"):
             loss = LargeMarginLoss(3.0, top_k=top_k, aggregation="sum")
             out = MarginTask(model, loss, ("input", "3"), "loop" if passes == "exact" else passes)(x, y)
         out["loss"].backward()

@@ -189,12 +189,13 @@ def test_a_step_leaves_nothing_to_the_garbage_collector(second_order) -> None:
         gc.enable()
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype) -> None:
     x, y = batch(dtype=torch.float32)
     found = {}
     for passes in ("split", "loop", "exact"):
         model = build("plain").float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=passes != "exact"):
+        with torch.autocast("cpu", dtype, enabled=passes != "exact"):
             loss = LargeMarginLoss(3.0, second_order=True)
             out = MarginTask(model, loss, ("input", "2"), "loop" if passes == "exact" else passes)(x, y)
         out["loss"].backward()
