@@ -52,6 +52,30 @@ def test_every_case_agrees_with_the_reference_on_the_gpu(device_backend):
 
 
 @gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("second_order", [False, True])
+def test_compiled_steps_have_the_gradients_of_eager(second_order, mode):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5)
+    ).cuda()
+    x, y = torch.rand(16, 3, 8, 8, device="cuda"), torch.arange(16, device="cuda") % 5
+    loss = LargeMarginLoss(1.0, top_k=2, second_order=second_order, cross_entropy_weight=1.0)
+    results = []
+    for compiled in (False, True):
+        task = MarginTask(model, loss, ("input", "1"), "loop")
+        if compiled:
+            task.compile(mode=mode)
+        for _ in range(3):  # CUDA graphs are captured in the second call and replayed in the third
+            model.zero_grad()
+            task(x, y)["loss"].backward()
+        results.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() <= 1e-3 * other.norm()
+
+
+@gpu
 def test_nothing_waits_for_the_device(device_backend):
     everything = list(cases())
     for case in everything:  # compiles, loads modules, fills caches
