@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # Kinds of steps that are recorded before a warning says that each costs a compilation.
 MANY = 8
+# Modes of torch.compile in which a step is a CUDA graph with memory of its own.
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 # Largest factor of the loss under float16 autocast.
 LARGEST_SCALE = 2.0**16
 UNRECORDABLE = (
@@ -84,6 +86,8 @@ class CompiledStep:
                 )
         with torch.no_grad():
             fields, gradients = step([tensor.detach() for tensor in tensors], y)
+        if self.options.get("mode") in CUDA_GRAPHS:  # the next step writes into the same memory
+            fields = {name: value.clone() for name, value in fields.items()}
         loss, output = _Handed.apply(fields["loss"], fields["output"], gradients, *wanted)
         return {**fields, "loss": loss, "output": output}
 
