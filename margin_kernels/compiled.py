@@ -84,7 +84,7 @@ class CompiledStep:
                     f"{MANY} kinds of steps were compiled, each takes a while: keep batch size and options of the loss",
                     stacklevel=3,
                 )
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # its casts are in the graph
             fields, gradients = step([tensor.detach() for tensor in tensors], y)
         if self.options.get("mode") in CUDA_GRAPHS:  # the next step writes into the same memory
             fields = {name: value.clone() for name, value in fields.items()}
