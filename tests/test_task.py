@@ -409,6 +409,8 @@ DISTRIBUTED = [
     (LargeMarginLoss(3.0, top_k=2, second_order=True, cross_entropy_weight=0.1), LAYERS),
     (MarginSensitivityLoss(2.0, power=1), None),
     (AdversarialMarginLoss(2.0, aggregation="avg"), None),
+    (OneToNLoss(0.5, cross_entropy=True, across_processes=True), None),
+    (OneToNLoss(0.5, bound="positive", across_processes=True), None),
 ]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from .. import functional
+from .. import checks, functional
 from ..backends import BACKENDS
-from ..reference.one_to_n import BOUNDS
+from ..reference.one_to_n import BOUNDS, one_to_n
+from ..tracing import tracing
 from .options import REDUCTIONS, choice, flag, number
 
 
@@ -37,6 +38,11 @@ class OneToNLoss(nn.Module):
         delta: half the margin, in units of the logits, finite, > 0.
         bound: "symmetric": scores bounded to [-delta, delta]; "positive": negatives bounded from 0.
         cross_entropy: adds the sample's own softmax denominator.
+        across_processes: negatives are those of all processes of the default group of torch.distributed, not of each
+            process's own batch: one exchange of C numbers in forward and one in backward, no logits. The mean of the
+            processes' losses, which DistributedDataParallel differentiates, is then the loss of the joint batch where
+            they have equal parts of it. For training steps, which all processes take together; without gradients, and
+            before init_process_group, the batch is the process's own. Computed by PyTorch's operations.
         weight_norm: None, or the model's final nn.Linear: each logit is divided by the l2 norm of its row of the
             weight (||W_c|| = 1 of the derivation), with gradient. A row of zeros gives NaN. The layer stays the
             model's: this module owns no parameters.
@@ -47,7 +53,7 @@ class OneToNLoss(nn.Module):
         ValueError, TypeError: naming the argument, its value, and what is allowed.
 
     A batch of one class has no negatives: loss and gradient 0 without cross_entropy. A non-finite logit gives NaN in
-    every loss that it enters. In data-parallel training the negatives are those of each process's own batch.
+    every loss that it enters.
     Source: Rocca Layza, Pedrini, Torres. 1-to-N Large Margin Classifier. SIBGRAPI 2020, eq. 8 and 14.
     """
 
@@ -62,6 +68,7 @@ class OneToNLoss(nn.Module):
         weight_norm: nn.Linear | None = None,
         reduction: str = "mean",
         backend: str = "auto",
+        across_processes: bool = False,
     ) -> None:
         super().__init__()
         self.delta = number("delta", delta, above=0)
@@ -76,6 +83,7 @@ class OneToNLoss(nn.Module):
         self._head = (weight_norm,)
         self.reduction = choice("reduction", reduction, REDUCTIONS)
         self.backend = choice("backend", backend, ("auto", *BACKENDS))
+        self.across_processes = flag("across_processes", across_processes)
 
     @property
     def weight_norm(self) -> nn.Linear | None:
@@ -102,6 +110,10 @@ class OneToNLoss(nn.Module):
 
     def _per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         scores = self._scores(logits)
+        if self.across_processes and torch.is_grad_enabled() and _several_processes():
+            checks.check_one_to_n(scores, target, self.delta, self.bound)
+            with torch.autocast(logits.device.type, enabled=False):
+                return one_to_n(scores, target, self.delta, self.bound, self.cross_entropy, _joined)
         return functional.one_to_n(
             scores, target, self.delta, self.bound, self.cross_entropy, "none", backend=self.backend
         )
@@ -122,6 +134,42 @@ class OneToNLoss(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"delta={self.delta:g}", f"bound={self.bound!r}"]
-        defaults = {"cross_entropy": False, "weight_norm": None, "reduction": "mean", "backend": "auto"}
+        defaults = {
+            "cross_entropy": False,
+            "weight_norm": None,
+            "reduction": "mean",
+            "backend": "auto",
+            "across_processes": False,
+        }
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts)
+
+
+def _several_processes() -> bool:
+    if tracing():
+        raise ValueError("across_processes=True cannot be compiled: it exchanges numbers with other processes")
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _joined(column: Tensor) -> Tensor:
+    """logsumexp over the processes of what each has, [C] -> [C]; -inf where all have -inf."""
+    columns = _Gathered.apply(column)
+    nothing = (columns == float("-inf")).all(0)
+    return torch.where(nothing, float("-inf"), torch.logsumexp(torch.where(nothing, 0.0, columns), 0))
+
+
+class _Gathered(torch.autograd.Function):
+    """column [C] of each process -> [processes, C]; the gradient is the sum over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, column: Tensor) -> Tensor:
+        columns = [torch.empty_like(column) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(columns, column.contiguous())
+        return torch.stack(columns)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total[distributed.get_rank()]

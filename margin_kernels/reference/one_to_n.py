@@ -9,6 +9,8 @@ A non-finite logit counts as NaN, in every loss that it enters. A target outside
 negatives it holds is unknown.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -16,8 +18,22 @@ from torch.nn.functional import logsigmoid
 BOUNDS = ("symmetric", "positive")
 
 
-def one_to_n(logits: Tensor, target: Tensor, delta: float, bound: str, cross_entropy: bool) -> Tensor:
-    samples, classes = logits.shape
+def _logsumexp(b: Tensor) -> Tensor:
+    """Over the first dimension, -inf with gradient 0 where all are -inf: exp(-inf - -inf) would make it NaN."""
+    nothing = (b == float("-inf")).all(0)
+    return torch.where(nothing, float("-inf"), torch.logsumexp(torch.where(nothing, 0.0, b), dim=0))
+
+
+def one_to_n(
+    logits: Tensor,
+    target: Tensor,
+    delta: float,
+    bound: str,
+    cross_entropy: bool,
+    joined: Callable[[Tensor], Tensor] = lambda column: column,
+) -> Tensor:
+    """`joined`: makes of the log-sum-exp over this batch's negatives, [C], -inf where there are none, that over all."""
+    classes = logits.shape[1]
     z = logits if logits.dtype == torch.float64 else logits.float()
     y = target.unsqueeze(1)
     valid = (y >= 0) & (y < classes)
@@ -26,11 +42,11 @@ def one_to_n(logits: Tensor, target: Tensor, delta: float, bound: str, cross_ent
     y = torch.where(valid, y, 0)
 
     own = (torch.arange(classes, device=z.device) == y) & valid
-    has_negatives = own.sum(dim=0) < samples
     # NaN is neither above nor below: it passes through both masks.
     b = torch.where(z <= -delta, -delta, z).masked_fill(own, float("-inf"))
-    # exp(-inf - -inf) would be NaN in the derivative of a column without negatives.
-    column = torch.logsumexp(torch.where(has_negatives, b, 0.0), dim=0)
+    column = joined(_logsumexp(b))
+    has_negatives = column != float("-inf")
+    column = torch.where(has_negatives, column, 0.0)
     if bound == "positive":
         column = column + delta
 
