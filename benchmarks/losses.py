@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import peak_bytes
+from memory import peak_bytes
 from timing import environment, interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
