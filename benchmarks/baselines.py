@@ -17,14 +17,9 @@ from torch.nn.functional import relu
 from margin_kernels.taps import resolve
 
 
-def _in_graph(x: Tensor) -> Tensor:
-    """x with a place in the graph, not a leaf of it: PyTorch's FLOP counter fails at gradients taken at a leaf."""
-    return x.detach().requires_grad_().view_as(x)
-
-
 def _tapped(model: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
     """Logits and the activations at the taps, by forward hooks."""
-    x = _in_graph(x)
+    x = x.detach().requires_grad_()
     kept: dict[str, Tensor] = {"input": x}
     handles = [
         model.get_submodule(name).register_forward_hook(lambda m, i, output, name=name: kept.update({name: output}))
@@ -68,7 +63,7 @@ def naive_large_margin(
 def naive_gradient_penalty(model: nn.Module, x: Tensor, y: Tensor, weight: float = 0.1) -> Tensor:
     """MarginSensitivityLoss(weight): the hinge and the largest squared norm of the gradients of all classes, taken by
     double backward."""
-    x = _in_graph(x)
+    x = x.detach().requires_grad_()
     logits = model(x)
     own = logits.gather(1, y.unsqueeze(1))
     gradients = torch.stack([torch.autograd.grad(z.sum(), x, create_graph=True)[0] for z in logits.unbind(1)], 1)

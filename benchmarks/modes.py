@@ -6,10 +6,10 @@ floor   how often a step needs each pass of floors.py, in units of one pass over
     split           forward, k passes to taps and outputs, weights                                           (k + 2) F
     second order    for each pass its tangent, a forward pass without a graph; in the loop also another weights part
     baseline        the floor of the step that computes the same loss, which it stands beside
-    adversarial     by the iterations that the samples took: cross-entropy, candidates - 1 passes to the input for the
-                    first iteration, forward and as many passes for every later one, a look at the last point; the
-                    samples that take part are repeated with a graph: "envelope" once in first order, "unrolled" each
-                    iteration in second
+    adversarial     cross-entropy, and by the iterations that each sample took: candidates - 1 passes to the input, one
+                    if it is misclassified; a forward pass for every iteration but the first; a look at the last point;
+                    samples that take part are repeated with a graph, "envelope" once in first order, "unrolled" for
+                    every iteration in second
 """
 
 from collections.abc import Callable, Sequence
@@ -105,15 +105,15 @@ def number_of_passes(counts: Floor) -> float:
 def adversarial_floor(candidates: int, gradient: str) -> Callable[[dict[str, Tensor]], Floor]:
     def counts(measured: dict[str, Tensor]) -> Floor:
         iterations, selected = measured["iterations"].double(), measured["selected"].double()
+        boundaries = torch.where(measured["correct"], candidates - 1, 1)  # that a step may go to
+        searched = float((boundaries * iterations).mean())
         later = float((iterations - 1).clamp_min(0).mean())
         looks = float((iterations > 0).double().mean())
-        once, each = float(selected.mean()), float((selected * iterations).mean())
-        passes = (candidates - 1) * (1 + later)
         if gradient == "envelope":
-            return floor(passes + once, backward=1 + once, tangent=looks, weights=1 + once, forward=1 + later + once)({})
-        return floor(
-            passes + each, backward=1 + each, tangent=looks + each, weights=1 + 2 * each, forward=1 + later + each
-        )({})
+            again = float(selected.mean())
+            return floor(searched + again, 0, 0, 1 + again, looks, 1 + again, 1 + later + again)({})
+        again = float((selected * iterations).mean())
+        return floor(searched + again, 0, 0, 1 + again, looks + again, 1 + 2 * again, 1 + later + again)({})
 
     return counts
 

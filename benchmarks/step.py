@@ -158,6 +158,7 @@ def measure(name: str, step: Step, rows: list[Row], threads: int, rounds: int, w
                 "flops_to_floor": row.flops / floor_flops,
                 "peak_bytes": row.bytes,
                 "memory_to_cross_entropy": row.bytes / base.bytes,
+                "memory_to_cross_entropy_and_outputs": row.bytes / (base.bytes + passes.output_bytes()),
                 "launches": row.launches,
             }
             if with_compiled:
