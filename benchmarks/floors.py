@@ -1,12 +1,12 @@
 """The passes of a step, each by itself on graphs that are kept: what no step that needs them can undercut.
 
-    forward           logits with a graph
-    tangent           logits without one: the work of one tangent through the network
-    pass to input     gradients of a class difference at all taps, no weight gradients; by PyTorch, and by the package,
-    pass to hidden    which has another kernel for the input of a thin convolution: the floor takes the faster
-    pass to outputs   the same at the outputs of all layers with parameters: what any backward goes through
-    weights           the gradients of all parameters from those at the outputs of their layers, one engine run
-    optimiser         SGD with momentum
+forward           logits with a graph
+tangent           logits without one: the work of one tangent through the network
+pass to input     gradients of a class difference at all taps, no weight gradients; by PyTorch, and by the package,
+pass to hidden    which has another kernel for the input of a thin convolution: the floor takes the faster
+pass to outputs   the same at the outputs of all layers with parameters: what any backward goes through
+weights           the gradients of all parameters from those at the outputs of their layers, one engine run
+optimiser         SGD with momentum
 """
 
 import copy

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Largest sum of live bytes allocated during one call by PyTorch's allocator."""
-    call()  # the optimiser's buffers exist from here on
+    """Largest sum of live bytes allocated during one call by PyTorch's allocator. The call should have been made before,
+    so that an optimiser has its buffers."""
     gc.collect()  # what other runs left behind would count as freed by this one
     if torch.get_default_device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -71,7 +71,7 @@ class Mode:
         return lambda x, y: self.function(model, x, y, *taps)
 
     def auto_takes(self, model: nn.Module, hidden: Sequence[str], x: Tensor, y: Tensor) -> str:
-        """"loop" or "split", whichever passes="auto" takes."""
+        """ "loop" or "split", whichever passes="auto" takes."""
         loss = self.task(model, hidden, "auto")(x, y)["loss"]
         return "split" if "_WeightGradients" in type(loss.grad_fn).__name__ else "loop"
 
@@ -130,7 +130,7 @@ CROSS_ENTROPY = Mode("cross-entropy", floor(), function=lambda model, x, y: cros
 
 
 def large_margin() -> list[Mode]:
-    """The margin loss alone, with cross-entropy and with the pairwise logistic loss; the tangent pass; the baselines."""
+    """The margin loss alone, with cross-entropy, with the pairwise logistic loss, by tangents, and as baselines."""
     modes = []
     for taps, k in ((BOTH, 1), (BOTH, 5), (BOTH, 9), ("hidden", 1)):
         alone = partial(mk.LargeMarginLoss, top_k=k)

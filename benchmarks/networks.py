@@ -29,8 +29,8 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
 
 
 class WideBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))); where the width changes, the shortcut is a 1x1 convolution of the first
-    relu(norm(x))."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))); where the width changes, the shortcut is a 1x1 convolution of the
+    first relu(norm(x))."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -59,7 +59,8 @@ def wide_resnet(norm: str, depth: int = 28, width: int = 10, classes: int = 10) 
 
 
 class Bottleneck(nn.Module):
-    """relu(norm(conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(x)))))))) + shortcut(x)), four times as many channels out."""
+    """relu(norm(conv1x1(relu(norm(conv3x3(relu(norm(conv1x1(x)))))))) + shortcut(x)), with four times `width` channels
+    out."""
 
     def __init__(self, inputs: int, width: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -70,9 +71,7 @@ class Bottleneck(nn.Module):
         self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm_layer(norm, outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm_layer(norm, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu2(self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x))))))

@@ -77,17 +77,13 @@ class Row:
 
     def __init__(self, mode: Mode, step: Step) -> None:
         self.mode, self.refused = mode, ""
-        self.auto = False
+        self.auto = False  # whether passes="auto" takes this one
         self.compiled: Callable[[], None] | str = ""
         try:
             loss = mode.of(step.model, step.hidden)
             self.run = partial(step.run, loss)
             self.run()  # what it is refused for; the optimiser's buffers; the split backward is tried out
-            measured: dict[str, Tensor] = {}
-            if mode.module is not None and mode.passes:
-                self.auto = mode.auto_takes(step.model, step.hidden, step.x, step.y) == mode.passes
-            elif mode.module is not None:
-                measured = mode.task(step.model, step.hidden)(step.x, step.y)
+            measured = {} if mode.module is None or mode.passes else mode.task(step.model, step.hidden)(step.x, step.y)
             self.floor: Floor = mode.floor(measured)
             self.flops = flops(self.run)
             self.bytes = peak_bytes(self.run)
@@ -189,6 +185,19 @@ def measure(name: str, step: Step, rows: list[Row], threads: int, rounds: int, w
     }
 
 
+def mark_auto(rows: list[Row], step: Step) -> None:
+    """Marks, of the rows of one loss that differ in their passes, the one that passes="auto" takes."""
+    taken: dict[str, str] = {}
+    for row in rows:
+        mode = row.mode
+        if mode.module is None or not mode.passes or row.refused:
+            continue
+        key = mode.name.removesuffix(mode.passes)
+        if key not in taken:
+            taken[key] = mode.auto_takes(step.model, step.hidden, step.x, step.y)
+        row.auto = taken[key] == mode.passes
+
+
 def rows_of(name: str, step: Step, patterns: list[str], with_compiled: bool) -> list[Row]:
     rows = []
     for mode in of_network(name, NETWORKS[name].classes):
@@ -200,6 +209,7 @@ def rows_of(name: str, step: Step, patterns: list[str], with_compiled: bool) -> 
             row.compile(step)
         rows.append(row)
         print(f"{name}: {mode.name}: {row.refused or f'prepared in {time.perf_counter() - start:.1f} s'}", flush=True)
+    mark_auto(rows, step)
     return rows
 
 
@@ -232,7 +242,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--quick", action="store_true", help="a small batch and few rounds: shows that it runs")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message="batch norm in training mode couples")  # said once by the table's refusals
+    warnings.filterwarnings(
+        "ignore", message="batch norm in training mode couples"
+    )  # said once by the table's refusals
     torch.set_default_device(arguments.device)
     rounds = arguments.rounds or (2 if arguments.quick else 11)
     result: dict[str, Any] = {"environment": environment(), "rounds": rounds, "networks": []}
