@@ -94,6 +94,10 @@ class Passes:
     def weights(self) -> Sequence[Tensor]:
         return torch.autograd.grad(self._values, self._wanted, self._at_values, retain_graph=True)
 
+    def backward(self) -> Sequence[Tensor]:
+        parameters = list(self.model.parameters())
+        return torch.autograd.grad(self.captured.logits, parameters, self.seed, retain_graph=True)
+
     def own_pass(self) -> Callable[[], Any]:
         """The package's pass to all taps that need one, without the norms."""
         plan = make_plan(self.captured, "logit", 2)
@@ -124,6 +128,7 @@ class Passes:
             "pass to hidden": partial(self.bare, self.taps[1:]),
             "pass to outputs": partial(self.bare, self.outputs),
             "weights": self.weights,
+            "backward": self.backward,
             "optimiser": step,
         }
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Largest sum of live bytes allocated during one call by PyTorch's allocator. The call should have been made before,
+    """Largest sum of live bytes allocated during one call by PyTorch's allocator; it should have been made before,
     so that an optimiser has its buffers."""
     gc.collect()  # what other runs left behind would count as freed by this one
     if torch.get_default_device().type == "cuda":

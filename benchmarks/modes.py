@@ -2,9 +2,9 @@
 
 floor   how often a step needs each pass of floors.py, in units of one pass over the batch; by FLOPs each is F:
 
-    loop            forward, k passes to the taps, backward to the outputs of the layers, weights            (k + 3) F
+    loop            forward, k passes to the taps, a whole backward                                          (k + 3) F
     split           forward, k passes to taps and outputs, weights                                           (k + 2) F
-    second order    for each pass its tangent, a forward pass without a graph; in the loop also another weights part
+    second order    for each pass its tangent, a forward pass without a graph; in the loop also its weights
     baseline        the floor of the step that computes the same loss, which it stands beside
     adversarial     cross-entropy, and by the iterations that each sample took: candidates - 1 passes to the input, one
                     if it is misclassified; a forward pass for every iteration but the first; a look at the last point;
@@ -82,14 +82,15 @@ def floor(
     to_outputs: float = 0,
     backward: float = 1,
     tangent: float = 0,
-    weights: float = 1,
+    weights: float = 0,
     forward: float = 1,
 ) -> Callable[[dict[str, Tensor]], Floor]:
     counts = {
         "forward": forward,
         "pass to input": to_input,
         "pass to hidden": to_hidden,
-        "pass to outputs": to_outputs + backward,
+        "pass to outputs": to_outputs,
+        "backward": backward,
         "tangent": tangent,
         "weights": weights,
         "optimiser": 1.0,
@@ -98,8 +99,8 @@ def floor(
 
 
 def number_of_passes(counts: Floor) -> float:
-    """Passes over the network: cross-entropy has 3."""
-    return sum(count for part, count in counts.items() if part != "optimiser")
+    """Passes over the network, of which a whole backward has two: cross-entropy has 3."""
+    return sum(count for part, count in counts.items() if part != "optimiser") + counts.get("backward", 0)
 
 
 def adversarial_floor(candidates: int, gradient: str) -> Callable[[dict[str, Tensor]], Floor]:
@@ -109,11 +110,15 @@ def adversarial_floor(candidates: int, gradient: str) -> Callable[[dict[str, Ten
         searched = float((boundaries * iterations).mean())
         later = float((iterations - 1).clamp_min(0).mean())
         looks = float((iterations > 0).double().mean())
-        if gradient == "envelope":
-            again = float(selected.mean())
-            return floor(searched + again, 0, 0, 1 + again, looks, 1 + again, 1 + later + again)({})
-        again = float((selected * iterations).mean())
-        return floor(searched + again, 0, 0, 1 + again, looks + again, 1 + 2 * again, 1 + later + again)({})
+        twice = gradient == "unrolled"
+        again = float((selected * iterations if twice else selected).mean())
+        return floor(
+            to_input=searched + again,
+            backward=1 + again,
+            tangent=looks + twice * again,
+            weights=twice * again,
+            forward=1 + later + again,
+        )({})
 
     return counts
 
@@ -123,7 +128,7 @@ def _loop(taps: str, k: int) -> Callable[[dict[str, Tensor]], Floor]:
 
 
 def _split(taps: str, k: int) -> Callable[[dict[str, Tensor]], Floor]:
-    return floor(to_outputs=k, backward=0) if taps == "hidden" else floor(to_input=k, backward=0)
+    return floor(**{"to_outputs" if taps == "hidden" else "to_input": k}, backward=0, weights=1)
 
 
 CROSS_ENTROPY = Mode("cross-entropy", floor(), function=lambda model, x, y: cross_entropy(model(x), y))
@@ -145,7 +150,7 @@ def large_margin() -> list[Mode]:
     plain = partial(mk.LargeMarginLoss, cross_entropy_weight=1.0, backend="reference")
     modes.append(Mode("large margin + CE, reference ops", _loop(BOTH, 1), "loop", BOTH, 1, module=plain))
     twice = partial(mk.LargeMarginLoss, second_order=True)
-    loop, split = floor(to_input=1, tangent=1, weights=2), floor(to_input=1, backward=0, tangent=1)
+    loop, split = floor(to_input=1, tangent=1, weights=1), floor(to_input=1, backward=0, tangent=1, weights=1)
     return [
         *modes,
         Mode("large margin", _loop(BOTH, 1), "baseline", BOTH, 1, function=naive_large_margin),
@@ -157,14 +162,14 @@ def large_margin() -> list[Mode]:
 
 def sensitivity(classes: int) -> list[Mode]:
     one = partial(mk.MarginSensitivityLoss, candidates=1)
-    loop, split = floor(to_input=1, tangent=1, weights=2), floor(to_input=1, backward=0, tangent=1)
+    loop, split = floor(to_input=1, tangent=1, weights=1), floor(to_input=1, backward=0, tangent=1, weights=1)
     modes = [
         Mode("sensitivity, 1 candidate", loop, "loop", "input", 1, order=2, module=one),
         Mode("sensitivity, 1 candidate", split, "split", "input", 1, order=2, module=one),
     ]
     if classes > FEW_CLASSES:
         return modes
-    every = floor(to_input=classes, tangent=1, weights=2)
+    every = floor(to_input=classes, tangent=1, weights=1)
     rivals = classes - 1
     return [
         *modes,

@@ -55,7 +55,7 @@ class Step:
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.x = self.x.contiguous(memory_format=torch.channels_last)
-        self.dtype = DTYPES[dtype]
+        self.dtype, self.channels_last = DTYPES[dtype], channels_last
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -130,7 +130,11 @@ def measure(name: str, step: Step, rows: list[Row], threads: int, rounds: int, w
         device=device,
     )
     part_flops = {part: flops(run) for part, run in parts.items()}
-    seconds = {**times, "pass to input": min(times["pass to input"], times[OWN])}
+    seconds = {
+        **times,
+        "pass to input": min(times["pass to input"], times[OWN]),
+        "backward": min(times["backward"], times["pass to outputs"] + times["weights"]),
+    }
     base = rows[0]
     table: list[dict[str, Any]] = []
     for row in rows:
@@ -171,7 +175,7 @@ def measure(name: str, step: Step, rows: list[Row], threads: int, rounds: int, w
         "network": name,
         "batch": len(step.x),
         "dtype": str(step.dtype).removeprefix("torch."),
-        "channels_last": step.x.dim() == 4 and not step.x.is_contiguous(),
+        "channels_last": step.channels_last,
         "device": device,
         "threads": threads,
         "parameters": sum(p.numel() for p in step.model.parameters()),
