@@ -94,7 +94,14 @@ class Row:
 
     def compile(self, step: Step) -> None:
         loss = compiled(self.mode, step.model, step.hidden)
-        self.compiled = loss if isinstance(loss, str) else partial(step.run, loss)
+        if isinstance(loss, str):
+            self.compiled = loss
+            return
+        try:
+            step.run(loss)
+            self.compiled = partial(step.run, loss)
+        except (ValueError, RuntimeError) as error:
+            self.compiled = str(error).splitlines()[0]
 
     @property
     def head(self) -> dict[str, Any]:
@@ -198,7 +205,8 @@ def mark_auto(rows: list[Row], step: Step) -> None:
             continue
         key = mode.name.removesuffix(mode.passes)
         if key not in taken:
-            taken[key] = mode.auto_takes(step.model, step.hidden, step.x, step.y)
+            with step.autocast():
+                taken[key] = mode.auto_takes(step.model, step.hidden, step.x, step.y)
         row.auto = taken[key] == mode.passes
 
 

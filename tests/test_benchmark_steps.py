@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from modes import compiled, of_network
+from modes import compiled, large_margin, of_network
+from networks import NETWORKS, Network, VisionTransformer
 from step import Row, Step
 
 from margin_kernels.testing import flops
@@ -31,6 +32,16 @@ def test_a_step_that_cannot_be_taken_is_refused_with_the_reason() -> None:
     step = Step("resnet20_bn", 2, "float32", channels_last=False, digits_steps=0)
     mode = next(mode for mode in of_network("resnet20_bn", 10) if mode.passes == "split")
     assert "batch norm in training mode" in Row(mode, step).refused
+
+
+def test_what_attention_does_not_allow_is_refused(monkeypatch) -> None:
+    small = Network(lambda: VisionTransformer(32, 16, 32, 2, 4, 10), ("blocks.*",), (3, 32, 32), 10, 2, 2)
+    monkeypatch.setitem(NETWORKS, "small", small)
+    step = Step("small", 2, "float32", channels_last=False, digits_steps=0)
+    rows = [Row(mode, step) for mode in large_margin() if mode.k == 1 and mode.taps == "input + hidden"]
+    first, second = ([row for row in rows if row.mode.order == order] for order in (1, 2))
+    assert not any(row.refused for row in first if row.mode.passes != "baseline")
+    assert all("not possible" in row.refused or "not implemented" in row.refused for row in second)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
