@@ -20,7 +20,8 @@ def masked_topk(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor,
 def vector_norms(gradients: list[Tensor], p: float) -> Tensor:
     """[N, L]: one torch.linalg.vector_norm per layer."""
     q = dual_exponent(p)
-    return torch.stack([torch.linalg.vector_norm(g.flatten(1), q, dim=1, dtype=torch.float32) for g in gradients], 1)
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.stack([torch.linalg.vector_norm(g.flatten(1), q, dim=1, dtype=wide) for g in gradients], 1)
 
 
 def hinge(gap: Tensor, norm: Tensor, gamma: float, eps: float = 1e-6) -> Tensor:

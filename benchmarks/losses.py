@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step import peak_bytes
+from memory import peak_bytes
 from timing import environment, interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -91,6 +91,8 @@ def measure(network: str, batch: int, rounds: int, steps: int, threads: list[int
     model = trained(network, batch, steps)
     runs = {"cross-entropy": step(model, batch, None)}
     runs |= {name: step(model, batch, make()) for name, make in LOSSES.items()}
+    for run in runs.values():
+        run()
     peaks = {name: peak_bytes(run) for name, run in runs.items()}
     rows = []
     device = torch.get_default_device().type

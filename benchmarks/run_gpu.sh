@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command and under ten minutes: builds in place with the system's python3 (its torch
+# Everything that needs a GPU, in one command and about ten minutes: builds in place with the system's python3 (its torch
 # must have CUDA, nvcc must be there), runs the tests marked gpu, compute-sanitizer on a small grid, and the benchmarks.
 #
 #   bash benchmarks/run_gpu.sh [FOLDER]      FOLDER (default: build/gpu) gets logs, *.json and summary.json
@@ -48,7 +48,8 @@ workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
 stage tests 300 "$python" -m pytest -q -m gpu --durations=15 -p no:cacheprovider "${ignore[@]}" "${workers[@]}"
 stage kernels 200 "$python" benchmarks/kernels_gpu.py --out "$out/kernels_gpu.json"
-stage step 90 "$python" benchmarks/step.py --device cuda --threads 1 --out "$out/step_gpu.json"
+stage step 240 "$python" benchmarks/step.py --device cuda --threads 1 --out "$out/step_gpu.json" --rounds 5 \
+    --networks resnet50_gn wrn28_10_gn vit_b16 resnet50_bn --dtype bfloat16 --channels-last
 # It trains on scikit-learn's digits.
 "$python" -c 'import sklearn' 2>/dev/null || { echo "no scikit-learn: stage losses left out"; stages=${stages/losses/}; }
 stage losses 120 "$python" benchmarks/losses.py --device cuda --threads 1 --out "$out/losses_gpu.json"

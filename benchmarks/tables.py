@@ -104,25 +104,39 @@ def deepfool_step(run: dict) -> str:
 
 
 def steps(run: dict) -> str:
-    rows = []
-    for part in run["time"]:
+    """One table for each network and number of threads."""
+    tables = []
+    for part in run["networks"]:
+        rows = []
         for cell in part["steps"]:
+            order = "2nd order" if cell["order"] == 2 else ""
+            k = f"k = {cell['k']}" if cell["k"] else ""
+            label = [", ".join(filter(None, (cell["loss"], order, k))), cell["taps"], cell["passes"]]
+            if "refused" in cell:
+                rows.append([*label, cell["refused"], *[""] * 7])
+                continue
+            compiled = cell.get("compiled")
             rows.append(
                 [
-                    str(part["threads"]),
-                    {"auto": "compiled", "reference": "reference"}[cell["backend"]],
-                    cell["passes"],
-                    str(cell["k"]),
-                    str(cell["p"]),
-                    f"{cell['milliseconds']:.0f}",
+                    *label[:2],
+                    label[2] + (" *" if cell["auto"] else ""),
+                    f"{cell['milliseconds']:.1f}",
                     f"{cell['to_floor']:.2f}",
                     f"{cell['to_cross_entropy']:.2f}",
                     f"{cell['floor_to_cross_entropy']:.2f}",
-                    f"{cell['by_flops']:.2f}",
+                    f"{cell['flops_to_cross_entropy']:.2f}",
+                    f"{cell['memory_to_cross_entropy']:.2f}",
+                    f"{cell['number_of_passes']:g}",
+                    f"{compiled['to_compiled_cross_entropy']:.2f}" if isinstance(compiled, dict) else "-",
                 ]
             )
-    head = ["threads", "ops", "passes", "k", "p", "ms", "to its floor", "to cross-entropy", "floor to cross-entropy"]
-    return table([*head, "by FLOPs"], rows)
+        head = ["loss", "taps", "passes", "ms", "to its floor", "to cross-entropy", "floor to cross-entropy"]
+        head += ["FLOPs to cross-entropy", "memory to cross-entropy", "passes of the network", "compiled to compiled"]
+        layout = ", channels-last" if part["channels_last"] else ""
+        title = f"{part['network']}, batch {part['batch']}, {part['dtype']}{layout}, {part['threads']} threads"
+        title += f', {part["device"]}; *: what passes="auto" takes'
+        tables.append(f"**{title}**\n\n{table(head, rows)}\n")
+    return "\n".join(tables)
 
 
 def losses(run: dict) -> str:
@@ -206,7 +220,7 @@ PARTS = {
     "one_to_n": one_to_n,
     "deepfool_step": deepfool_step,
     "overhead_microseconds": overhead,
-    "time": steps,
+    "networks": steps,
 }
 
 
@@ -230,7 +244,7 @@ def main() -> None:
             print(f"## {name}/results.csv\n\n{robustness(path)}\n")
     for path in sorted((RESULTS / "papers").glob("*/summary.csv")):
         print(f"## papers/{path.parent.name}/summary.csv\n\n{sweep(path)}\n")
-    for name in ("kernels_cpu", "step_cpu", "losses_cpu"):
+    for name in ("kernels_cpu", "step_cpu", "losses_cpu", "step_gpu"):
         if not (RESULTS / f"{name}.json").is_file():
             continue
         run = json.loads((RESULTS / f"{name}.json").read_text())
@@ -240,8 +254,6 @@ def main() -> None:
                 print(as_table(run), "\n")
         if name == "losses_cpu":
             print(losses(run), "\n")
-        if "memory" in run:
-            print(json.dumps(run["memory"], indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`margin-kernels`: train | evaluate | report | sweep | demo | info.
+"""`margin-kernels`: train | evaluate | report | sweep | demo | bench | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
   report     compare evaluated runs: one HTML page, CSV, JSON, PNG
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
   demo       train and compare eight losses on scikit-learn's digits
+  bench      time training steps of every loss against their floors (benchmarks/step.py of a checkout)
   info       versions, machine, backends, shipped configs
 
 margin-kernels COMMAND --help says more.
@@ -274,6 +276,13 @@ def run_demo(arguments: list[str]) -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "step.py"
+    if not script.is_file():
+        raise ValueError(f"{script}: missing; benchmarks come with a checkout of the repository, not with a wheel")
+    return subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
+
+
 def info(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="margin-kernels info", description="What is installed and what runs here.")
     parser.parse_args(arguments)
@@ -292,6 +301,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": make_report,
     "sweep": run_sweep,
     "demo": run_demo,
+    "bench": bench,
     "info": info,
 }
 
