@@ -203,8 +203,10 @@ def of_network(name: str, classes: int) -> list[Mode]:
 
 def compiled(mode: Mode, model: nn.Module, hidden: Sequence[str]) -> Loss | str:
     """The compiled loss, or why there is none: the one place that knows what can be compiled."""
-    loss = mode.of(model, hidden)
-    needs = "logits" if mode.module is None else mode.task(model, hidden).loss.needs
-    if mode.taps or needs != "logits":
+    if mode.module is not None:
+        task = mode.task(model, hidden)
+        task.compile()
+        return lambda x, y: task(x, y)["loss"]
+    if mode.taps:
         return "the step asks for activation gradients, for which torch.compile has no graph"
-    return torch.compile(loss)
+    return torch.compile(mode.of(model, hidden))

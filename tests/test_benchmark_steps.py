@@ -56,8 +56,9 @@ def test_steps_leave_the_weights_as_they_are(dtype) -> None:
 def test_what_cannot_be_compiled_says_so() -> None:
     step = Step("lenet5", 4, "float32", channels_last=False, digits_steps=0)
     of = {mode.name: compiled(mode, step.model, step.hidden) for mode in of_network("lenet5", 10)}
-    assert callable(of["cross-entropy"]) and callable(of["1-to-N"])
-    assert "activation gradients" in of["large margin, k = 1, hidden, split"]
+    reasons = {name: loss for name, loss in of.items() if isinstance(loss, str)}
+    assert all("activation gradients" in reason for reason in reasons.values())
+    assert reasons.keys() == {name for name in of if "baseline" in name and "1-to-N" not in name}
 
 
 def test_bench_runs_the_script_of_the_checkout(capfd) -> None:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from margin_kernels import LargeMarginLoss, MarginTask, functional, passes, split_backward, taps
 from margin_kernels.passes import difference_norms
 from margin_kernels.taps import Taps
+from margin_kernels.testing import flops
 
 CLASSES = 5
 LAYERS = ("input", "0", "1", "2", "3", "4", "output")
@@ -277,6 +278,23 @@ def test_the_loss_does_not_compute_the_gradient_of_the_input(monkeypatch, second
     uncut, expected = sources_reached()
     assert (cut, uncut) == (0, 1)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.skipif(
+    not hasattr(taps.EXTENSION, "cut_gradients"), reason="the compiled extension is missing: nothing is cut"
+)
+@pytest.mark.parametrize("second_order", [False, True])
+def test_nor_that_of_what_is_only_a_view_of_the_input(second_order) -> None:
+    """Flatten stands between the input and the first layer: its gradient leads to the input alone."""
+    n, inputs, width = 6, 36, 8
+    x, y = batch(n)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, CLASSES)).double()
+    loss = LargeMarginLoss(5.0, second_order=second_order, cross_entropy_weight=1.0)
+    task = MarginTask(net, loss, ("input",), "loop")
+    plain = flops(lambda: nn.functional.cross_entropy(net(x), y).backward())
+    first = 2 * n * inputs * width
+    # the pass; twice differentiated also its tangent and its gradient in the weight
+    assert flops(lambda: task(x, y)["loss"].backward()) == plain + (3 if second_order else 1) * first
 
 
 def test_an_unknown_mode_is_refused_by_name() -> None:
