@@ -108,7 +108,8 @@ class Trainer:
         if config.model.initial is not None:
             self._start_from(Path(config.model.initial))
         self.task = objectives.build(self.model, config.loss, self.hidden)
-        passes_inside = isinstance(self.task, objectives.AdversarialTrainingTask) or (
+        attacked = (objectives.AdversarialTrainingTask, objectives.VirtualAdversarialTask)
+        passes_inside = isinstance(self.task, attacked) or (
             isinstance(self.task, mk.MarginTask) and self.task.loss.needs != "logits"
         )
         if settings.compile and passes_inside:
