@@ -1,6 +1,7 @@
 """A sweep: models x points x seeds as a YAML file, read into cells. Each cell is one training run and its evaluation.
 
-    base: mnist_cross_entropy            a config by name or file, or a mapping with the keys of a config
+    base: mnist_cross_entropy            a config by name or file, or a mapping with the keys of a config; its
+                                         evaluation.attacker is the label of a model, of the same point and seed
     models:                              label -> overrides of the base
       cross-entropy: {}
       margin: {after: cross-entropy, loss: {kind: large_margin}}      goes on from the weights of a model above it
@@ -9,6 +10,8 @@
       - {label: 68 samples, data.train_fraction: 0.00125, training.repeat: 100, seeds: [0, 1]}
     seeds: [0, 1, 2]
     seed_keys: [training.seed, data.seed]      which keys a seed sets; these two by default
+    published:                           "MODEL" or "MODEL / POINT" -> measure of summary.py -> number as printed there;
+      "margin / 68 samples": {error: 12.5}       a label in brackets is a model of the paper that the file has not
     budgets:                             name -> overrides of the base; seeds, grid and points replace those above
       quick: {training.epochs: 1, seeds: [0]}
 
@@ -32,14 +35,16 @@ import yaml
 
 from . import config, models, objectives
 from .config import Config, ConfigError, to_dict
+from .summary import MEASURES
 
-KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets")
+KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published")
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `config.model.initial` is the name of the cell it goes on from, not a folder."""
+    """One run. `config.model.initial` is the name of the cell it goes on from, `config.evaluation.attacker` that of the
+    cell whose network attacks it, not folders."""
 
     name: str
     model: str
@@ -48,6 +53,15 @@ class Cell:
     seed: int
     config: Config
     after: str | None
+
+    @property
+    def attacker(self) -> str | None:
+        return self.config.evaluation.attacker
+
+    @property
+    def needs(self) -> list[str]:
+        """The cells whose weights this one needs."""
+        return [name for name in (self.after, self.attacker) if name is not None]
 
 
 def shipped() -> dict[str, Path]:
@@ -72,6 +86,7 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     _known(str(path), "key", content, KEYS)
     if not content.get("models"):
         raise ConfigError(f"{path}: models: at least one label with its overrides is expected")
+    _published(path, content)
     budgets = {"full": {}, **_mapping(path, "budgets", content.get("budgets"))}
     _known(f"{path}: --budget", "budget", [budget], tuple(budgets))
     chosen = dict(_mapping(path, f"budgets.{budget}", budgets[budget]))
@@ -98,22 +113,53 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
             own = {"name": name, **dict.fromkeys(seed_keys, seed)}
             if before is not None:
                 own["model.initial"] = before
+            attacker = _attacker(path, content["models"], model, settings["evaluation"]["attacker"])
+            own["evaluation.attacker"] = None if attacker is None else cell_name(attacker, point.label, seed)
             typed = config.from_dict(_merge(settings, _nested(own)))
             cells[name] = Cell(name, model, point.label, point.values, seed, typed, before)
     return list(cells.values())
 
 
+def published(path: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """The published values of a sweep file: (model, point) -> key of a measure -> number in the unit of the printed
+    table, so errors in %. Raises ConfigError for a model, point or measure that there is not."""
+    return _published(path, yaml.safe_load(path.read_text()))
+
+
+def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    labels = [str(model) for model in _mapping(path, "models", content.get("models"))]
+    budgets = _mapping(path, "budgets", content.get("budgets"))
+    points = [
+        point.label
+        for chosen in ({}, *budgets.values())
+        for point in _points(path, {**content, **{key: chosen[key] for key in REPLACED if key in (chosen or {})}}, [0])
+    ]
+    result: dict[tuple[str, str], dict[str, float]] = {}
+    for key, values in _mapping(path, "published", content.get("published")).items():
+        model, _, point = str(key).partition(" / ")
+        if not model.startswith("["):
+            _known(f"{path}: published", "model", [model], tuple(labels))
+        _known(f"{path}: published.{key}", "point", [point], tuple(dict.fromkeys(points)))
+        values = _mapping(path, f"published.{key}", values)
+        _known(f"{path}: published.{key}", "measure", values, tuple(measure.key for measure in MEASURES))
+        for measure, value in values.items():
+            if not isinstance(value, (int, float)):
+                raise ConfigError(f"{path}: published.{key}.{measure} is {value!r}; a number is expected")
+        result[model, point] = {measure: float(value) for measure, value in values.items()}
+    return result
+
+
 def chosen(cells: list[Cell], patterns: list[str]) -> list[Cell]:
-    """The cells whose names match a shell pattern, and those that they go on from. Raises ConfigError for a pattern
+    """The cells whose names match a shell pattern, and those whose weights they need. Raises ConfigError for a pattern
     that matches none."""
     matches = [{cell.name for cell in cells if fnmatchcase(cell.name, pattern)} for pattern in patterns]
     for pattern, names in zip(patterns, matches, strict=True):
         if not names:
             raise ConfigError(f"--cells {pattern}: no cell has such a name; --dry-run lists them")
     names = set().union(*matches)
-    for cell in reversed(cells):  # a cell comes after the one that it goes on from
-        if cell.name in names and cell.after is not None:
-            names.add(cell.after)
+    for cell in reversed(cells):  # a cell comes after those that it needs
+        if cell.name in names:
+            names.update(cell.needs)
     return [cell for cell in cells if cell.name in names]
 
 
@@ -181,12 +227,19 @@ def _models(path: Path, entries: Any, point: Point) -> Iterator[tuple[str, str |
         yield str(model), after, _merge(_overrides(path, f"models.{model}", own), _nested(point.values))
 
 
-def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None) -> str | None:
+def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None, key: str = "after") -> str | None:
+    """The label `after`, which must be that of a model above `model`: no circle of models that wait for each other."""
     if after is None:
         return None
-    earlier = list(labels)[: list(labels).index(model)]
-    _known(f"{path}: models.{model}.after", "model above it", [after], tuple(map(str, earlier)))
+    earlier = [str(label) for label in labels]
+    earlier = earlier[: earlier.index(str(model))]
+    _known(f"{path}: models.{model}.{key}", "model above it", [after], tuple(earlier))
     return after
+
+
+def _attacker(path: Path, labels: dict[str, Any], model: str, attacker: str | None) -> str | None:
+    """The label of the model's attacker; none for the attacker itself, whose white-box attacks are the same."""
+    return None if attacker == model else _predecessor(path, labels, model, attacker, "evaluation.attacker")
 
 
 def _typed(where: str, values: dict[str, Any]) -> Config:
