@@ -14,6 +14,8 @@
       "margin / 68 samples": {error: 12.5}       a label in brackets is a model of the paper that the file has not
     budgets:                             name -> overrides of the base; seeds, grid and points replace those above
       quick: {training.epochs: 1, seeds: [0]}
+    extends: another_sweep               a sweep by name or file on which this one builds: its own base and models are
+                                         laid over those, any other key replaces; published values are not taken over
 
 Keys may be nested or dotted. Later ones win: base, budget, model, point, grid, seed. The budget "full" is the file as
 it stands unless the file says otherwise. The seeds are the outermost loop, so that a sweep that is stopped early has
@@ -37,7 +39,7 @@ from . import config, models, objectives
 from .config import Config, ConfigError, to_dict
 from .summary import MEASURES
 
-KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published")
+KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published", "extends")
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
 
 
@@ -80,10 +82,7 @@ def find(name: str) -> Path:
 
 def read(path: Path, budget: str = "full") -> list[Cell]:
     """The cells of a sweep file, in the order in which they are started. Raises ConfigError naming the key."""
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping is expected, {type(content).__name__} found")
-    _known(str(path), "key", content, KEYS)
+    content = _content(path)
     if not content.get("models"):
         raise ConfigError(f"{path}: models: at least one label with its overrides is expected")
     _published(path, content)
@@ -123,7 +122,7 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
 def published(path: Path) -> dict[tuple[str, str], dict[str, float]]:
     """The published values of a sweep file: (model, point) -> key of a measure -> number in the unit of the printed
     table, so errors in %. Raises ConfigError for a model, point or measure that there is not."""
-    return _published(path, yaml.safe_load(path.read_text()))
+    return _published(path, _content(path))
 
 
 def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
@@ -161,6 +160,28 @@ def chosen(cells: list[Cell], patterns: list[str]) -> list[Cell]:
         if cell.name in names:
             names.update(cell.needs)
     return [cell for cell in cells if cell.name in names]
+
+
+def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a sweep file, laid over that of the file that it extends."""
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a mapping is expected, {type(content).__name__} found")
+    _known(str(path), "key", content, KEYS)
+    if path in above:
+        raise ConfigError(f"{path}: extends: the file extends itself")
+    if "extends" not in content:
+        return content
+    below = _content(find(str(content.pop("extends"))), (*above, path))
+    below.pop("published", None)
+    if "points" in content or "grid" in content:
+        below = {key: value for key, value in below.items() if key not in ("points", "grid")}
+    base = _merge(_base(path, below.get("base")), _base(path, content.get("base")))
+    models = dict(_mapping(path, "models", below.get("models")))
+    for label, own in _mapping(path, "models", content.get("models")).items():
+        given = _nested(_mapping(path, f"models.{label}", own))
+        models[label] = _merge(_nested(_mapping(path, f"models.{label}", models.get(label))), given)
+    return {**below, **content, "base": base, "models": models}
 
 
 def cell_name(model: str, point: str, seed: int) -> str:
