@@ -252,6 +252,8 @@ def test_accuracy_under_noise_is_that_of_a_literal_loop(linear):
         assert share == pytest.approx(sum(literal_right(model, noisy, split.labels)) / 50)
     assert result["noise"][0] == result["clean"] > result["noise"][2] and result["noise_sigmas"] == [0.0, 0.2, 0.6]
     assert evaluate.under_noise(model, split, replace(settings, batch_size=7)) == result["noise"]
+    part = evaluate.evaluate(model, split, ("flatten",), replace(settings, noise_samples=20))
+    assert part["noise"] == evaluate.under_noise(model, split.head(20), settings) != result["noise"]
     assert evaluate.under_noise(model, split, replace(settings, noise_seed=4)) != result["noise"]
     images = torch.cat([split.images] * 2).mul(255).byte()
     assert evaluate.under_noise(model, Split(images, split.labels.repeat(2)), settings)[0] > 0.5  # bytes are scaled

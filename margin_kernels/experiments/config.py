@@ -310,7 +310,8 @@ class EvaluationConfig:
         deepfool_step_limit: longest step of DeepFool, or null; [M] limits it to 0.5
         distance_samples: test images whose signed distance is measured; 0 for none
         distance_p: norm of that distance
-        noise_sigmas: standard deviations of Gaussian noise added to all test images; empty for none
+        noise_sigmas: standard deviations of Gaussian noise added to test images; empty for none
+        noise_samples: test images with noise; null for all
         noise_seed: draws the noise, the same for every model and sigma
         attacker: folder of a trained run whose network makes black-box images for this one, and is attacked with the
             images made for this one, or null; in a sweep the label of a model above
@@ -329,6 +330,7 @@ class EvaluationConfig:
     distance_samples: int = 1000
     distance_p: float | Literal["inf"] = 2.0
     noise_sigmas: list[float] = field(default_factory=list)
+    noise_samples: int | None = None
     noise_seed: int = 0
     attacker: str | None = None
     timing_repeats: int = 15

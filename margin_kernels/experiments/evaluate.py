@@ -63,7 +63,7 @@ def evaluate(
         result[f"{side}_curves"] = {name: [measured[eps][side][name] for eps in config.curve] for name in names}
     if config.noise_sigmas:
         result["noise_sigmas"] = list(config.noise_sigmas)
-        result["noise"] = under_noise(model, split, config, device)
+        result["noise"] = under_noise(model, split.head(config.noise_samples), config, device)
     if config.deepfool_samples:
         result.update(boundary_norms(model, split.head(config.deepfool_samples), config, device))
     tick(0.2)

@@ -23,7 +23,7 @@ from .summary import MEASURES, Measure, Record
 TOGETHER = 6  # models in one figure beside the reference
 CURVE = 3  # radii that make a curve
 SWEPT = ("error", "ifgsm_gap_error", "margin")  # the measures that are drawn, those with published values besides
-WORDS = {"fgsm": "FGSM", "ifgsm": "IFGSM", "ce": "cross-entropy", "gap": "logit gap"}
+WORDS = {"fgsm": "FGSM", "ifgsm": "IFGSM", "ce": "cross-entropy", "gap": "the logit gap"}
 AXES = {"data.label_noise": ("wrong training labels, %", 100), "data.train_fraction": ("training images, %", 100)}
 
 
@@ -138,6 +138,11 @@ def _mean_std(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
+def _bars(stds: Sequence[float]) -> Sequence[float] | None:
+    """No error bars where one run stands alone."""
+    return stds if any(stds) else None
+
+
 def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index], "linestyle": STYLES[index], "marker": MARKERS[index], "markersize": 4.5}
 
@@ -152,8 +157,11 @@ def _finish(axes: Axes, title: str, study: Study, legend: bool = True) -> None:
     axes.figure.suptitle(title[0].upper() + title[1:], x=0.02, ha="left", fontsize=11)
     axes.set_title(study.note, fontsize=8, color="#555555")
     if legend:
-        lines = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda line: "published" in line[1])
-        axes.figure.legend(*zip(*lines, strict=True), loc="outside lower center", ncols=2)
+        named = dict(
+            zip(*reversed(axes.get_legend_handles_labels()), strict=True)
+        )  # one entry for all marks of a model
+        labels = sorted(named, key=lambda label: label.endswith("published"))
+        axes.figure.legend([named[label] for label in labels], labels, loc="outside lower center", ncols=2)
 
 
 def against(study: Study, measure: Measure, axis: Swept) -> Iterator[Figure]:
@@ -170,7 +178,7 @@ def against(study: Study, measure: Measure, axis: Swept) -> Iterator[Figure]:
                 x = [axis.factor * axis.values[row["point"]] for row in found]
                 y = [measure.factor * row[f"{measure.key}_mean"] for row in found]
                 std = [measure.factor * (row[f"{measure.key}_std"] or 0.0) for row in found]
-                axes.errorbar(x, y, std, label=model, capsize=2, **_style(i))
+                axes.errorbar(x, y, _bars(std), label=model, capsize=2, **_style(i))
             for (model, point), values in study.published.items():
                 index = models.index(model) if model in models else None
                 if measure.key in values and point in axis.values and (index is not None or _foreign(study, model)):
@@ -180,7 +188,7 @@ def against(study: Study, measure: Measure, axis: Swept) -> Iterator[Figure]:
                     )
             _scale(axes, axis, everything)
             axes.set(xlabel=axis.words, ylabel=measure.words)
-            _finish(axes, f"{measure.words.removesuffix(', %')} against {axis.words.removesuffix(', %')}{part}", study)
+            _finish(axes, measure.words.removesuffix(", %") + part, study)
 
         caption = f"{measure.words} of the test set, {_mean_words(study)}; {study.note}.{_open_words(study, measure)}"
         yield draw(name, caption, paint, tall=True)
@@ -226,7 +234,7 @@ def curves(study: Study, point: str, side: str, words: str) -> Iterator[Figure]:
     for method in reversed(METHODS):
         for objective in ("gap", "ce"):
             key = f"{method}_{objective}"
-            title = f"{WORDS[method]} on the {WORDS[objective]}, {words}"
+            title = f"{WORDS[method]} on {WORDS[objective]}, {words}"
             own = " The attacker itself: white box." if side != "curves" else ""
 
             def series(record: Record, key: str = key) -> tuple[list[float], list[float]] | None:
@@ -299,9 +307,8 @@ def _accuracy(
                     continue
                 x, runs = found[model]
                 stats = [_mean_std(column) for column in 100 * runs.T]
-                axes.errorbar(
-                    x, [mean for mean, _ in stats], [std for _, std in stats], label=model, capsize=2, **_style(i)
-                )
+                means, stds = zip(*stats, strict=True)
+                axes.errorbar(x, means, _bars(stds), label=model, capsize=2, **_style(i))
             for model, (x_mark, y_mark) in marks.items():
                 index = models.index(model) if model in models else None
                 if index is not None or _foreign(study, model):
@@ -342,7 +349,7 @@ def by_model(study: Study, measure: Measure) -> Iterator[Figure]:
             axes.errorbar(
                 means,
                 range(len(found)),
-                xerr=stds,
+                xerr=_bars(stds),
                 linestyle="none",
                 marker="o",
                 color=COLOURS[2],
