@@ -125,20 +125,28 @@ def published(path: Path) -> dict[tuple[str, str], dict[str, float]]:
     return _published(path, _content(path))
 
 
+def labels(path: Path) -> tuple[list[str], list[str]]:
+    """The models and the points of a sweep file, those of all budgets, in its order."""
+    return _labels(path, _content(path))
+
+
+def _labels(path: Path, content: dict[str, Any]) -> tuple[list[str], list[str]]:
+    found = [str(model) for model in _mapping(path, "models", content.get("models"))]
+    points = []
+    for name, chosen in {"full": {}, **_mapping(path, "budgets", content.get("budgets"))}.items():
+        replaced = {key: value for key, value in _mapping(path, f"budgets.{name}", chosen).items() if key in REPLACED}
+        points += [point.label for point in _points(path, {**content, **replaced}, [0])]
+    return found, list(dict.fromkeys(points))
+
+
 def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
-    labels = [str(model) for model in _mapping(path, "models", content.get("models"))]
-    budgets = _mapping(path, "budgets", content.get("budgets"))
-    points = [
-        point.label
-        for chosen in ({}, *budgets.values())
-        for point in _points(path, {**content, **{key: chosen[key] for key in REPLACED if key in (chosen or {})}}, [0])
-    ]
+    known, points = _labels(path, content)
     result: dict[tuple[str, str], dict[str, float]] = {}
     for key, values in _mapping(path, "published", content.get("published")).items():
         model, _, point = str(key).partition(" / ")
         if not model.startswith("["):
-            _known(f"{path}: published", "model", [model], tuple(labels))
-        _known(f"{path}: published.{key}", "point", [point], tuple(dict.fromkeys(points)))
+            _known(f"{path}: published", "model", [model], tuple(known))
+        _known(f"{path}: published.{key}", "point", [point], tuple(points))
         values = _mapping(path, f"published.{key}", values)
         _known(f"{path}: published.{key}", "measure", values, tuple(measure.key for measure in MEASURES))
         for measure, value in values.items():

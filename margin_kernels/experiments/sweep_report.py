@@ -39,18 +39,14 @@ def load(folder: Path, file: Path | None = None) -> Study:
         file = sweep.shipped().get(name)
     if file is None:
         return Study(name, budget, records, {})
-    try:
-        cells = [cell.name for cell in sweep.read(file, budget)]
-    except sweep.ConfigError:  # a budget that the file no longer has
-        cells = []
-    order = {cell: i for i, cell in enumerate(cells)}
-    records.sort(key=lambda record: order.get(record["cell"], len(order)))
+    models, points = ({label: i for i, label in enumerate(labels)} for labels in sweep.labels(file))
+    end = len(models) + len(points)  # what the file no longer has comes last
+    records.sort(key=lambda r: (points.get(r["point"], end), models.get(r["model_label"], end), r["seed"]))
     done = {(record["model_label"], record["point"]) for record in records}
-    points = {record["point"] for record in records}
     values = {
         (model, point): value
         for (model, point), value in sweep.published(file).items()
-        if (model, point) in done or (model.startswith("[") and point in points)
+        if (model, point) in done or (model.startswith("[") and any(point == at for _, at in done))
     }
     return Study(name, budget, records, values)
 
