@@ -158,6 +158,21 @@ def test_white_box_black_box_and_noise_curves_are_those_of_the_records(monkeypat
     assert not drawn_lines(lambda: sweep_figures.curves(short, "", "curves", "white box"), monkeypatch)  # no curve
 
 
+def test_a_table_like_sweep_is_drawn_by_model_with_all_published_marks(monkeypatch):
+    """Also those of a model that was not measured, and of none here."""
+    records = [record("plain", "", 0, clean=0.9), record("hinge", "", 0, clean=0.8)]
+    records.append(record("vat", "", 0, clean=None))
+    marks = {("hinge", ""): {"error": 25.0}, ("vat", ""): {"error": 5.0}, ("[X] best", ""): {"error": 1.0}}
+    study = sweep_figures.Study("table", "cpu", records, marks)
+    error = next(m for m in summary.MEASURES if m.key == "error")
+    ((name, points, _, caption),) = drawn_lines(lambda: sweep_figures.by_model(study, error), monkeypatch)
+    assert name == "table_error" and "one run each; budget cpu, 1 seed" in caption
+    assert points == {
+        "ours": [(10.0, 0.0), (20.0, 1.0)],
+        "published": [(25.0, 1.0), (5.0, 2.0), (1.0, 3.0)],
+    }
+
+
 def test_many_models_are_drawn_beside_the_reference_a_few_at_a_time():
     names = [f"m{i}" for i in range(18)]
     parts = sweep_figures.together(names)

@@ -335,7 +335,7 @@ def by_model(study: Study, measure: Measure) -> Iterator[Figure]:
             for (model, at), values in study.published.items()
             if at == point and measure.key in values
         }
-        labels += [model for model in marks if _foreign(study, model)]
+        labels += [model for model in marks if model not in labels]
 
         def paint(
             axes: Axes,
@@ -356,7 +356,7 @@ def by_model(study: Study, measure: Measure) -> Iterator[Figure]:
                 capsize=2,
                 label="ours",
             )
-            shown = [(value, labels.index(model)) for model, value in marks.items() if model in labels]
+            shown = [(value, labels.index(model)) for model, value in marks.items()]
             if shown:
                 style = {**_open(None), "marker": "D", "markersize": 6, "color": COLOURS[3]}
                 axes.plot([x for x, _ in shown], [y for _, y in shown], **style, label="published")
