@@ -97,7 +97,7 @@ MEASURES = (
     Measure("zero_ce", "zero grad. %", _evaluation("zero_ce"), 100, 1),
     Measure("margin", "margin", _evaluation("margin"), name="margin, mean l2 norm of DeepFool"),
     Measure("deepfool", "of correct", _evaluation("deepfool"), shown=False),
-    Measure("rho_adv", "rho_adv", _evaluation("rho_adv"), 1, 4),
+    Measure("rho_adv", "rho_adv", _evaluation("rho_adv"), 1, 4, name="relative margin, rho_adv"),
     Measure("validation_accuracy", "valid. %", _last("validation_accuracy"), 100, 2),
     Measure("train_accuracy", "train %", _last("train_accuracy"), 100, 2, shown=False),
     Measure("epochs", "epochs", lambda record: len(record["history"]), 1, 0, shown=False),

@@ -99,8 +99,7 @@ def all_figures(study: Study) -> dict[str, list[Figure]]:
     axis = swept(study)
     groups: dict[str, list[Figure]] = {}
     for measure in drawn(study):
-        heading = measure.words[0].upper() + measure.words[1:].removesuffix(", %")
-        groups[heading] = list(by_model(study, measure) if axis is None else against(study, measure, axis))
+        groups[_title(measure)] = list(by_model(study, measure) if axis is None else against(study, measure, axis))
     for point in study.points:
         place = f", {point}" if point else ""
         for side, words in (("curves", "white box"), ("black_box_curves", "black box")):
@@ -111,6 +110,11 @@ def all_figures(study: Study) -> dict[str, list[Figure]]:
         if figures:
             groups[f"Accuracy under Gaussian noise{place}"] = figures
     return groups
+
+
+def _title(measure: Measure) -> str:
+    """A measure's words without its unit, as a heading."""
+    return measure.words[0].upper() + measure.words[1:].removesuffix(", %")
 
 
 def drawn(study: Study) -> list[Measure]:
@@ -154,7 +158,7 @@ def _open(index: int | None) -> dict[str, Any]:
 
 
 def _finish(axes: Axes, title: str, study: Study, legend: bool = True) -> None:
-    axes.figure.suptitle(title[0].upper() + title[1:], x=0.02, ha="left", fontsize=11)
+    axes.figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     axes.set_title(study.note, fontsize=8, color="#555555")
     if legend:
         named = dict(
@@ -188,9 +192,9 @@ def against(study: Study, measure: Measure, axis: Swept) -> Iterator[Figure]:
                     )
             _scale(axes, axis, everything)
             axes.set(xlabel=axis.words, ylabel=measure.words)
-            _finish(axes, measure.words.removesuffix(", %") + part, study)
+            _finish(axes, _title(measure) + part, study)
 
-        caption = f"{measure.words} of the test set, {_mean_words(study)}; {study.note}.{_open_words(study, measure)}"
+        caption = f"{_title(measure)} on test images, {_mean_words(study)}; {study.note}.{_open_words(study, measure)}"
         yield draw(name, caption, paint, tall=True)
 
 
@@ -365,10 +369,8 @@ def by_model(study: Study, measure: Measure) -> Iterator[Figure]:
             axes.tick_params(axis="y", length=0)
             axes.set_xlim(left=0)
             axes.set_xlabel(measure.words)
-            _finish(
-                axes, ", ".join(filter(None, (measure.words.removesuffix(", %"), point))), study, legend=bool(shown)
-            )
+            _finish(axes, ", ".join(filter(None, (_title(measure), point))), study, legend=bool(shown))
 
         stem = f"{study.name}_{measure.key}{f'_{_slug(point)}' if point else ''}"
-        caption = f"{measure.words} of the test set, {_mean_words(study)}; {study.note}.{_open_words(study, measure)}"
+        caption = f"{_title(measure)} on test images, {_mean_words(study)}; {study.note}.{_open_words(study, measure)}"
         yield draw(stem, caption, paint, tall=len(labels) > 8)
