@@ -362,12 +362,13 @@ def by_model(study: Study, measure: Measure) -> Iterator[Figure]:
             )
             shown = [(value, labels.index(model)) for model, value in marks.items()]
             if shown:
-                style = {**_open(None), "marker": "D", "markersize": 6, "color": COLOURS[3]}
+                style = {**_open(None), "marker": "D", "markersize": 6, "color": COLOURS[3], "clip_on": False}
                 axes.plot([x for x, _ in shown], [y for _, y in shown], **style, label="published")
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
-            axes.set_xlim(left=0)
+            ends = [mean + std for mean, std in zip(means, stds, strict=True)] + [x for x, _ in shown]
+            axes.set_xlim(0, 1.06 * max(ends) or 1.0)
             axes.set_xlabel(measure.words)
             _finish(axes, ", ".join(filter(None, (_title(measure), point))), study, legend=bool(shown))
 
