@@ -89,6 +89,7 @@ def test_every_field_is_an_option_and_documented():
             config.AdversarialConfig,
             config.OneToNConfig,
             config.AdversarialTrainingConfig,
+            config.VirtualAdversarialConfig,
             config.OptimiserConfig,
             config.ScheduleConfig,
             config.TrainingConfig,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from margin_kernels.experiments import cli, config, data, demo, evaluate, figures, report, table
+from margin_kernels.experiments import checkpoint, cli, config, data, demo, evaluate, figures, models, report, table
 from margin_kernels.experiments.config import EvaluationConfig
 from margin_kernels.experiments.data import Split
 from margin_kernels.experiments.distance import signed_distance
@@ -173,6 +173,102 @@ def test_what_is_not_measured_is_left_out_of_record_table_and_page(linear):
     assert {heading: [figure.name for figure in group] for heading, group in groups.items()} == {
         "Accuracy against eps": ["accuracy_fgsm_gap", "accuracy_fgsm_ce"]
     }
+
+
+def other_linear(split):
+    torch.manual_seed(5)
+    model = Linear()
+    with torch.no_grad():  # between the network of the fixture and a random one: its attacks transfer in part
+        model.head.weight.mul_(0.5)
+    return model
+
+
+def literal_right(judge, images, labels):
+    return [int(judge(x[None]).argmax()) == int(y) for x, y in zip(images, labels, strict=True)]
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.2])
+def test_black_box_images_are_made_on_the_attacker_and_reverse_ones_here(linear, eps):
+    """Both against a loop over single images with the attack's formula written out."""
+    model, split = linear
+    attacker = other_linear(split)
+    settings = replace(SMALL, batch_size=16, ifgsm_samples=20)
+    result = evaluate.at_radius(model, split, eps, settings, attacker=attacker)
+
+    def literal(maker, x, y, method, objective):
+        steps, size = (1, eps) if method == "fgsm" else (SMALL.steps, 2 * eps / SMALL.steps)
+        current = x.clone()
+        for _ in range(steps):
+            leaf = current.clone().requires_grad_()
+            z = maker(leaf[None])[0]
+            rest = [z[j] for j in range(4) if j != y]
+            value = torch.logsumexp(z, 0) - z[y] if objective == "ce" else torch.stack(rest).max() - z[y]
+            (gradient,) = torch.autograd.grad(value, leaf)
+            current = torch.minimum(torch.maximum(current + size * gradient.sign(), x - eps), x + eps).clamp(0, 1)
+        return current
+
+    shares = {}
+    for side, maker, judge in (("black_box", attacker, model), ("reverse", model, attacker)):
+        for method, count in (("fgsm", 50), ("ifgsm", 20)):
+            for objective in ("ce", "gap"):
+                x, y = split.images[:count], split.labels[:count].tolist()
+                attacked = [literal(maker, a, b, method, objective) for a, b in zip(x, y, strict=True)]
+                shares[side, f"{method}_{objective}"] = sum(literal_right(judge, attacked, y)) / count
+    for (side, key), share in shares.items():
+        assert result[side][key] == pytest.approx(share), (side, key)
+    assert len(set(shares.values())) > 2
+    alone = evaluate.at_radius(model, split, eps, settings)
+    assert "black_box" not in alone and all(result[key] == alone[key] for key in alone)
+
+
+def test_curves_of_the_black_box_stand_beside_the_white_box_ones(linear, monkeypatch, tmp_path):
+    model, split = linear
+    attacker = other_linear(split)
+    monkeypatch.setattr(evaluate, "load_attacker", lambda folder, part, device: attacker)
+    settings = replace(SMALL, eps=0.1, curve=[0.0, 0.1, 0.2], attacker="runs/ce", ifgsm_samples=10)
+    result = evaluate.evaluate(model, split, ("flatten",), settings)
+    at = evaluate.at_radius(model, split, 0.2, settings, attacker=attacker)
+    for side in ("black_box", "reverse"):
+        assert set(result[f"{side}_curves"]) == set(result["curves"])
+        for key, values in result[f"{side}_curves"].items():
+            assert values[1:] == [result[side][key], at[side][key]]
+    hits = [model_(split.images).argmax(1) == split.labels for model_ in (model, attacker)]
+    for curves, right in (("black_box_curves", hits[0]), ("reverse_curves", hits[1])):
+        assert result[curves]["fgsm_ce"][0] == pytest.approx(float(right.float().mean()))
+        assert result[curves]["ifgsm_gap"][0] == pytest.approx(float(right[:10].float().mean()))
+    models = [{"label": "a", "evaluation": result, "history": []}]
+    rows = {row.key: row.value(models[0]) for section in table.sections(models) for row in section.rows}
+    assert rows["black_box_fgsm_gap"] == result["black_box"]["fgsm_gap"]
+    assert rows["reverse_ifgsm_ce"] == result["reverse"]["ifgsm_ce"]
+
+
+def test_accuracy_under_noise_is_that_of_a_literal_loop(linear):
+    model, split = linear
+    settings = replace(SMALL, noise_sigmas=[0.0, 0.2, 0.6], noise_seed=3)
+    result = evaluate.evaluate(model, split, ("flatten",), settings)
+    noise = torch.randn(split.images.shape, generator=torch.Generator().manual_seed(3))
+    for sigma, share in zip([0.0, 0.2, 0.6], result["noise"], strict=True):
+        noisy = [(x + sigma * n).clamp(0, 1) for x, n in zip(split.images, noise, strict=True)]
+        assert share == pytest.approx(sum(literal_right(model, noisy, split.labels)) / 50)
+    assert result["noise"][0] == result["clean"] > result["noise"][2] and result["noise_sigmas"] == [0.0, 0.2, 0.6]
+    assert evaluate.under_noise(model, split, replace(settings, batch_size=7)) == result["noise"]
+    part = evaluate.evaluate(model, split, ("flatten",), replace(settings, noise_samples=20))
+    assert part["noise"] == evaluate.under_noise(model, split.head(20), settings) != result["noise"]
+    assert evaluate.under_noise(model, split, replace(settings, noise_seed=4)) != result["noise"]
+    images = torch.cat([split.images] * 2).mul(255).byte()
+    assert evaluate.under_noise(model, Split(images, split.labels.repeat(2)), settings)[0] > 0.5  # bytes are scaled
+    with pytest.raises(ValueError, match=r"evaluation.noise_sigmas is \[-0.1\]; allowed: numbers >= 0"):
+        evaluate.under_noise(model, split, replace(settings, noise_sigmas=[-0.1]))
+
+
+def test_an_attacker_must_be_there_and_take_the_same_images(linear, tmp_path):
+    _, split = linear
+    with pytest.raises(checkpoint.CheckpointError, match=r"model.json: missing; .* is not the folder of a trained run"):
+        evaluate.load_attacker(tmp_path, split)
+    description = {"name": "digits_cnn", "shape": [1, 8, 8], "classes": 10, "options": {}}
+    checkpoint.save_model(tmp_path, models.build("digits_cnn", (1, 8, 8), 10), description)
+    with pytest.raises(ValueError, match=r"evaluation.attacker: .* images of shape \[1, 8, 8\], these are \[1, 2, 3\]"):
+        evaluate.load_attacker(tmp_path, split)
 
 
 def test_worst_of_the_attacks_is_at_most_the_weakest_accuracy(linear):

@@ -14,7 +14,7 @@ import time
 import pytest
 import yaml
 
-from margin_kernels.experiments import checkpoint, cli, models, summary, sweep
+from margin_kernels.experiments import attacks, checkpoint, cli, data, models, summary, sweep
 from margin_kernels.experiments.config import ConfigError
 
 EVALUATION = {
@@ -279,6 +279,89 @@ def test_a_model_can_go_on_from_the_weights_of_another(tmp_path):
     assert [folder.name for folder in (out / "cells").iterdir()] == ["first__seed3"]
     assert checkpoint.load_model(out / "cells" / "first__seed3")[1]["name"] == "digits_cnn"
     assert not (out / "cells" / "first__seed3" / "checkpoint.pt").exists()
+
+
+ATTACKED = changed(
+    base={**TINY["base"], "evaluation": {**EVALUATION, "attacker": "cross-entropy", "noise_sigmas": [0.0, 0.3]}},
+    models={"cross-entropy": {}, "hinge": {"loss.kind": "hinge"}},
+    grid={},
+    seeds=[0],
+    budgets={},
+)
+
+
+def test_a_model_is_attacked_by_another_of_its_point_and_seed(tmp_path):
+    path, out = write(tmp_path, ATTACKED), tmp_path / "out"
+    assert run(path, out, "--jobs", "2") == 0
+    found = records(out)
+    attacker, hinge = found["cross-entropy__seed0"], found["hinge__seed0"]
+    assert "black_box" not in attacker["evaluation"] and attacker["config"]["evaluation"]["attacker"] is None
+    assert hinge["config"]["evaluation"]["attacker"] == "cross-entropy__seed0"
+    assert not any(str(tmp_path) in file.read_text() for file in (out / "records").glob("*.json"))
+    # only the attacker's weights were needed, and with them its accuracies can be had again
+    assert [folder.name for folder in (out / "cells").iterdir()] == ["cross-entropy__seed0"]
+    model, _ = checkpoint.load_model(out / "cells" / "cross-entropy__seed0")
+    split = data.load("digits").test
+    x, y = split.batch(slice(0, 40))
+    images = attacks.fgsm(model, x, y, 0.1, "gap").images
+    own = float((model(images).argmax(1) == y).float().mean())
+    assert attacker["evaluation"]["fgsm_gap"] == pytest.approx(own)
+    assert hinge["evaluation"]["black_box"]["fgsm_gap"] != pytest.approx(own)
+    row = summary.rows([hinge])[0]
+    assert row["black_box_fgsm_error_mean"] == pytest.approx(1 - hinge["evaluation"]["black_box"]["fgsm_ce"])
+    assert row["reverse_ifgsm_gap_error_mean"] == pytest.approx(1 - hinge["evaluation"]["reverse"]["ifgsm_gap"])
+    assert run(path, out, "--dry-run") == 0  # the record of another label is not that of another setting
+
+
+def test_an_attacker_comes_first_and_with_the_cells_that_it_attacks(tmp_path):
+    cells = sweep.read(write(tmp_path, ATTACKED))
+    assert [cell.needs for cell in cells] == [[], ["cross-entropy__seed0"]]
+    assert sweep.chosen(cells, ["hinge*"]) == cells
+    for labels, message in (
+        (["hinge", "cross-entropy"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'"),
+        (["hinge"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'; allowed: none"),
+    ):
+        content = {**ATTACKED, "models": {label: {} for label in labels}}
+        with pytest.raises(ConfigError, match=message):
+            sweep.read(write(tmp_path, content))
+
+
+def test_another_evaluation_is_made_from_kept_weights_and_trains_nothing(tmp_path, capsys):
+    plain = changed(models=ATTACKED["models"], grid={}, seeds=[0], budgets={})
+    out = tmp_path / "out"
+    assert run(write(tmp_path, plain), out, "--keep-weights") == 0
+    before, weights = records(out), {file: file.read_bytes() for file in out.glob("cells/*/model.safetensors")}
+    times = {file: file.stat().st_mtime_ns for file in weights}
+    assert len(weights) == 2
+    path = write(tmp_path, ATTACKED)
+    capsys.readouterr()
+    assert run(path, out, "--dry-run") == 0
+    assert "evaluate     2 epochs  hinge__seed0" in capsys.readouterr().out and records(out) == before
+    assert run(path, out) == 0  # without --keep-weights: what was kept stays
+    after = records(out)
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in weights} == {
+        file: (content, times[file]) for file, content in weights.items()
+    }
+    for name, record in after.items():
+        unchanged = {key for key in record if key not in ("config", "evaluation", "seconds")}
+        assert {key: record[key] for key in unchanged} == {key: before[name][key] for key in unchanged}
+        assert record["seconds"]["training"] == before[name]["seconds"]["training"]
+        for key in ("clean", "curves", "fgsm_ce", "margins"):
+            assert record["evaluation"][key] == before[name]["evaluation"][key]
+        assert len(record["evaluation"]["noise"]) == 2 and "noise" not in before[name]["evaluation"]
+    assert "black_box" in after["hinge__seed0"]["evaluation"]
+    trained = tmp_path / "trained"
+    assert run(path, trained) == 0  # the same as if it had been asked for at once
+    assert {name: record["evaluation"] for name, record in records(trained).items()} == {
+        name: record["evaluation"] for name, record in after.items()
+    }
+    assert run(path, out, "--dry-run") == 0 and "2 finished, 0 to do" in capsys.readouterr().out
+
+
+def test_another_evaluation_without_weights_is_refused(tiny, tmp_path, capsys):
+    path, out = write(tmp_path, changed(base={**TINY["base"], "evaluation": {**EVALUATION, "eps": 0.2}})), tiny[1]
+    assert run(path, out, "--budget", "quick") == 1
+    assert "was made with other settings (evaluation.eps): choose another --out" in capsys.readouterr().err
 
 
 def test_weights_are_kept_on_request(tmp_path):

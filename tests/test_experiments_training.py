@@ -255,6 +255,83 @@ def test_adversarial_training_defends_against_the_attack_it_trains_on(digits):
     assert accuracies[1] > accuracies[0] + 0.05
 
 
+VAT = ("--loss.kind", "vat", "--loss.virtual_adversarial.eps", "0.5")
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_virtual_adversarial_training_is_the_literal_algorithm(digits, iterations):
+    """Image by image, probabilities and norms written out; the network has dropout, and batch norm."""
+    torch.manual_seed(0)
+    convolution = models.build("digits_cnn", (1, 8, 8), 10, dropout=0.5)
+    model = nn.Sequential(nn.BatchNorm2d(1), convolution).double().train()
+    options = config.VirtualAdversarialConfig(weight=0.7, eps=0.5, xi=0.01, iterations=iterations)
+    task = objectives.build(model, config.LossConfig(kind="vat", virtual_adversarial=options), ())
+    x, y = digits.train.batch(slice(0, 12))
+    x = x.double()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    out = task(x, y)
+    grads = torch.autograd.grad(out["loss"], list(model.parameters()))
+    statistics = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+    model.load_state_dict(state)
+
+    def divergence(p, q):
+        return sum(a * (a / b).log() for a, b in zip(p, q, strict=True))
+
+    torch.manual_seed(3)
+    drawn = torch.randn_like(x)
+    model.eval()
+    moved = []
+    for image, d in zip(x, drawn, strict=True):
+        p = model(image[None])[0].softmax(0).detach()
+        for _ in range(iterations):
+            v = (0.01 * d / d.pow(2).sum().sqrt()).requires_grad_()
+            (d,) = torch.autograd.grad(divergence(p, model((image + v)[None])[0].softmax(0)), v)
+        moved.append(image + 0.5 * d / d.pow(2).sum().sqrt())
+    model.train()
+    logits, other = model(x), model(torch.stack(moved))
+    torch.testing.assert_close(torch.stack(moved).sub(x).flatten(1).norm(dim=1), torch.full((12,), 0.5).double())
+    expected = F.cross_entropy(logits, y)
+    for p, q in zip(logits.detach().softmax(1), other.softmax(1), strict=True):
+        expected = expected + 0.7 / 12 * divergence(p, q)
+    torch.testing.assert_close(out["loss"], expected)
+    torch.testing.assert_close(out["output"], logits.detach())
+    for a, b in zip(grads, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(a, b)
+    for key, value in statistics.items():  # batch norm has seen x and x + r, and no iterate
+        torch.testing.assert_close(value, model.state_dict()[key])
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_virtual_adversarial_training_smooths_the_predictions(digits):
+    options = ("--training.epochs", "12", "--training.batch_size", "16", "--training.distance_samples", "0")
+    divergences = []
+    for arguments in ((), VAT):
+        trainer = Trainer(settings(*options, *arguments), digits)
+        trainer.run()
+        task = objectives.build(trainer.model.eval(), settings(*VAT).loss, ())
+        x, _ = digits.test.batch(slice(None))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            moved = trainer.model(x + 0.5 * task.direction(x))
+            divergences.append(float(objectives.kl_divergence(trainer.model(x), moved)))
+    assert divergences[1] < 0.8 * divergences[0]
+
+
+def test_a_saturated_or_broken_vat_is_a_zero_step_or_a_clear_error(digits):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        model[1].weight.zero_()
+    task = objectives.build(model, settings(*VAT).loss, ())
+    x, y = digits.train.batch(slice(0, 5))
+    assert not task.direction(x).any() and math.isfinite(float(task(x, y)["loss"].detach()))
+    tiny = objectives.unit(torch.tensor([[3e-30, 4e-30], [0.0, 0.0]]))
+    torch.testing.assert_close(tiny, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+    for key, value in (("iterations", 0), ("eps", 0.0), ("xi", -1.0)):
+        with pytest.raises(ValueError, match=rf"loss.virtual_adversarial.{key} is {value}; allowed: "):
+            Trainer(settings("--loss.kind", "vat", f"--loss.virtual_adversarial.{key}", str(value)), digits)
+
+
 def test_a_centred_run_keeps_the_mean_of_its_training_images(digits, tmp_path):
     trainer = Trainer(settings("--model.center", "true"), digits, tmp_path)
     mean = digits.train.images.double().mean(0)
@@ -366,6 +443,8 @@ def test_settings_that_cannot_run_here_say_so(digits):
         Trainer(settings("--training.precision", "fp16"), digits)
     with pytest.raises(ValueError, match=r"torch.compile cannot follow the gradients of loss.kind fgsm_training"):
         Trainer(settings(*FGSM, "--training.compile", "true"), digits)
+    with pytest.raises(ValueError, match=r"cannot follow the gradients of loss.kind vat"):
+        Trainer(settings(*VAT, "--training.compile", "true"), digits)
     with pytest.raises(ValueError, match=r"optimiser.name is 'lion'"):
         build_optimiser(replace(config.Config(), optimiser=config.OptimiserConfig(name="lion")), [torch.zeros(1)])
     if not torch.cuda.is_available():

@@ -1,7 +1,8 @@
 """One cell of a sweep in a process of its own: python -m margin_kernels.experiments.cell FOLDER
 
 FOLDER/job.json says what to train and where the record goes. Training continues from FOLDER/checkpoint.pt where a
-killed process has left one. The record is written at the end, atomically: a record that exists is complete.
+killed process has left one. The record is written at the end, atomically: a record that exists is complete. A cell that
+is trained and only measured anew (job "trained") keeps its weights and all of its record but the evaluation.
 """
 
 from __future__ import annotations
@@ -15,35 +16,53 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, config, data
+import torch
+
+from . import checkpoint, config, data, models
 from .config import Config, LossConfig
 from .evaluate import evaluate, time_steps
 from .records import write_json
-from .training import Trainer, TrainingError
+from .training import Trainer, TrainingError, resolve_device
 
 EXPECTED = (config.ConfigError, data.DataError, checkpoint.CheckpointError, TrainingError, ValueError)
 
 
 def run(folder: Path) -> None:
-    """Trains, evaluates and records the cell of `folder`."""
+    """Trains, or takes the weights that were kept, evaluates and records the cell of `folder`."""
+    tick = while_alive(os.getppid())
     job = json.loads((folder / "job.json").read_text())
     settings = config.from_dict(job["config"])
+    if settings.training.threads is not None:
+        torch.set_num_threads(settings.training.threads)
     dataset = data.of(settings.data)
+    path = Path(job["record"])
+    if job["trained"]:
+        record = json.loads(path.read_text())
+        record["config"]["evaluation"] = config.to_dict(settings)["evaluation"]
+    else:
+        record = {**job["cell"], **trained(folder, settings, dataset, tick)}
+    model, _ = checkpoint.load_model(folder)
+    device = resolve_device(settings.training.device)
+    hidden = models.hidden_taps(settings.model.name)
+    start = time.perf_counter()
+    record["evaluation"] = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, tick)
+    record["seconds"]["evaluation"] = time.perf_counter() - start
+    record.pop("timing", None)
+    if settings.evaluation.timing_repeats:
+        record["timing"] = timing(settings, dataset)
+    # the cells, not paths of this machine
+    record["config"]["model"]["initial"] = job["cell"]["after"]
+    record["config"]["evaluation"]["attacker"] = job["attacker"]
+    write_json(path, record)
+
+
+def trained(folder: Path, settings: Config, dataset: data.Dataset, tick: Callable[[Any], None]) -> dict[str, Any]:
+    """Trains the cell to its end: what its record says of that."""
     trainer = Trainer(settings, dataset, folder)
     if (folder / "checkpoint.pt").exists():
         trainer.resume()
-    trainer.run(tick=while_alive(os.getppid()), say=lambda line: print(line, flush=True))
-    start = time.perf_counter()
-    evaluation = evaluate(trainer.model, dataset.test, trainer.hidden, settings.evaluation, trainer.device)
-    seconds = {
-        "training": sum(record["seconds"] for record in trainer.history),
-        "evaluation": time.perf_counter() - start,
-    }
-    record = {**job["cell"], **trainer.summary(), "evaluation": evaluation, "seconds": seconds}
-    record["config"]["model"]["initial"] = job["cell"]["after"]  # the cell, not a path of this machine
-    if settings.evaluation.timing_repeats:
-        record["timing"] = timing(settings, dataset)
-    write_json(Path(job["record"]), record)
+    trainer.run(tick=tick, say=lambda line: print(line, flush=True))
+    return {**trainer.summary(), "seconds": {"training": sum(epoch["seconds"] for epoch in trainer.history)}}
 
 
 def timing(settings: Config, dataset: data.Dataset) -> dict[str, float]:
@@ -52,10 +71,10 @@ def timing(settings: Config, dataset: data.Dataset) -> dict[str, float]:
     return time_steps(baseline, {"own": settings}, dataset, settings.evaluation.timing_repeats)["own"]
 
 
-def while_alive(parent: int) -> Callable[[int], Any]:
+def while_alive(parent: int) -> Callable[[Any], None]:
     """A tick that ends this process once its sweep is gone, which would start the cell a second time."""
 
-    def tick(steps: int) -> None:
+    def tick(work: Any) -> None:
         if os.getppid() != parent:
             sys.exit("the sweep has ended")
 

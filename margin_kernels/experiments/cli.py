@@ -4,6 +4,7 @@ margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
 margin-kernels report runs/ce runs/l2 --out report
 margin-kernels sweep sensitivity_mnist_mlp --data-dir DIR --out sweeps/sensitivity --budget cpu --jobs 2
+margin-kernels report sweeps/sensitivity --out report
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from . import checkpoint, config, data, models, records, report, summary, sweep, sweep_run, table
+from . import checkpoint, config, data, models, records, report, summary, sweep, sweep_report, sweep_run, table
 from .config import Config, ConfigError
 from .evaluate import evaluate, time_steps
 from .progress import Meter
@@ -32,7 +33,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
 
   train      train a network; --config FILE or the name of a shipped config, dotted overrides, --print_config
   evaluate   measure trained networks: accuracy, attacks, distances, cost of a step
-  report     compare evaluated runs: one HTML page, CSV, JSON, PNG
+  report     compare evaluated runs, or show sweeps: one HTML page, CSV, JSON, PNG
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
   demo       train and compare eight losses on scikit-learn's digits
   bench      time training steps of every loss against their floors (benchmarks/step.py of a checkout)
@@ -100,6 +101,7 @@ def evaluate_runs(arguments: list[str]) -> int:
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
     parser.add_argument("--device", default=None, help="default: the device of the run")
     parser.add_argument("--eps", type=float, default=None, help="l_inf radius of the table (default: the run's)")
+    parser.add_argument("--attacker", default=None, help="folder of a run whose network makes black-box images")
     parser.add_argument("--no-timing", action="store_true", help="do not time training steps")
     options = parser.parse_args(arguments)
     console = Console()
@@ -130,9 +132,8 @@ def read_config(folder: Path, options: argparse.Namespace) -> Config:
         settings = replace(settings, data=replace(settings.data, dir=options.data_dir))
     if options.device is not None:
         settings = replace(settings, training=replace(settings.training, device=options.device))
-    if options.eps is not None:
-        settings = replace(settings, evaluation=replace(settings.evaluation, eps=options.eps))
-    return settings
+    measured = {key: value for key in ("eps", "attacker") if (value := getattr(options, key)) is not None}
+    return replace(settings, evaluation=replace(settings.evaluation, **measured))
 
 
 def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: Meter) -> dict[str, Any]:
@@ -171,11 +172,19 @@ def read_model(folder: Path) -> table.Model:
 def make_report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="margin-kernels report", description="Compares evaluated runs on one page.")
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders written by train and evaluate, or records of a sweep"
+        "runs",
+        nargs="+",
+        type=Path,
+        help="folders written by train and evaluate, or records of a sweep; or folders of sweeps, for their own report",
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
     parser.add_argument("--title", default=None)
+    parser.add_argument(
+        "--sweep", default=None, help="sweep file with published values (default: the shipped one of that name)"
+    )
     options = parser.parse_args(arguments)
+    if any(map(sweep_report.is_sweep, options.runs)):
+        return report_sweeps(options)
     compared = [read_model(folder) for folder in options.runs]
     first = compared[0].pop("run")
     for model in compared[1:]:
@@ -190,6 +199,22 @@ def make_report(arguments: list[str]) -> int:
     console = Console()
     table.show(console, compared, title)
     page = report.write(options.out, results)
+    console.print(f"open {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def report_sweeps(options: argparse.Namespace) -> int:
+    """One page of the sweeps whose folders are given."""
+    for folder in options.runs:
+        if not sweep_report.is_sweep(folder):
+            raise ValueError(f"{folder} is not the folder of a sweep, others are: report runs and sweeps separately")
+    file = None if options.sweep is None else sweep.find(options.sweep)
+    studies = sweep_report.distinct([sweep_report.load(folder, file) for folder in options.runs], options.runs)
+    console = Console()
+    for study in studies:
+        summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
+    title = options.title or ", ".join(study.name.replace("_", " ") for study in studies)
+    page = sweep_report.write(options.out, studies, title)
     console.print(f"open {page}", highlight=False, soft_wrap=True)
     return 0
 
@@ -240,10 +265,10 @@ def run_sweep(arguments: list[str]) -> int:
     )
     runner = sweep_run.Runner(cells, out, how, console)
     if options.dry_run:
-        for cell in cells:
-            state = "finished" if runner.finished(cell) else "begun" if runner.begun(cell) else "to do"
+        states = [runner.state(cell) for cell in cells]
+        for cell, state in zip(cells, states, strict=True):
             console.print(f"{state:8}  {cell.config.training.epochs:4} epochs  {cell.name}", highlight=False)
-        done = sum(map(runner.finished, cells))
+        done = states.count("finished")
         console.print(f"{len(cells)} cells, {done} finished, {len(cells) - done} to do", highlight=False)
         return 0
     try:

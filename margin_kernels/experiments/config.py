@@ -149,12 +149,29 @@ class AdversarialTrainingConfig:
 
 
 @dataclass
+class VirtualAdversarialConfig:
+    """Options of vat (Miyato et al., TPAMI 2019).
+
+    Args:
+        weight: factor of the divergence
+        eps: l2 norm of the perturbation, images in [0, 1]
+        xi: l2 norm of the step at which the power iteration takes its gradient
+        iterations: of the power iteration, at least 1
+    """
+
+    weight: float = 1.0
+    eps: float = 2.0
+    xi: float = 0.001
+    iterations: int = 1
+
+
+@dataclass
 class LossConfig:
     """Which loss, the options of LargeMarginLoss, which the others ignore, and a section for each other loss.
 
     Args:
-        kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin, one_to_n or
-        fgsm_training
+        kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin, one_to_n,
+        fgsm_training or vat
         gamma: desired distance to the boundary in the units of each tap; one value, or one per tap in the order of
         layers p: norm of the distances, p >= 1 or inf
         top_k: competitors per sample, 1 to C-1
@@ -176,6 +193,7 @@ class LossConfig:
         adversarial: options of adversarial_margin
         one_to_n: options of one_to_n
         adversarial_training: options of fgsm_training
+        virtual_adversarial: options of vat
     """
 
     kind: str = "cross_entropy"
@@ -200,6 +218,7 @@ class LossConfig:
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     one_to_n: OneToNConfig = field(default_factory=OneToNConfig)
     adversarial_training: AdversarialTrainingConfig = field(default_factory=AdversarialTrainingConfig)
+    virtual_adversarial: VirtualAdversarialConfig = field(default_factory=VirtualAdversarialConfig)
 
 
 @dataclass
@@ -291,6 +310,11 @@ class EvaluationConfig:
         deepfool_step_limit: longest step of DeepFool, or null; [M] limits it to 0.5
         distance_samples: test images whose signed distance is measured; 0 for none
         distance_p: norm of that distance
+        noise_sigmas: standard deviations of Gaussian noise added to test images; empty for none
+        noise_samples: test images with noise; null for all
+        noise_seed: draws the noise, the same for every model and sigma
+        attacker: folder of a trained run whose network makes black-box images for this one, and is attacked with the
+            images made for this one, or null; in a sweep the label of a model above
         timing_repeats: interleaved pairs of training steps; 0 for no timing
     """
 
@@ -305,6 +329,10 @@ class EvaluationConfig:
     deepfool_step_limit: float | None = None
     distance_samples: int = 1000
     distance_p: float | Literal["inf"] = 2.0
+    noise_sigmas: list[float] = field(default_factory=list)
+    noise_samples: int | None = None
+    noise_seed: int = 0
+    attacker: str | None = None
     timing_repeats: int = 15
 
 

@@ -1,6 +1,9 @@
-"""What a trained network is worth: accuracy, clean and attacked, and distances to the decision boundary.
+"""What a trained network is worth: accuracy, clean, attacked and under noise, and distances to the decision boundary.
 
 accuracy under attack   share of ALL samples that are classified correctly at the attacked image, clipped to [0, 1]
+black_box               the same at images that were attacked on another network, the attacker
+reverse                 accuracy of the attacker at the images that were attacked on this network
+noise                   accuracy at clip(x + sigma n), n standard normal, clipped to [0, 1]
 worst                   share of samples that no attack of the table moves over the boundary
 margin                  mean ||r||_2 over all samples, r the DeepFool perturbation that changes the prediction [A]
 deepfool                the same over the correctly classified samples
@@ -14,19 +17,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..deepfool import deepfool
-from . import attacks
+from . import attacks, checkpoint
 from .config import Config, EvaluationConfig, exponent
 from .data import Dataset, Split
 from .distance import signed_distance, tap_names
 from .training import Trainer, accuracy
 
 METHODS = ("fgsm", "ifgsm")
+SIDES = ("black_box", "reverse")  # with an attacker: attacked by it, and attacking it
 
 
 def evaluate(
@@ -40,22 +45,25 @@ def evaluate(
     """All measurements of `model` on `split` as plain numbers; `hidden` are its hidden taps; `tick` is told the
     share of the work that was just done."""
     attacked = split.head(config.attack_samples)
+    attacker = None if config.attacker is None else load_attacker(Path(config.attacker), split, device)
     result: dict[str, Any] = {"samples": len(split), "clean": accuracy(model, split, device), "eps": config.eps}
     tick(0.02)
-    result.update(at_radius(model, attacked, config.eps, config, device))
+    result.update(at_radius(model, attacked, config.eps, config, device, attacker))
     tick(0.1)
-    names = attack_names(config)
     result["curve_eps"] = list(config.curve)
     measured = {config.eps: result}
-    if 0 in config.curve and 0 not in measured:
-        # the clean images of each attack, which are not the whole split
-        clean = {method: accuracy(model, part, device) for method, part in _attacked(attacked, config).items()}
-        measured[0] = {name: clean[name.split("_")[0]] for name in names}
     for eps in config.curve:
         if eps not in measured:
-            measured[eps] = at_radius(model, attacked, eps, config, device)
+            at = clean_images if eps == 0 else at_radius
+            measured[eps] = at(model, attacked, eps, config, device, attacker)
         tick(0.6 / len(config.curve))
+    names = attack_names(config)
     result["curves"] = {name: [measured[eps][name] for eps in config.curve] for name in names}
+    for side in SIDES if attacker is not None else ():
+        result[f"{side}_curves"] = {name: [measured[eps][side][name] for eps in config.curve] for name in names}
+    if config.noise_sigmas:
+        result["noise_sigmas"] = list(config.noise_sigmas)
+        result["noise"] = under_noise(model, split.head(config.noise_samples), config, device)
     if config.deepfool_samples:
         result.update(boundary_norms(model, split.head(config.deepfool_samples), config, device))
     tick(0.2)
@@ -89,27 +97,109 @@ def attack_names(config: EvaluationConfig) -> list[str]:
 
 
 def at_radius(
-    model: nn.Module, split: Split, eps: float, config: EvaluationConfig, device: torch.device | str = "cpu"
-) -> dict[str, float]:
+    model: nn.Module,
+    split: Split,
+    eps: float,
+    config: EvaluationConfig,
+    device: torch.device | str = "cpu",
+    attacker: nn.Module | None = None,
+) -> dict[str, Any]:
     """Accuracy under each attack of l_inf radius `eps`, under the worst of them (over the samples that all of them
-    attack), and the fractions of zero gradients."""
-    right: dict[str, list[Tensor]] = {name: [] for name in attack_names(config)}
+    attack), and the fractions of zero gradients; with an `attacker` also "black_box", the accuracy at the attacker's
+    images, and "reverse", that of the attacker at the images made here, each by attack."""
+    judges = [model] if attacker is None else [model, attacker]
+    (standing, *reverse), zeros = _standing(model, judges, split, eps, config, device)
+    common = min(len(values) for values in standing.values())
+    worst = torch.stack([values[:common] for values in standing.values()]).all(0)
+    result: dict[str, Any] = _shares({**standing, "worst": worst})
+    result |= {f"zero_{objective}": value for objective, value in zeros.items()}
+    if attacker is not None:
+        (black_box,), _ = _standing(attacker, [model], split, eps, config, device)
+        result |= {"black_box": _shares(black_box), "reverse": _shares(reverse[0])}
+    return result
+
+
+def clean_images(
+    model: nn.Module,
+    split: Split,
+    eps: float,
+    config: EvaluationConfig,
+    device: torch.device | str = "cpu",
+    attacker: nn.Module | None = None,
+) -> dict[str, Any]:
+    """at_radius for eps = 0 without an attack: the accuracy on the images of each method, which are not the whole
+    split."""
+
+    def by_attack(judge: nn.Module) -> dict[str, float]:
+        clean = {method: accuracy(judge, part, device) for method, part in _attacked(split, config).items()}
+        return {name: clean[name.split("_")[0]] for name in attack_names(config)}
+
+    result: dict[str, Any] = by_attack(model)
+    if attacker is not None:
+        result |= {"black_box": dict(result), "reverse": by_attack(attacker)}
+    return result
+
+
+def _standing(
+    maker: nn.Module,
+    judges: list[nn.Module],
+    split: Split,
+    eps: float,
+    config: EvaluationConfig,
+    device: torch.device | str,
+) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
+    """For each judge which of the images attacked on `maker` it classifies correctly (bool [N] by attack), and the
+    fractions of the maker's zero gradients."""
+    right: list[dict[str, list[Tensor]]] = [{name: [] for name in attack_names(config)} for _ in judges]
     zeros = dict.fromkeys(attacks.OBJECTIVES, 0.0)
-    with attacks.eval_mode(model):
+    with attacks.eval_mode(nn.ModuleList([maker, *judges])):
         for method, part in _attacked(split, config).items():
             for x, y in part.batches(config.batch_size, device):
                 for objective in attacks.OBJECTIVES:
                     if method == "fgsm":
-                        attack = attacks.fgsm(model, x, y, eps, objective)
+                        attack = attacks.fgsm(maker, x, y, eps, objective)
                         zeros[objective] += attack.zero_gradient * len(y)
                     else:
-                        attack = attacks.ifgsm(model, x, y, eps, steps=config.steps, objective=objective)
-                    right[f"{method}_{objective}"].append(_right(model, attack.images, y))
-    standing = {name: torch.cat(parts) for name, parts in right.items()}
-    common = min(len(values) for values in standing.values())
-    worst = torch.stack([values[:common] for values in standing.values()]).all(0)
-    shares = {name: _share(values) for name, values in {**standing, "worst": worst}.items()}
-    return {**shares, **{f"zero_{objective}": value / len(split) for objective, value in zeros.items()}}
+                        attack = attacks.ifgsm(maker, x, y, eps, steps=config.steps, objective=objective)
+                    for judge, found in zip(judges, right, strict=True):
+                        found[f"{method}_{objective}"].append(_right(judge, attack.images, y))
+    standing = [{name: torch.cat(parts) for name, parts in found.items()} for found in right]
+    return standing, {objective: value / len(split) for objective, value in zeros.items()}
+
+
+def under_noise(
+    model: nn.Module, split: Split, config: EvaluationConfig, device: torch.device | str = "cpu"
+) -> list[float]:
+    """Accuracy at clip(x + sigma n) for each sigma; n is drawn once from the seed, on the CPU, and scaled: the same
+    noise for every model, sigma, batch size and device. Raises ValueError for a negative sigma."""
+    if any(not sigma >= 0 for sigma in config.noise_sigmas):
+        raise ValueError(f"evaluation.noise_sigmas is {config.noise_sigmas}; allowed: numbers >= 0")
+    generator = torch.Generator().manual_seed(config.noise_seed)
+    noise = torch.randn(split.images.shape, generator=generator)
+    hits = [0] * len(config.noise_sigmas)
+    with attacks.eval_mode(model):
+        parts = zip(split.batches(config.batch_size, device), noise.split(config.batch_size), strict=True)
+        for (x, y), drawn in parts:
+            for i, sigma in enumerate(config.noise_sigmas):
+                noisy = (x + sigma * drawn.to(device)).clamp(0, 1)
+                hits[i] += int(_right(model, noisy, y).sum())
+    return [hit / len(split) for hit in hits]
+
+
+def load_attacker(folder: Path, split: Split, device: torch.device | str = "cpu") -> nn.Module:
+    """The network of evaluation.attacker. Raises CheckpointError where the folder holds none, ValueError where it
+    takes other images."""
+    model, description = checkpoint.load_model(folder)
+    if tuple(description["shape"]) != tuple(split.images.shape[1:]):
+        raise ValueError(
+            f"evaluation.attacker: the network of {folder} takes images of shape {description['shape']}, "
+            f"these are {list(split.images.shape[1:])}"
+        )
+    return model.to(device)
+
+
+def _shares(standing: dict[str, Tensor]) -> dict[str, float]:
+    return {name: _share(values) for name, values in standing.items()}
 
 
 def _share(values: Tensor) -> float:

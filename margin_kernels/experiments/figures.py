@@ -56,10 +56,10 @@ class Figure:
     png: bytes
 
 
-def draw(name: str, caption: str, paint: Callable[[Axes], Any]) -> Figure:
-    """Runs `paint` on fresh axes and keeps the result as SVG and PNG."""
+def draw(name: str, caption: str, paint: Callable[[Axes], Any], tall: bool = False) -> Figure:
+    """Runs `paint` on fresh axes and keeps the result as SVG and PNG; `tall` leaves room for a legend below."""
     with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(layout="constrained")
+        figure, axes = plt.subplots(layout="constrained", figsize=(5.0, 4.6) if tall else None)
         try:
             paint(axes)
             vector, raster = io.BytesIO(), io.BytesIO()

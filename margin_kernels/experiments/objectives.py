@@ -8,6 +8,7 @@
     adversarial_margin   AdversarialMarginLoss: DeepFool distances [D] [A]
     one_to_n             OneToNLoss [N]
     fgsm_training        1/2 CE(x) + 1/2 CE(x'), x' = x attacked by FGSM or PGD          adversarial training
+    vat                  CE(x) + weight KL(p(x) || p(x + r))        virtual adversarial training (Miyato et al.)
 
 A new loss is one entry of OBJECTIVES.
 """
@@ -18,6 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +27,7 @@ import margin_kernels as mk
 
 from . import attacks
 from .attacks import logit_gap
-from .config import AdversarialTrainingConfig, LossConfig, exponent
+from .config import AdversarialTrainingConfig, LossConfig, VirtualAdversarialConfig, exponent
 
 
 def hinge(logits: Tensor, target: Tensor) -> Tensor:
@@ -78,6 +80,62 @@ class AdversarialTrainingTask(nn.Module):
         return {"loss": loss, "output": logits.detach()}
 
 
+class VirtualAdversarialTask(nn.Module):
+    """loss = CE(x) + weight mean_n KL(p(x_n) || p(x_n + r_n)) with p(x) a constant (Miyato, Maeda, Koyama, Ishii, TPAMI
+    2019, eq. 5 and 8, and algorithm 1).
+
+        d ~ N(0, 1) per pixel;   `iterations` times: d <- grad_v KL(p(x) || p(x + v)) at v = xi d / ||d||_2
+        r = eps d / ||d||_2, l2 over all pixels of an image; not clipped
+
+    Labels play no part in r. As in AdversarialTrainingTask the search for r runs in eval mode: no dropout masks, no
+    batch norm statistics of its iterates; x and x + r then pass once each in the model's own mode. Where the divergence
+    has no gradient (a saturated softmax) r is 0.
+    """
+
+    def __init__(self, model: nn.Module, config: VirtualAdversarialConfig) -> None:
+        super().__init__()
+        if config.iterations < 1:
+            raise ValueError(f"loss.virtual_adversarial.iterations is {config.iterations}; allowed: at least 1")
+        for name in ("eps", "xi"):
+            if not getattr(config, name) > 0:
+                raise ValueError(f"loss.virtual_adversarial.{name} is {getattr(config, name)}; allowed: above 0")
+        self.model = model
+        self.config = config
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        moved = x + self.config.eps * self.direction(x)
+        logits = self.model(x)
+        divergence = kl_divergence(logits.detach(), self.model(moved))
+        loss = F.cross_entropy(logits, target) + self.config.weight * divergence / len(x)
+        return {"loss": loss, "output": logits.detach()}
+
+    def direction(self, x: Tensor) -> Tensor:
+        """d / ||d||_2 per image: x [N, *] -> [N, *], no graph."""
+        with attacks.eval_mode(self.model):
+            with torch.no_grad():
+                logits = self.model(x)
+            direction = unit(torch.randn_like(x))
+            for _ in range(self.config.iterations):
+                with torch.enable_grad():
+                    step = (self.config.xi * direction).requires_grad_()
+                    divergence = kl_divergence(logits, self.model(x + step))
+                    direction = unit(torch.autograd.grad(divergence, step)[0])
+        return direction
+
+
+def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """Sum over n of KL(softmax(logits_n) || softmax(other_n)); logits, other [N, C]; fp32 also under autocast."""
+    return F.kl_div(other.log_softmax(1), logits.log_softmax(1), reduction="sum", log_target=True)
+
+
+def unit(v: Tensor) -> Tensor:
+    """v / ||v||_2 per sample, [N, *], 0 where v is 0. Divided by the largest entry first: squares of the gradients of
+    nearly saturated networks underflow."""
+    flat = v.flatten(1)
+    flat = flat / flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
+    return F.normalize(flat, dim=1).view_as(v)
+
+
 def layers(names: list[str], hidden: tuple[str, ...]) -> tuple[str, ...]:
     """Tap names with `hidden` replaced by the network's hidden layers."""
     return tuple(tap for name in names for tap in (hidden if name == "hidden" else (name,)))
@@ -111,6 +169,10 @@ def _one_to_n(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn
 
 def _fgsm_training(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
     return AdversarialTrainingTask(model, config.adversarial_training)
+
+
+def _vat(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    return VirtualAdversarialTask(model, config.virtual_adversarial)
 
 
 def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
@@ -147,6 +209,7 @@ OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Modu
     "adversarial_margin": _adversarial_margin,
     "one_to_n": _one_to_n,
     "fgsm_training": _fgsm_training,
+    "vat": _vat,
 }
 
 

@@ -22,6 +22,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 72rem; color: #1a1a1a; backgrou
        font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 p { max-width: 46rem; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -59,13 +60,13 @@ def write(folder: Path, results: dict[str, Any]) -> Path:
     write_csv(folder / "results.csv", table.flat(results["models"]))
     write_json(folder / "results.json", results)
     for figures in groups.values():
-        for figure in figures:
-            _write_bytes(folder / "figures" / f"{figure.name}.png", figure.png)
+        for drawn in figures:
+            write_bytes(folder / "figures" / f"{drawn.name}.png", drawn.png)
     write_text(folder / "index.html", page(results, groups))
     return folder / "index.html"
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     write_atomic(path, lambda file: file.write(content))
 
 
@@ -83,8 +84,13 @@ def page(results: dict[str, Any], groups: dict[str, list[Figure]]) -> str:
         ]
     for heading, figures in groups.items():
         kind = "figures wide" if len(figures) in (2, 4) else "figures"  # an even grid, two in a row
-        body += [f"<h2>{html.escape(heading)}</h2>", f'<div class="{kind}">', *map(_figure, figures), "</div>"]
-    body += ["<h2>How it was run</h2>", _facts(results["facts"]), *map(_config, results["models"])]
+        body += [f"<h2>{html.escape(heading)}</h2>", f'<div class="{kind}">', *map(figure, figures), "</div>"]
+    body += ["<h2>How it was run</h2>", facts(results["facts"]), *map(config_of, results["models"])]
+    return document(title, body)
+
+
+def document(title: str, body: list[str]) -> str:
+    """A whole page; `title` is escaped already."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -131,21 +137,21 @@ def tuning_cell(value: Any) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _figure(figure: Figure) -> str:
+def figure(drawn: Figure) -> str:
     # an <img>, not inline elements: every matplotlib SVG numbers its ids from one, and two of them in a page would
     # clash
-    data = base64.b64encode(figure.svg.encode()).decode()
-    caption = html.escape(figure.caption)
+    data = base64.b64encode(drawn.svg.encode()).decode()
+    caption = html.escape(drawn.caption)
     image = f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _facts(facts: dict[str, Any]) -> str:
-    items = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
+def facts(values: dict[str, Any]) -> str:
+    items = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in values.items())
     return f"<dl>{items}</dl>"
 
 
-def _config(model: table.Model) -> str:
+def config_of(model: table.Model) -> str:
     import yaml
 
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in model["config"].items()}

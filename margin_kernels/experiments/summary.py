@@ -25,7 +25,7 @@ Record = dict[str, Any]
 @dataclass(frozen=True)
 class Measure:
     """One column: its name in the files, its heading, the number in a record (None: not measured), how it prints
-    (factor and digits), and whether it is printed at all."""
+    (factor and digits), whether it is printed at all, and how a plot calls it where the heading is too short."""
 
     key: str
     heading: str
@@ -33,6 +33,11 @@ class Measure:
     factor: float = 1.0
     digits: int = 3
     shown: bool = True
+    name: str = ""
+
+    @property
+    def words(self) -> str:
+        return self.name or self.heading
 
 
 def _evaluation(key: str) -> Callable[[Record], float | None]:
@@ -56,17 +61,43 @@ def _ms_per_step(record: Record) -> float | None:
     return statistics.median(epochs) if epochs else None
 
 
+def _other_side(side: str, key: str) -> Callable[[Record], float | None]:
+    """Error at black-box images, or of the attacker at this network's."""
+
+    def value(record: Record) -> float | None:
+        accuracy = record["evaluation"].get(side, {}).get(key)
+        return None if accuracy is None else 1 - accuracy
+
+    return value
+
+
 MEASURES = (
-    Measure("error", "error %", _error("clean"), 100, 2),
-    Measure("fgsm_error", "FGSM %", _error("fgsm_ce"), 100, 2),
-    Measure("fgsm_gap_error", "FGSM gap %", _error("fgsm_gap"), 100, 2),
+    Measure("error", "error %", _error("clean"), 100, 2, name="test error, %"),
+    Measure("fgsm_error", "FGSM %", _error("fgsm_ce"), 100, 2, name="error under FGSM, %"),
+    Measure("fgsm_gap_error", "FGSM gap %", _error("fgsm_gap"), 100, 2, name="error under FGSM on the logit gap, %"),
     Measure("ifgsm_error", "IFGSM %", _error("ifgsm_ce"), 100, 2, shown=False),
-    Measure("ifgsm_gap_error", "IFGSM gap %", _error("ifgsm_gap"), 100, 2),
+    Measure(
+        "ifgsm_gap_error", "IFGSM gap %", _error("ifgsm_gap"), 100, 2, name="error under IFGSM on the logit gap, %"
+    ),
     Measure("worst_error", "worst %", _error("worst"), 100, 2, shown=False),
+    Measure(
+        "black_box_fgsm_error",
+        "black box FGSM %",
+        _other_side("black_box", "fgsm_ce"),
+        100,
+        2,
+        name="error under FGSM, black box, %",
+    ),
+    Measure("black_box_ifgsm_error", "black box IFGSM %", _other_side("black_box", "ifgsm_ce"), 100, 2, shown=False),
+    Measure("black_box_ifgsm_gap_error", "black box IFGSM gap %", _other_side("black_box", "ifgsm_gap"), 100, 2),
+    Measure("reverse_fgsm_error", "attacker FGSM %", _other_side("reverse", "fgsm_ce"), 100, 2, shown=False),
+    Measure(
+        "reverse_ifgsm_gap_error", "attacker IFGSM gap %", _other_side("reverse", "ifgsm_gap"), 100, 2, shown=False
+    ),
     Measure("zero_ce", "zero grad. %", _evaluation("zero_ce"), 100, 1),
-    Measure("margin", "margin", _evaluation("margin")),
+    Measure("margin", "margin", _evaluation("margin"), name="margin, mean l2 norm of DeepFool"),
     Measure("deepfool", "of correct", _evaluation("deepfool"), shown=False),
-    Measure("rho_adv", "rho_adv", _evaluation("rho_adv"), 1, 4),
+    Measure("rho_adv", "rho_adv", _evaluation("rho_adv"), 1, 4, name="relative margin, rho_adv"),
     Measure("validation_accuracy", "valid. %", _last("validation_accuracy"), 100, 2),
     Measure("train_accuracy", "train %", _last("train_accuracy"), 100, 2, shown=False),
     Measure("epochs", "epochs", lambda record: len(record["history"]), 1, 0, shown=False),

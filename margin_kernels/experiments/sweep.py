@@ -1,6 +1,7 @@
 """A sweep: models x points x seeds as a YAML file, read into cells. Each cell is one training run and its evaluation.
 
-    base: mnist_cross_entropy            a config by name or file, or a mapping with the keys of a config
+    base: mnist_cross_entropy            a config by name or file, or a mapping with the keys of a config; its
+                                         evaluation.attacker is the label of a model, of the same point and seed
     models:                              label -> overrides of the base
       cross-entropy: {}
       margin: {after: cross-entropy, loss: {kind: large_margin}}      goes on from the weights of a model above it
@@ -9,8 +10,12 @@
       - {label: 68 samples, data.train_fraction: 0.00125, training.repeat: 100, seeds: [0, 1]}
     seeds: [0, 1, 2]
     seed_keys: [training.seed, data.seed]      which keys a seed sets; these two by default
+    published:                           "MODEL" or "MODEL / POINT" -> measure of summary.py -> number as printed there;
+      "margin / 68 samples": {error: 12.5}       a label in brackets is a model of the paper that the file has not
     budgets:                             name -> overrides of the base; seeds, grid and points replace those above
       quick: {training.epochs: 1, seeds: [0]}
+    extends: another_sweep               a sweep by name or file on which this one builds: its own base and models are
+                                         laid over those, any other key replaces; published values are not taken over
 
 Keys may be nested or dotted. Later ones win: base, budget, model, point, grid, seed. The budget "full" is the file as
 it stands unless the file says otherwise. The seeds are the outermost loop, so that a sweep that is stopped early has
@@ -32,14 +37,16 @@ import yaml
 
 from . import config, models, objectives
 from .config import Config, ConfigError, to_dict
+from .summary import MEASURES
 
-KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets")
+KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published", "extends")
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `config.model.initial` is the name of the cell it goes on from, not a folder."""
+    """One run. `config.model.initial` is the name of the cell it goes on from, `config.evaluation.attacker` that of the
+    cell whose network attacks it, not folders."""
 
     name: str
     model: str
@@ -48,6 +55,15 @@ class Cell:
     seed: int
     config: Config
     after: str | None
+
+    @property
+    def attacker(self) -> str | None:
+        return self.config.evaluation.attacker
+
+    @property
+    def needs(self) -> list[str]:
+        """The cells whose weights this one needs."""
+        return [name for name in (self.after, self.attacker) if name is not None]
 
 
 def shipped() -> dict[str, Path]:
@@ -66,12 +82,10 @@ def find(name: str) -> Path:
 
 def read(path: Path, budget: str = "full") -> list[Cell]:
     """The cells of a sweep file, in the order in which they are started. Raises ConfigError naming the key."""
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping is expected, {type(content).__name__} found")
-    _known(str(path), "key", content, KEYS)
+    content = _content(path)
     if not content.get("models"):
         raise ConfigError(f"{path}: models: at least one label with its overrides is expected")
+    _published(path, content)
     budgets = {"full": {}, **_mapping(path, "budgets", content.get("budgets"))}
     _known(f"{path}: --budget", "budget", [budget], tuple(budgets))
     chosen = dict(_mapping(path, f"budgets.{budget}", budgets[budget]))
@@ -98,23 +112,84 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
             own = {"name": name, **dict.fromkeys(seed_keys, seed)}
             if before is not None:
                 own["model.initial"] = before
+            attacker = _attacker(path, content["models"], model, settings["evaluation"]["attacker"])
+            own["evaluation.attacker"] = None if attacker is None else cell_name(attacker, point.label, seed)
             typed = config.from_dict(_merge(settings, _nested(own)))
             cells[name] = Cell(name, model, point.label, point.values, seed, typed, before)
     return list(cells.values())
 
 
+def published(path: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """The published values of a sweep file: (model, point) -> key of a measure -> number in the unit of the printed
+    table, so errors in %. Raises ConfigError for a model, point or measure that there is not."""
+    return _published(path, _content(path))
+
+
+def labels(path: Path) -> tuple[list[str], list[str]]:
+    """The models and the points of a sweep file, those of all budgets, in its order."""
+    return _labels(path, _content(path))
+
+
+def _labels(path: Path, content: dict[str, Any]) -> tuple[list[str], list[str]]:
+    found = [str(model) for model in _mapping(path, "models", content.get("models"))]
+    points = []
+    for name, chosen in {"full": {}, **_mapping(path, "budgets", content.get("budgets"))}.items():
+        replaced = {key: value for key, value in _mapping(path, f"budgets.{name}", chosen).items() if key in REPLACED}
+        points += [point.label for point in _points(path, {**content, **replaced}, [0])]
+    return found, list(dict.fromkeys(points))
+
+
+def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dict[str, float]]:
+    known, points = _labels(path, content)
+    result: dict[tuple[str, str], dict[str, float]] = {}
+    for key, values in _mapping(path, "published", content.get("published")).items():
+        model, _, point = str(key).partition(" / ")
+        if not model.startswith("["):
+            _known(f"{path}: published", "model", [model], tuple(known))
+        _known(f"{path}: published.{key}", "point", [point], tuple(points))
+        values = _mapping(path, f"published.{key}", values)
+        _known(f"{path}: published.{key}", "measure", values, tuple(measure.key for measure in MEASURES))
+        for measure, value in values.items():
+            if not isinstance(value, (int, float)):
+                raise ConfigError(f"{path}: published.{key}.{measure} is {value!r}; a number is expected")
+        result[model, point] = {measure: float(value) for measure, value in values.items()}
+    return result
+
+
 def chosen(cells: list[Cell], patterns: list[str]) -> list[Cell]:
-    """The cells whose names match a shell pattern, and those that they go on from. Raises ConfigError for a pattern
+    """The cells whose names match a shell pattern, and those whose weights they need. Raises ConfigError for a pattern
     that matches none."""
     matches = [{cell.name for cell in cells if fnmatchcase(cell.name, pattern)} for pattern in patterns]
     for pattern, names in zip(patterns, matches, strict=True):
         if not names:
             raise ConfigError(f"--cells {pattern}: no cell has such a name; --dry-run lists them")
     names = set().union(*matches)
-    for cell in reversed(cells):  # a cell comes after the one that it goes on from
-        if cell.name in names and cell.after is not None:
-            names.add(cell.after)
+    for cell in reversed(cells):  # a cell comes after those that it needs
+        if cell.name in names:
+            names.update(cell.needs)
     return [cell for cell in cells if cell.name in names]
+
+
+def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping of a sweep file, laid over that of the file that it extends."""
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a mapping is expected, {type(content).__name__} found")
+    _known(str(path), "key", content, KEYS)
+    if path in above:
+        raise ConfigError(f"{path}: extends: the file extends itself")
+    if "extends" not in content:
+        return content
+    below = _content(find(str(content.pop("extends"))), (*above, path))
+    below.pop("published", None)
+    if "points" in content or "grid" in content:
+        below = {key: value for key, value in below.items() if key not in ("points", "grid")}
+    base = _merge(_base(path, below.get("base")), _base(path, content.get("base")))
+    models = dict(_mapping(path, "models", below.get("models")))
+    for label, own in _mapping(path, "models", content.get("models")).items():
+        given = _nested(_mapping(path, f"models.{label}", own))
+        models[label] = _merge(_nested(_mapping(path, f"models.{label}", models.get(label))), given)
+    return {**below, **content, "base": base, "models": models}
 
 
 def cell_name(model: str, point: str, seed: int) -> str:
@@ -181,12 +256,19 @@ def _models(path: Path, entries: Any, point: Point) -> Iterator[tuple[str, str |
         yield str(model), after, _merge(_overrides(path, f"models.{model}", own), _nested(point.values))
 
 
-def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None) -> str | None:
+def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None, key: str = "after") -> str | None:
+    """The label `after`, which must be that of a model above `model`: no circle of models that wait for each other."""
     if after is None:
         return None
-    earlier = list(labels)[: list(labels).index(model)]
-    _known(f"{path}: models.{model}.after", "model above it", [after], tuple(map(str, earlier)))
+    earlier = [str(label) for label in labels]
+    earlier = earlier[: earlier.index(str(model))]
+    _known(f"{path}: models.{model}.{key}", "model above it", [after], tuple(earlier))
     return after
+
+
+def _attacker(path: Path, labels: dict[str, Any], model: str, attacker: str | None) -> str | None:
+    """The label of the model's attacker; none for the attacker itself, whose white-box attacks are the same."""
+    return None if attacker == model else _predecessor(path, labels, model, attacker, "evaluation.attacker")
 
 
 def _typed(where: str, values: dict[str, Any]) -> Config:

@@ -1,11 +1,12 @@
 """Runs the cells of a sweep, J processes at a time, and keeps what they find.
 
-    OUT/records/CELL.json   one finished cell: config, history, evaluation, seconds, versions, machine; never run again
+    OUT/records/CELL.json   one finished cell: config, history, evaluation, seconds, versions, machine; trained once
     OUT/cells/CELL/         an unfinished cell: checkpoint, log.txt; weights where they are kept
     OUT/summary.csv, .json  mean and standard deviation over the seeds
 
 A sweep that was killed goes on with the same command: finished cells stand, the others continue from their
-checkpoints. A cell that fails is reported and the others go on.
+checkpoints. A cell that fails is reported and the others go on. Where the sweep now asks for another evaluation
+(`evaluation.*` alone differs from the record), a finished cell whose weights were kept is evaluated again.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Runner:
     def __init__(self, cells: list[Cell], out: Path, options: Options, console: Console) -> None:
         self.cells = {cell.name: cell for cell in cells}
         self.out, self.options, self.console = out, options, console
-        # weights that another cell starts from
-        self.needed = {cell.after for cell in cells if cell.after is not None}
+        # weights that another cell starts from or is attacked by
+        self.needed = {name for cell in cells for name in cell.needs}
         self.failed: dict[str, str] = {}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -65,17 +66,34 @@ class Runner:
         return self.out / "records" / f"{name}.json"
 
     def finished(self, cell: Cell) -> bool:
-        """Whether the cell's record exists. Raises ValueError where it is that of another config."""
+        """Whether the cell's record exists and holds what the cell asks for. Raises ValueError where it is that of
+        another training, or of another evaluation and the weights are gone."""
         path = self.record(cell.name)
         if not path.is_file():
             return False
         recorded = complete(json.loads(path.read_text())["config"])
         changed = [key for key in differing(recorded, planned(cell)) if key not in RESUMABLE]
-        if changed:
-            raise ValueError(
-                f"{path} was made with other settings ({', '.join(changed)}): choose another --out, or delete the file"
-            )
-        return True
+        if not changed:
+            return True
+        if all(key.startswith("evaluation.") for key in changed) and self.kept(cell.name):
+            return False
+        raise ValueError(
+            f"{path} was made with other settings ({', '.join(changed)}): choose another --out, or delete the file"
+        )
+
+    def kept(self, name: str) -> bool:
+        """Whether a cell's weights are there."""
+        return (self.folder(name) / "model.safetensors").is_file()
+
+    def trained(self, cell: Cell) -> bool:
+        """Of a cell that is not finished: whether it only has to be evaluated again."""
+        return self.record(cell.name).is_file()
+
+    def state(self, cell: Cell) -> str:
+        """What is left to do, in two words."""
+        if self.finished(cell):
+            return "finished"
+        return "evaluate" if self.trained(cell) else "begun" if self.begun(cell) else "to do"
 
     def begun(self, cell: Cell) -> bool:
         return (self.folder(cell.name) / "checkpoint.pt").is_file()
@@ -102,25 +120,30 @@ class Runner:
     def _start(self, waiting: list[Cell], meter: Meter) -> list[Cell]:
         """Starts what can start; returns what has to wait."""
         left = []
-        names = {cell.name for cell in waiting}
+        unfinished = {cell.name for cell in waiting} | set(self.running)
         for cell in waiting:
             problem = self._problem(cell)
             if problem is not None:
                 self._fail(cell.name, problem, meter)
-            elif len(self.running) >= self.options.jobs or cell.after in names or cell.after in self.running:
+            elif len(self.running) >= self.options.jobs or not unfinished.isdisjoint(self._needs(cell)):
                 left.append(cell)
             else:
                 self.running[cell.name] = self._launch(cell)
         return left
 
+    def _needs(self, cell: Cell) -> list[str]:
+        """The cells whose weights have to be there before this one starts."""
+        if self.trained(cell):
+            return [] if cell.attacker is None else [cell.attacker]
+        return cell.needs
+
     def _problem(self, cell: Cell) -> str | None:
         """Why the cell can never start."""
-        if cell.after is None:
-            return None
-        if cell.after in self.failed:
-            return f"{cell.after}, whose weights it starts from, failed"
-        if self.record(cell.after).is_file() and not (self.folder(cell.after) / "model.safetensors").is_file():
-            return f"the weights of {cell.after} were not kept: delete {self.record(cell.after)} to train it once more"
+        for name in self._needs(cell):
+            if name in self.failed:
+                return f"{name}, whose weights it {'starts from' if name == cell.after else 'is attacked by'}, failed"
+            if self.record(name).is_file() and not self.kept(name):
+                return f"the weights of {name} were not kept: delete {self.record(name)} to train it once more"
         return None
 
     def _launch(self, cell: Cell) -> subprocess.Popen[bytes]:
@@ -132,10 +155,14 @@ class Runner:
             settings["training"]["device"] = options.device
         if cell.after is not None:
             settings["model"]["initial"] = str(self.folder(cell.after))
+        if cell.attacker is not None:
+            settings["evaluation"]["attacker"] = str(self.folder(cell.attacker))
         place: dict[str, Any] = {"cell": cell.name, "model_label": cell.model, "point": cell.point}
         place |= {"values": cell.values, "seed": cell.seed, "after": cell.after}
-        record = str(self.record(cell.name))
-        write_json(folder / "job.json", {"cell": place, "config": settings, "record": record})
+        job = {"cell": place, "config": settings, "attacker": cell.attacker, "trained": self.trained(cell)}
+        write_json(folder / "job.json", {**job, "record": str(self.record(cell.name))})
+        if self.trained(cell):
+            self.needed.add(cell.name)  # weights that were kept stay
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         command = [sys.executable, "-m", "margin_kernels.experiments.cell", str(folder)]
         with (folder / "log.txt").open("ab") as log:
@@ -166,7 +193,7 @@ class Runner:
             shutil.rmtree(folder)
 
     def _share(self, name: str) -> float:
-        """How far a running cell is, from the epochs that it has recorded."""
+        """How far a running cell is with its training, from the epochs that it has recorded."""
         metrics = self.folder(name) / "metrics.csv"
         epochs = self.cells[name].config.training.epochs
         if not metrics.is_file() or epochs == 0:

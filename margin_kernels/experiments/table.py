@@ -4,7 +4,7 @@ CSV."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
@@ -88,7 +88,27 @@ def sections(models: list[Model]) -> list[Section]:
             Row("ratio", "ratio to cross-entropy", _timing("ratio"), "{:.2f}x".format),
         ]
         groups.append(Section("Cost of training", cost))
+    for side, title in (("black_box", "Accuracy, black box"), ("reverse", "Accuracy of the attacker")):
+        if any(side in model["evaluation"] for model in models):
+            rows = [replace(row, key=f"{side}_{row.key}", value=_side(side, row.key)) for row in attacked]
+            groups.append(Section(f"{title} (linf, eps = {first['eps']:g})", rows))
+    sigmas = list(dict.fromkeys(sigma for model in models for sigma in model["evaluation"].get("noise_sigmas", [])))
+    if sigmas:
+        rows = [Row(f"noise_{sigma:g}", f"sigma {sigma:g}", _noise(sigma), _percent, True) for sigma in sigmas]
+        groups.append(Section("Accuracy under Gaussian noise", rows))
     return groups
+
+
+def _side(side: str, key: str) -> Callable[[Model], float | None]:
+    return lambda model: model["evaluation"].get(side, {}).get(key)
+
+
+def _noise(sigma: float) -> Callable[[Model], float | None]:
+    def value(model: Model) -> float | None:
+        evaluation = model["evaluation"]
+        return dict(zip(evaluation.get("noise_sigmas", []), evaluation.get("noise", []), strict=True)).get(sigma)
+
+    return value
 
 
 def norm_name(p: float | str) -> str:

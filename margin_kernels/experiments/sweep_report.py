@@ -1,0 +1,175 @@
+"""Sweeps as one page: index.html (self-contained), results.csv, results.json, figures/*.png and *.svg.
+
+For each sweep: means and standard deviations over the seeds, published values beside ours with the difference, every
+figure of sweep_figures.py, and how it was run.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import report, summary, sweep
+from .figures import Figure
+from .records import write_csv, write_json, write_text
+from .summary import MEASURES, Record
+from .sweep_figures import Study, all_figures
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether `folder` is that of a sweep."""
+    return (folder / "records").is_dir()
+
+
+def load(folder: Path, file: Path | None = None) -> Study:
+    """The finished cells of a sweep's folder. `file`: the sweep file, for published values and the order of models;
+    by default the shipped one that summary.json names, if there is one. Raises ValueError where nothing is finished."""
+    paths = sorted((folder / "records").glob("*.json"))
+    if not paths:
+        raise ValueError(f"{folder / 'records'}: no records; `margin-kernels sweep` writes them")
+    records = [json.loads(path.read_text()) for path in paths]
+    about = folder / "summary.json"
+    said = json.loads(about.read_text()) if about.is_file() else {}
+    name, budget = said.get("sweep") or folder.name, said.get("budget") or "unknown"
+    if file is None:
+        file = sweep.shipped().get(name)
+    if file is None:
+        return Study(name, budget, records, {})
+    models, points = ({label: i for i, label in enumerate(labels)} for labels in sweep.labels(file))
+    end = len(models) + len(points)  # what the file no longer has comes last
+    records.sort(key=lambda r: (points.get(r["point"], end), models.get(r["model_label"], end), r["seed"]))
+    done = {(record["model_label"], record["point"]) for record in records}
+    values = {
+        (model, point): value
+        for (model, point), value in sweep.published(file).items()
+        if (model, point) in done or (model.startswith("[") and any(point == at for _, at in done))
+    }
+    return Study(name, budget, records, values)
+
+
+def distinct(studies: list[Study], folders: list[Path]) -> list[Study]:
+    """The studies, named after their folders where several are of one sweep."""
+    names = [study.name for study in studies]
+    return [
+        replace(study, name=folder.name) if names.count(study.name) > 1 else study
+        for study, folder in zip(studies, folders, strict=True)
+    ]
+
+
+def write(folder: Path, studies: list[Study], title: str) -> Path:
+    """Writes everything into `folder` and returns the page's path."""
+    drawn = {study.name: all_figures(study) for study in studies}
+    rows = {study.name: summary.rows(study.records) for study in studies}
+    write_csv(folder / "results.csv", [{"sweep": name, **row} for name in rows for row in rows[name]])
+    results = [
+        {"sweep": study.name, "budget": study.budget, "rows": rows[study.name], "published": comparison(study)}
+        for study in studies
+    ]
+    write_json(folder / "results.json", {"title": title, "sweeps": results})
+    for groups in drawn.values():
+        for figures in groups.values():
+            for figure in figures:
+                report.write_bytes(folder / "figures" / f"{figure.name}.png", figure.png)
+                write_text(folder / "figures" / f"{figure.name}.svg", figure.svg)
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    for study in studies:
+        body += section(study, drawn[study.name])
+    write_text(folder / "index.html", report.document(html.escape(title), body))
+    return folder / "index.html"
+
+
+def section(study: Study, groups: dict[str, list[Figure]]) -> list[str]:
+    """One sweep's part of the page."""
+    body = [f"<h2>{html.escape(study.name.replace('_', ' '))}</h2>", f"<p>{html.escape(study.note.capitalize())}.</p>"]
+    body.append(means(study))
+    compared = comparison(study)
+    if compared:
+        body += ["<h3>Ours and the published values</h3>", published(compared)]
+    for heading, figures in groups.items():
+        body += [f"<h3>{html.escape(heading)}</h3>", '<div class="figures">', *map(report.figure, figures), "</div>"]
+    body += ["<h3>How it was run</h3>", report.facts(facts(study))]
+    for model in study.models:
+        first = next(record for record in study.records if record["model_label"] == model)
+        label = ", ".join(filter(None, (model, first["point"])))
+        body.append(report.config_of({"label": label, "config": first["config"]}))
+    return body
+
+
+def means(study: Study) -> str:
+    """The table of the terminal: a block per point, a line per model."""
+    rows = summary.rows(study.records)
+    shown = [m for m in MEASURES if m.shown and any(f"{m.key}_mean" in row for row in rows)]
+    head = "".join(f"<th>{html.escape(measure.heading)}</th>" for measure in shown)
+    lines = []
+    for point in study.points:
+        if point:
+            lines.append(f'<tr class="section"><td colspan="{len(shown) + 1}">{html.escape(point)}</td></tr>')
+        for row in (row for row in rows if row["point"] == point):
+            cells = "".join(f"<td>{summary.cell(measure, row)}</td>" for measure in shown)
+            lines.append(f"<tr><td>{html.escape(row['model'])}</td>{cells}</tr>")
+    return _table(f"<th></th>{head}", lines)
+
+
+def comparison(study: Study) -> list[dict[str, Any]]:
+    """One row per published value: model, point, measure, ours (None: the sweep has no such model, or it was not
+    measured), published, delta = ours - published, all in printed units."""
+    rows = {(row["model"], row["point"]): row for row in summary.rows(study.records)}
+    result = []
+    for (model, point), values in study.published.items():
+        for measure in (m for m in MEASURES if m.key in values):
+            mean = rows.get((model, point), {}).get(f"{measure.key}_mean")
+            ours = None if mean is None else measure.factor * mean
+            delta = None if ours is None else ours - values[measure.key]
+            place: dict[str, Any] = {"model": model, "point": point, "measure": measure.key, "ours": ours}
+            result.append({**place, "published": values[measure.key], "delta": delta})
+    return result
+
+
+def published(rows: list[dict[str, Any]]) -> str:
+    """The rows of `comparison` as a table."""
+    by_key = {measure.key: measure for measure in MEASURES}
+    lines = []
+    for row in rows:
+        measure = by_key[row["measure"]]
+        label = " / ".join(filter(None, (row["model"], row["point"])))
+        ours = "-" if row["ours"] is None else f"{row['ours']:.{measure.digits}f}"
+        delta = "-" if row["delta"] is None else f"{row['delta']:+.{measure.digits}f}"
+        cells = (html.escape(measure.heading), ours, f"{row['published']:g}", delta)
+        lines.append(f"<tr><td>{html.escape(label)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return _table("<th></th><th>measure</th><th>ours</th><th>published</th><th>delta</th>", lines)
+
+
+def _table(head: str, lines: list[str]) -> str:
+    body = "".join(lines)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def facts(study: Study) -> dict[str, Any]:
+    """How the cells were run."""
+    records = study.records
+
+    def each(value: Callable[[Record], Any]) -> str:
+        return ", ".join(dict.fromkeys(str(value(record)) for record in records))
+
+    def machine(record: Record) -> str:
+        own = record["machine"]
+        where = own.get("gpu") or own["device"]
+        return f"{own['processor']}, {own['cores']} cores, {own['torch_threads']} threads, {where}"
+
+    seconds = sum(sum(record["seconds"].values()) for record in records)
+    return {
+        "budget": study.budget,
+        "cells": len(records),
+        "seeds": each(lambda record: record["seed"]),
+        "epochs": each(lambda record: record["config"]["training"]["epochs"]),
+        "data": each(lambda record: record["config"]["data"]["name"]),
+        "network": each(lambda record: f"{record['model']['name']}, {record['parameters']:,} parameters"),
+        "test images": each(lambda record: record["evaluation"]["samples"]),
+        "machine": each(machine),
+        "versions": each(lambda record: ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
+        "time": f"{seconds / 3600:.1f} hours of all cells" if seconds > 3600 else f"{seconds:.0f} s of all cells",
+    }
