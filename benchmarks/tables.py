@@ -103,9 +103,51 @@ def deepfool_step(run: dict) -> str:
     return table(["N x k x D", "p", "us", "GB/s", "to eager composition"], rows)
 
 
+def step_label(cell: dict) -> str:
+    order = "2nd order" if cell["order"] == 2 and "adversarial" not in cell["loss"] else ""
+    k = f"k = {cell['k']}" if cell["k"] else ""
+    return ", ".join(filter(None, (cell["loss"], order, k, cell["taps"], cell["passes"])))
+
+
+def step_ratios(run: dict) -> str:
+    """Time to cross-entropy and, in brackets, that of the floor: a column for each network and number of threads."""
+    columns: dict[str, dict[str, str]] = {}
+    labels: dict[str, None] = {}
+    for part in run["networks"]:
+        column = columns.setdefault(f"{part['network']}, {part['threads']} thr.", {})
+        for cell in part["steps"]:
+            labels[step_label(cell)] = None
+            column[step_label(cell)] = (
+                "refused"
+                if "refused" in cell
+                else f"{cell['to_cross_entropy']:.2f} ({cell['floor_to_cross_entropy']:.2f})"
+            )
+    rows = [[label, *(column.get(label, "-") for column in columns.values())] for label in labels]
+    return table(["loss, taps, passes", *columns], rows)
+
+
+def compiled_ratios(run: dict) -> str:
+    """Compiled steps: time to eager, and to compiled cross-entropy."""
+    rows = [
+        [
+            part["network"],
+            step_label(cell),
+            f"{cell['milliseconds']:.1f}",
+            f"{cell['compiled']['milliseconds']:.1f}",
+            f"{cell['compiled']['to_eager']:.2f}",
+            f"{cell['compiled']['to_compiled_cross_entropy']:.2f}",
+        ]
+        for part in run["networks"]
+        for cell in part["steps"]
+        if isinstance(cell.get("compiled"), dict)
+    ]
+    head = ["network", "loss, taps, passes", "eager ms", "compiled ms", "to eager", "to compiled cross-entropy"]
+    return table(head, rows) if rows else ""
+
+
 def steps(run: dict) -> str:
-    """One table for each network and number of threads."""
-    tables = []
+    """All ratios at a glance, compiled steps, and one table for each network and number of threads."""
+    tables = [step_ratios(run) + "\n", compiled_ratios(run) + "\n"]
     for part in run["networks"]:
         rows = []
         for cell in part["steps"]:
@@ -244,10 +286,8 @@ def main() -> None:
             print(f"## {name}/results.csv\n\n{robustness(path)}\n")
     for path in sorted((RESULTS / "papers").glob("*/summary.csv")):
         print(f"## papers/{path.parent.name}/summary.csv\n\n{sweep(path)}\n")
-    for name in ("kernels_cpu", "step_cpu", "losses_cpu", "step_gpu"):
-        if not (RESULTS / f"{name}.json").is_file():
-            continue
-        run = json.loads((RESULTS / f"{name}.json").read_text())
+    for path in sorted(RESULTS.glob("*.json")):
+        name, run = path.stem, json.loads(path.read_text())
         print(f"## {name}.json: {where(run['environment'])}\n")
         for part, as_table in PARTS.items():
             if part in run:
