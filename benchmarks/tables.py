@@ -103,10 +103,14 @@ def deepfool_step(run: dict) -> str:
     return table(["N x k x D", "p", "us", "GB/s", "to eager composition"], rows)
 
 
-def step_label(cell: dict) -> str:
+def step_loss(cell: dict) -> str:
     order = "2nd order" if cell["order"] == 2 and "adversarial" not in cell["loss"] else ""
     k = f"k = {cell['k']}" if cell["k"] else ""
-    return ", ".join(filter(None, (cell["loss"], order, k, cell["taps"], cell["passes"])))
+    return ", ".join(filter(None, (cell["loss"], order, k)))
+
+
+def step_label(cell: dict) -> str:
+    return ", ".join(filter(None, (step_loss(cell), cell["taps"], cell["passes"])))
 
 
 def step_ratios(run: dict) -> str:
@@ -151,9 +155,7 @@ def steps(run: dict) -> str:
     for part in run["networks"]:
         rows = []
         for cell in part["steps"]:
-            order = "2nd order" if cell["order"] == 2 else ""
-            k = f"k = {cell['k']}" if cell["k"] else ""
-            label = [", ".join(filter(None, (cell["loss"], order, k))), cell["taps"], cell["passes"]]
+            label = [step_loss(cell), cell["taps"], cell["passes"]]
             if "refused" in cell:
                 rows.append([*label, cell["refused"], *[""] * 7])
                 continue

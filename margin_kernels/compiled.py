@@ -78,7 +78,7 @@ class CompiledStep:
         key = (spec, tuple(map(_kind, (*tensors, y))), modes, autocast, repr(task.loss))
         step = self._steps.get(key)
         if step is None:
-            step = self._steps[key] = self._compile(task, x, y, list(state), spec, tensors)
+            step = self._steps[key] = self._compile(task, x, y, list(state), spec, tensors, autocast)
             if len(self._steps) == MANY:
                 warnings.warn(
                     f"{MANY} kinds of steps were compiled, each takes a while: keep batch size and options of the loss",
@@ -92,11 +92,17 @@ class CompiledStep:
         return {**fields, "loss": loss, "output": output}
 
     def _compile(
-        self, task: MarginTask, x: Any, y: Tensor, names: list[str], spec: Any, tensors: list[Tensor]
+        self,
+        task: MarginTask,
+        x: Any,
+        y: Tensor,
+        names: list[str],
+        spec: Any,
+        tensors: list[Tensor],
+        autocast: tuple[bool, torch.dtype],
     ) -> Callable[..., Any]:
         _rehearse(task, x, y)
-        device = y.device.type
-        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        enabled, dtype = autocast
         # A GradScaler's factor comes after the gradients: in float16 the step needs one of its own.
         scale = min(FLOAT16_SCALE * len(y), LARGEST_SCALE) if enabled and dtype == torch.float16 else 1.0
 
@@ -104,7 +110,7 @@ class CompiledStep:
             state = dict(zip(names, tensors, strict=False))
             x = tree_unflatten(tensors[len(names) :], spec)
             # No cache: its half-precision weights would outlive the recording.
-            with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            with torch.autocast(y.device.type, dtype, enabled, cache_enabled=False):
                 found = torch.func.functional_call(task, state, (x, y))
             wanted = [tensor for tensor in tensors if tensor.requires_grad]
             gradients = torch.autograd.grad(scale * found["loss"], wanted, allow_unused=True)

@@ -60,10 +60,9 @@ class ThinConvolution(NamedTuple):
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient in x [N,Ci,H,W'] from that in the output [N,Co,*]; differentiable in both factors."""
-        if _COMPILED is not None and not torch.is_grad_enabled() and self._is_plain(gradient):
-            return _COMPILED(gradient, self.weight, self.padding, self.dilation, self.size)
-        if _COMPILED is not None and not torch.is_grad_enabled() and recording():
-            return _recorded(gradient, self.weight, self.padding, self.dilation, self.size)
+        if _COMPILED is not None and not torch.is_grad_enabled() and (recording() or self._is_plain(gradient)):
+            kernel = _recorded if recording() else _COMPILED
+            return kernel(gradient, self.weight, self.padding, self.dilation, self.size)
         outputs, inputs = self.weight.shape[:2]
         if outputs < FEW * inputs:
             shape = (len(gradient), inputs, *self.size)

@@ -243,15 +243,20 @@ def test_adversarial_training_is_the_mean_over_images_and_attacked_images(digits
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-def test_adversarial_training_defends_against_the_attack_it_trains_on(digits):
+def after_twelve_epochs(digits, *arguments):
     options = ("--training.epochs", "12", "--training.batch_size", "16", "--training.distance_samples", "0")
+    trainer = Trainer(settings(*options, *arguments), digits)
+    trainer.run()
+    return trainer.model.eval()
+
+
+def test_adversarial_training_defends_against_the_attack_it_trains_on(digits):
     accuracies = []
     for arguments in ((), FGSM):
-        trainer = Trainer(settings(*options, *arguments), digits)
-        trainer.run()
+        model = after_twelve_epochs(digits, *arguments)
         x, y = digits.test.batch(slice(None))
-        attacked = attacks.fgsm(trainer.model, x, y, 0.1).images
-        accuracies.append(float((trainer.model.eval()(attacked).argmax(1) == y).float().mean()))
+        attacked = attacks.fgsm(model, x, y, 0.1).images
+        accuracies.append(float((model(attacked).argmax(1) == y).float().mean()))
     assert accuracies[1] > accuracies[0] + 0.05
 
 
@@ -304,17 +309,15 @@ def test_virtual_adversarial_training_is_the_literal_algorithm(digits, iteration
 
 
 def test_virtual_adversarial_training_smooths_the_predictions(digits):
-    options = ("--training.epochs", "12", "--training.batch_size", "16", "--training.distance_samples", "0")
     divergences = []
     for arguments in ((), VAT):
-        trainer = Trainer(settings(*options, *arguments), digits)
-        trainer.run()
-        task = objectives.build(trainer.model.eval(), settings(*VAT).loss, ())
+        model = after_twelve_epochs(digits, *arguments)
+        task = objectives.build(model, settings(*VAT).loss, ())
         x, _ = digits.test.batch(slice(None))
         torch.manual_seed(0)
         with torch.no_grad():
-            moved = trainer.model(x + 0.5 * task.direction(x))
-            divergences.append(float(objectives.kl_divergence(trainer.model(x), moved)))
+            moved = model(x + 0.5 * task.direction(x))
+            divergences.append(float(objectives.kl_divergence(model(x), moved)))
     assert divergences[1] < 0.8 * divergences[0]
 
 

@@ -53,9 +53,12 @@ def evaluate(
     result["curve_eps"] = list(config.curve)
     measured = {config.eps: result}
     for eps in config.curve:
-        if eps not in measured:
-            at = clean_images if eps == 0 else at_radius
-            measured[eps] = at(model, attacked, eps, config, device, attacker)
+        if eps not in measured and eps == 0:  # no attack
+            own = _clean(model, attacked, config, device)
+            reverse = {} if attacker is None else _clean(attacker, attacked, config, device)
+            measured[eps] = {**own, "black_box": own, "reverse": reverse}
+        elif eps not in measured:
+            measured[eps] = at_radius(model, attacked, eps, config, device, attacker)
         tick(0.6 / len(config.curve))
     names = attack_names(config)
     result["curves"] = {name: [measured[eps][name] for eps in config.curve] for name in names}
@@ -119,25 +122,10 @@ def at_radius(
     return result
 
 
-def clean_images(
-    model: nn.Module,
-    split: Split,
-    eps: float,
-    config: EvaluationConfig,
-    device: torch.device | str = "cpu",
-    attacker: nn.Module | None = None,
-) -> dict[str, Any]:
-    """at_radius for eps = 0 without an attack: the accuracy on the images of each method, which are not the whole
-    split."""
-
-    def by_attack(judge: nn.Module) -> dict[str, float]:
-        clean = {method: accuracy(judge, part, device) for method, part in _attacked(split, config).items()}
-        return {name: clean[name.split("_")[0]] for name in attack_names(config)}
-
-    result: dict[str, Any] = by_attack(model)
-    if attacker is not None:
-        result |= {"black_box": dict(result), "reverse": by_attack(attacker)}
-    return result
+def _clean(model: nn.Module, split: Split, config: EvaluationConfig, device: torch.device | str) -> dict[str, float]:
+    """Accuracy on the clean images of each attack, which are not the whole split."""
+    clean = {method: accuracy(model, part, device) for method, part in _attacked(split, config).items()}
+    return {name: clean[name.split("_")[0]] for name in attack_names(config)}
 
 
 def _standing(

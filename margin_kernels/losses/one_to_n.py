@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 
 from .. import checks, functional
 from ..backends import BACKENDS
-from ..reference.one_to_n import BOUNDS, one_to_n
+from ..reference.one_to_n import BOUNDS, logsumexp, one_to_n
 from ..tracing import tracing
 from .options import REDUCTIONS, choice, flag, number
 
@@ -153,9 +153,7 @@ def _several_processes() -> bool:
 
 def _joined(column: Tensor) -> Tensor:
     """logsumexp over the processes of what each has, [C] -> [C]; -inf where all have -inf."""
-    columns = _Gathered.apply(column)
-    nothing = (columns == float("-inf")).all(0)
-    return torch.where(nothing, float("-inf"), torch.logsumexp(torch.where(nothing, 0.0, columns), 0))
+    return logsumexp(_Gathered.apply(column))
 
 
 class _Gathered(torch.autograd.Function):

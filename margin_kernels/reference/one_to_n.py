@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 BOUNDS = ("symmetric", "positive")
 
 
-def _logsumexp(b: Tensor) -> Tensor:
+def logsumexp(b: Tensor) -> Tensor:
     """Over the first dimension, -inf with gradient 0 where all are -inf: exp(-inf - -inf) would make it NaN."""
     nothing = (b == float("-inf")).all(0)
     return torch.where(nothing, float("-inf"), torch.logsumexp(torch.where(nothing, 0.0, b), dim=0))
@@ -44,7 +44,7 @@ def one_to_n(
     own = (torch.arange(classes, device=z.device) == y) & valid
     # NaN is neither above nor below: it passes through both masks.
     b = torch.where(z <= -delta, -delta, z).masked_fill(own, float("-inf"))
-    column = joined(_logsumexp(b))
+    column = joined(logsumexp(b))
     has_negatives = column != float("-inf")
     column = torch.where(has_negatives, column, 0.0)
     if bound == "positive":
