@@ -87,6 +87,19 @@ def test_networks_have_the_size_of_their_definition(name, parameters):
     assert sum(p.numel() for p in network(name).parameters()) == parameters
 
 
+@pytest.mark.parametrize(("init", "variance"), [("default", 1 / 3), ("lecun_uniform", 1), ("he_normal", 2)])
+def test_first_weights_have_the_variance_of_their_initialisation(init, variance):
+    for layer in network("mnist_cnn", init=init).modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            weight = layer.weight.detach()
+            inputs, entries = weight[0].numel(), weight.numel()
+            assert float(weight.mean()) == pytest.approx(0, abs=5 * (variance / inputs / entries) ** 0.5)
+            assert float(weight.var()) * inputs == pytest.approx(variance, rel=5 * (2 / entries) ** 0.5)
+            assert bool(layer.bias.any()) == (init == "default")
+            widest = float(weight.abs().max()) * inputs**0.5
+            assert (widest <= (3 * variance) ** 0.5) == (init != "he_normal")
+
+
 def test_mnist_cnn_also_takes_cifar_images():
     assert network("mnist_cnn", (3, 32, 32)).fc3.in_features == 64 * 8 * 8
 
@@ -126,3 +139,5 @@ def test_unknown_names_are_refused():
         models.build("vgg", (1, 8, 8), 10)
     with pytest.raises(ValueError, match=r"model.norm is 'layer'; allowed: batch, group"):
         network("resnet20", norm="layer")
+    with pytest.raises(ValueError, match=r"model.init is 'zero'; allowed: default, lecun_uniform, he_normal"):
+        network("mlp800", init="zero")

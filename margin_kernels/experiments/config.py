@@ -51,6 +51,7 @@ class ModelConfig:
         dropout: probability in front of each fully connected layer but the first; after both pools of nin
         norm: batch or group, for resnet20
         center: subtract the mean training image inside the network
+        init: random first weights; default (PyTorch's), lecun_uniform (variance 1 / inputs) or he_normal (2 / inputs)
         initial: folder of a trained run whose weights are the first ones, or null for random ones
     """
 
@@ -58,6 +59,7 @@ class ModelConfig:
     dropout: float = 0.0
     norm: Literal["batch", "group"] = "batch"
     center: bool = False
+    init: Literal["default", "lecun_uniform", "he_normal"] = "default"
     initial: str | None = None
 
 

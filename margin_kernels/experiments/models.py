@@ -17,6 +17,9 @@ both sides of it, and the smaller tensor costs a quarter of the memory. The last
 `head`. That is an nn.Linear whose output is the logits, so the tap's norms are row differences of the weight; but for
 nin, whose head is a 1x1 convolution and whose logits are the means of its maps.
 
+`init`: the first weights. "default" is PyTorch's, uniform in +- 1 / sqrt(inputs) with biases alike; the others have
+biases 0 and a wider spread: "lecun_uniform" of variance 1 / inputs (Caffe's "xavier"), "he_normal" of 2 / inputs.
+
 `center`: the first module subtracts the mean training image, a buffer of the network. Images, attacks and distances
 stay in pixel units, and the tap "input" is what the network is given, before the subtraction.
 """
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -205,10 +209,29 @@ class Center(nn.Module):
         return x - self.mean
 
 
-def build(name: str, shape: Shape, classes: int, center: bool = False, **options: Any) -> nn.Module:
+INITS: dict[str, Callable[[Tensor], Any]] = {
+    "lecun_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="linear"),
+    "he_normal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+}
+
+
+def _initialise(network: nn.Module, init: str) -> None:
+    if init not in ("default", *INITS):
+        raise ValueError(f"model.init is {init!r}; allowed: default, {', '.join(INITS)}")
+    for layer in network.modules():
+        if init != "default" and isinstance(layer, (nn.Conv2d, nn.Linear)):
+            INITS[init](layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def build(
+    name: str, shape: Shape, classes: int, center: bool = False, init: str = "default", **options: Any
+) -> nn.Module:
     """A freshly initialised network: [N, *shape] -> logits [N, classes]. `center` puts Center in front; `options`:
     dropout, and norm for resnet20."""
     network = _entry(name)[0](shape, classes, **options)
+    _initialise(network, init)
     if center:
         return nn.Sequential(OrderedDict([("center", Center(shape)), *network.named_children()]))
     return network

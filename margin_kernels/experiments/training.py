@@ -99,7 +99,9 @@ class Trainer:
             "options": options,
         }
         torch.manual_seed(settings.seed)
-        self.model = models.build(config.model.name, dataset.shape, dataset.num_classes, **options).to(self.device)
+        self.model = models.build(
+            config.model.name, dataset.shape, dataset.num_classes, init=config.model.init, **options
+        ).to(self.device)
         if config.model.center:
             mean: Any = self.model.get_buffer("center.mean")
             mean.copy_(dataset.train.mean_image())
