@@ -32,6 +32,11 @@ def settings(*arguments):
 SENSITIVITY = ("--loss.kind", "margin_sensitivity")
 ONE_TO_N = ("--loss.kind", "one_to_n", "--loss.one_to_n.delta", "5", "--loss.one_to_n.bound", "positive")
 MARGIN = ("--loss.kind", "large_margin", "--loss.top_k", "2", "--loss.gamma", "[0.5,1,2,4,4]")
+MEDIAN = (
+    *("--loss.kind", "large_margin", "--loss.top_k", "2", "--loss.second_order", "true"),
+    *("--loss.cross_entropy_epochs", "1", "--loss.gamma", "[2,1.5,3]", "--loss.gamma_unit", "median"),
+    *("--loss.layer_weights", "[16,1,2]"),
+)
 
 
 def weights(trainer):
@@ -60,6 +65,8 @@ def without_time(history):
         ("--loss.kind", "hinge", "--optimiser.name", "rmsprop", "--training.precision", "bf16"),
         (*SENSITIVITY, "--loss.sensitivity.p", "inf", "--model.dropout", "0.3"),
         (*ONE_TO_N, "--loss.one_to_n.weight_norm", "true"),
+        MEDIAN,
+        (*MEDIAN, "--loss.cross_entropy_epochs", "2"),
     ],
 )
 def test_two_epochs_resume_and_two_more_are_bitwise_four(digits, tmp_path, arguments):
@@ -76,6 +83,66 @@ def test_two_epochs_resume_and_two_more_are_bitwise_four(digits, tmp_path, argum
     assert not torch.equal(weights(first), weights(second))
     loaded, _ = checkpoint.load_model(tmp_path)
     assert torch.equal(torch.cat([p.flatten() for p in loaded.parameters()]), weights(second))
+
+
+def test_a_loss_begins_after_its_epochs_of_cross_entropy_with_gamma_in_medians(digits):
+    cross_entropy, margin = Trainer(settings(), digits), Trainer(settings(*MEDIAN), digits)
+    for trainer in (cross_entropy, margin):
+        trainer.run(until=1)
+    assert torch.equal(weights(cross_entropy), weights(margin)) and margin.measured == {}
+    model, taps = cross_entropy.model.eval(), ("input", "relu1", "pool2", "relu3", "output")
+    x, _ = digits.train.batch(slice(None))
+    logits, seen = taps_of(model, x)
+    rivals = logits.argsort(1, descending=True)
+    factors, parts = (2, 1.5, 1.5, 1.5, 3), (16, 1, 1, 1, 2)
+    gamma = []
+    for tap, factor in zip(taps, factors, strict=True):
+        distances = []
+        for j in range(1, 10):
+            gap = logits.gather(1, rivals[:, :1]) - logits.gather(1, rivals[:, j : j + 1])
+            (g,) = torch.autograd.grad(gap.sum(), seen[tap], retain_graph=True)
+            distances.append(gap[:, 0] / (1e-6 + g.flatten(1).norm(dim=1)))
+        gamma.append(factor * torch.stack(distances).amin(0).median().item())
+    for trainer in (cross_entropy, margin):
+        trainer.run(until=2)
+    assert not torch.equal(weights(cross_entropy), weights(margin))
+    assert margin.measured["gamma"] == pytest.approx(gamma, rel=1e-3)
+    assert margin.measured["layer_weights"] == pytest.approx(
+        [w / g for w, g in zip(parts, gamma, strict=True)], rel=2e-3
+    )
+    assert list(margin.task.loss.gamma) == margin.measured["gamma"]
+    assert margin.summary()["measured"] == margin.measured
+
+
+def taps_of(model, x):
+    """Logits and every tapped tensor of digits_cnn."""
+    x = x.clone().requires_grad_()
+    seen = {"input": x}
+    handles = [
+        module.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o))
+        for name, module in model.named_modules()
+    ]
+    logits = model(x)
+    for handle in handles:
+        handle.remove()
+    seen["output"] = logits
+    return logits, seen
+
+
+def test_gamma_in_medians_needs_weights_to_measure(digits):
+    with pytest.raises(ValueError, match=r"set loss.cross_entropy_epochs, or model.initial"):
+        Trainer(settings(*MEDIAN, "--loss.cross_entropy_epochs", "0"), digits)
+
+
+def test_one_value_for_each_of_layers_counts_for_every_hidden_tap():
+    loss, taps = settings(*MEDIAN).loss, ("input", "relu1", "pool2", "relu3", "output")
+    assert objectives.per_tap([1.0, 2.0, 3.0], loss, taps) == [1.0, 2.0, 2.0, 2.0, 3.0]
+    assert objectives.per_tap([1.0, 2.0, 3.0, 4.0, 5.0], loss, taps) == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert objectives.per_tap(7.0, loss, taps) == 7.0
+    assert objectives.in_medians(replace(loss, gamma=3.0, layer_weights=None), taps, [1.0, 2.0, 4.0, 8.0, 16.0]) == {
+        "gamma": [3.0, 6.0, 12.0, 24.0, 48.0],
+        "layer_weights": [0.3333, 0.1667, 0.08333, 0.04167, 0.02083],
+    }
 
 
 def test_the_seed_decides_weights_and_order(digits):

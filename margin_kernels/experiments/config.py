@@ -174,13 +174,18 @@ class LossConfig:
     Args:
         kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin, one_to_n,
         fgsm_training or vat
-        gamma: desired distance to the boundary in the units of each tap; one value, or one per tap in the order of
-        layers p: norm of the distances, p >= 1 or inf
+        cross_entropy_epochs: epochs of cross-entropy alone before this loss, for any kind
+        gamma: desired distance to the boundary in the units of each tap; one value, one for each of `layers`, or one
+            for each tap that these stand for, in their order
+        gamma_unit: absolute; or median: gamma is a multiple of the median distance of the training images (the first
+            1000) to the nearest boundary at each tap, measured where this loss begins, and layer_weights are divided
+            by the gamma that comes out, so that a tap counts in its own units
+        p: norm of the distances, p >= 1 or inf
         top_k: competitors per sample, 1 to C-1
         aggregation: max, sum, mean or mean_distance over the competitors
         alpha: clips each term at alpha * gamma
         eps: added to the gradient norm
-        layer_weights: one weight per tap
+        layer_weights: one weight for each of `layers`, or for each tap
         layer_reduction: mean (weighted) or sum over the taps
         layer_scale: numel divides the norm by the number of elements of the layer
         space: logit or probability scores
@@ -199,7 +204,9 @@ class LossConfig:
     """
 
     kind: str = "cross_entropy"
+    cross_entropy_epochs: int = 0
     gamma: float | list[float] = 1.0
+    gamma_unit: Literal["absolute", "median"] = "absolute"
     p: float | Literal["inf"] = 2.0
     top_k: int = 9
     aggregation: Literal["max", "sum", "mean", "mean_distance"] = "max"

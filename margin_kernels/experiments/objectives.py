@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,6 +142,28 @@ def layers(names: list[str], hidden: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(tap for name in names for tap in (hidden if name == "hidden" else (name,)))
 
 
+def per_tap(values: float | list[float] | None, config: LossConfig, taps: tuple[str, ...]) -> Any:
+    """gamma or layer weights for the loss: where there is one for each of config.layers, that of `hidden` counts for
+    every hidden tap; anything else as it is."""
+    if not isinstance(values, list) or len(values) != len(config.layers):
+        return values
+    spread = len(taps) - len(config.layers) + 1  # taps that `hidden` stands for
+    repeats = (spread if name == "hidden" else 1 for name in config.layers)
+    return [value for value, times in zip(values, repeats, strict=True) for _ in range(times)]
+
+
+def in_medians(config: LossConfig, taps: tuple[str, ...], medians: list[float]) -> dict[str, list[float]]:
+    """gamma and layer_weights of gamma_unit "median": factor * median, and weight / gamma; four digits."""
+
+    def spread(values: float | list[float]) -> list[float]:
+        found = per_tap(values, config, taps)
+        return found if isinstance(found, list) else [found] * len(taps)
+
+    gamma = [factor * median for factor, median in zip(spread(config.gamma), medians, strict=True)]
+    weights = [weight / value for weight, value in zip(spread(config.layer_weights or 1.0), gamma, strict=True)]
+    return {key: [float(f"{v:.4g}") for v in found] for key, found in (("gamma", gamma), ("layer_weights", weights))}
+
+
 def _cross_entropy(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
     return LogitTask(model, F.cross_entropy)
 
@@ -176,14 +199,16 @@ def _vat(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Modu
 
 
 def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -> nn.Module:
+    if config.gamma_unit != "absolute":
+        raise ValueError(f"loss.gamma_unit is {config.gamma_unit!r}, which only a training run can measure")
     loss = mk.LargeMarginLoss(
-        gamma=config.gamma,
+        gamma=per_tap(config.gamma, config, taps),
         p=exponent(config.p),
         top_k=config.top_k,
         aggregation=config.aggregation,
         alpha=config.alpha,
         eps=config.eps,
-        layer_weights=config.layer_weights,
+        layer_weights=per_tap(config.layer_weights, config, taps),
         layer_reduction=config.layer_reduction,
         layer_scale=config.layer_scale,
         space=config.space,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ import margin_kernels as mk
 
 from . import checkpoint, models, objectives
 from .attacks import eval_mode
-from .config import Config, complete, exponent, to_dict, to_yaml
+from .config import Config, LossConfig, complete, exponent, to_dict, to_yaml
 from .data import Dataset, Split
-from .distance import signed_distance, tap_names
+from .distance import median_distance, signed_distance, tap_names
 from .records import flatten, machine, versions, write_csv, write_json, write_text
 
+MEDIAN_SAMPLES = 1000  # training images by which loss.gamma_unit "median" goes
 # What may differ between a run and its resumption without changing what is computed up to the epoch reached.
 RESUMABLE = ("training.device", "training.threads", "training.tensorboard", "data.dir", "data.verify")
 
@@ -109,18 +111,43 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         if config.model.initial is not None:
             self._start_from(Path(config.model.initial))
-        self.task = objectives.build(self.model, config.loss, self.hidden)
-        self.step_module: Any = self.task
-        if settings.compile:
-            self._compile()
         self.optimiser = build_optimiser(config, self.model.parameters())
         self.scaler = torch.amp.GradScaler("cuda", enabled=settings.precision == "fp16")
         self.order = torch.Generator().manual_seed(settings.seed)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
+        self.measured: dict[str, Any] = {}  # gamma and layer_weights in medians
+        self.loss: LossConfig | None = None
+        self._prepare()
         self.writer = self._tensorboard()
 
-    def _compile(self) -> None:
+    def _prepare(self) -> None:
+        """The task of the epoch that comes: cross-entropy at first where that is asked for, then the loss."""
+        loss = self.config.loss
+        if self.epoch < loss.cross_entropy_epochs:
+            loss = LossConfig()
+        elif loss.kind == "large_margin" and loss.gamma_unit == "median":
+            self.measured = self.measured or self._measured()
+            loss = replace(loss, **self.measured, gamma_unit="absolute")
+        if loss == self.loss:
+            return
+        self.loss, self.task = loss, objectives.build(self.model, loss, self.hidden)
+        self.step_module: Any = self.task
+        if self.config.training.compile:
+            self._compile(loss)
+
+    def _measured(self) -> dict[str, Any]:
+        loss = self.config.loss
+        if self.epoch == 0 and self.config.model.initial is None:
+            raise ValueError(
+                "loss.gamma_unit is 'median', but random weights have no distances to go by: "
+                "set loss.cross_entropy_epochs, or model.initial"
+            )
+        taps = objectives.layers(loss.layers, self.hidden)
+        part = self.dataset.train.head(MEDIAN_SAMPLES)
+        return objectives.in_medians(loss, taps, median_distance(self.model, part, taps, exponent(loss.p), self.device))
+
+    def _compile(self, loss: LossConfig) -> None:
         if isinstance(self.task, mk.MarginTask):
             self.task.compile()
         elif isinstance(self.task, objectives.LogitTask):
@@ -128,7 +155,7 @@ class Trainer:
         else:
             raise ValueError(
                 "training.compile is set, but torch.compile cannot follow the gradients of loss.kind "
-                f"{self.config.loss.kind} (a backward pass inside the forward): leave it off"
+                f"{loss.kind} (a backward pass inside the forward): leave it off"
             )
 
     def _start_from(self, folder: Path) -> None:
@@ -161,6 +188,7 @@ class Trainer:
         if self.folder is not None:
             write_text(self.folder / "config.yaml", to_yaml(self.config))
         while self.epoch < last and not self.stopped:
+            self._prepare()
             record = self._epoch(tick)
             self.epoch += 1
             self.history.append(record)
@@ -270,6 +298,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "versions": versions(),
             "machine": machine(self.device),
+            "measured": self.measured,
             "history": self.history,
         }
 
@@ -278,6 +307,7 @@ class Trainer:
         return {
             "config": to_dict(self.config),
             "epoch": self.epoch,
+            "measured": self.measured,
             "history": self.history,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -307,6 +337,8 @@ class Trainer:
         if self.device.type == "cuda" and state["cuda_random"]:
             torch.cuda.set_rng_state_all(state["cuda_random"])
         self.epoch, self.history = state["epoch"], state["history"]
+        self.measured = state.get("measured", {})
+        self._prepare()
 
     def _tensorboard(self) -> Any:
         if not self.config.training.tensorboard or self.folder is None:
