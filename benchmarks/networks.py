@@ -2,15 +2,14 @@
 
     mnist_cnn, mlp800, lenet, lenet5      1x28x28, 10 classes: margin_kernels.experiments.models
     resnet20_gn, resnet20_bn              3x32x32, 10 classes: the same, group or batch norm
-    wrn28_10_gn, wrn28_10_bn              3x32x32, 10 classes: Wide ResNet of depth 28 and width 10, pre-activation
+    wrn28_10_gn, wrn28_10_bn              3x32x32, 10 classes: the same
     resnet50_gn, resnet50_bn              3x224x224, 1000 classes: bottleneck blocks, stride in the 3x3 convolution
     vit_b16                               3x224x224, 1000 classes: 12 pre-norm blocks of width 768 on 16x16 patches
 
-Zagoruyko, Komodakis: Wide Residual Networks. BMVC 2016.  He, Zhang, Ren, Sun: Deep Residual Learning. CVPR 2016.
+He, Zhang, Ren, Sun: Deep Residual Learning. CVPR 2016.
 Dosovitskiy et al.: An Image is Worth 16x16 Words. ICLR 2021.  Wu, He: Group Normalization. ECCV 2018.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -21,41 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from margin_kernels.experiments import models
-
-
-def norm_layer(kind: str, channels: int) -> nn.Module:
-    """Batch norm, or group norm with 32 groups, or as many as divide the channels evenly."""
-    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(math.gcd(32, channels), channels)
-
-
-class WideBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))); where the width changes, the shortcut is a 1x1 convolution of the
-    first relu(norm(x))."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
-        super().__init__()
-        self.norm1, self.relu1 = norm_layer(norm, inputs), nn.ReLU()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm2, self.relu2 = norm_layer(norm, outputs), nn.ReLU()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = self.relu1(self.norm1(x))
-        out = self.conv2(self.relu2(self.norm2(self.conv1(active))))
-        return out + (x if self.shortcut is None else self.shortcut(active))
-
-
-def wide_resnet(norm: str, depth: int = 28, width: int = 10, classes: int = 10) -> nn.Module:
-    layers: list[tuple[str, nn.Module]] = [("conv", nn.Conv2d(3, 16, 3, 1, 1, bias=False))]
-    inputs = 16
-    for stage, channels in enumerate((16 * width, 32 * width, 64 * width), 1):
-        for block in range((depth - 4) // 6):
-            stride = 2 if stage > 1 and block == 0 else 1
-            layers.append((f"stage{stage}_{block}", WideBlock(inputs, channels, stride, norm)))
-            inputs = channels
-    layers += [("norm", norm_layer(norm, inputs)), ("relu", nn.ReLU()), ("pool", nn.AdaptiveAvgPool2d(1))]
-    return nn.Sequential(OrderedDict([*layers, ("flatten", nn.Flatten()), ("head", nn.Linear(inputs, classes))]))
+from margin_kernels.experiments.models import normalisation
 
 
 class Bottleneck(nn.Module):
@@ -65,13 +30,14 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, norm: str) -> None:
         super().__init__()
         outputs = 4 * width
-        self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), norm_layer(norm, width)
-        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), norm_layer(norm, width)
-        self.conv3, self.norm3 = nn.Conv2d(width, outputs, 1, bias=False), norm_layer(norm, outputs)
+        self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), normalisation(norm, width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), normalisation(norm, width)
+        self.conv3, self.norm3 = nn.Conv2d(width, outputs, 1, bias=False), normalisation(norm, outputs)
         self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm_layer(norm, outputs))
+            resize = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(resize, normalisation(norm, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu2(self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x))))))
@@ -81,7 +47,7 @@ class Bottleneck(nn.Module):
 def resnet50(norm: str, classes: int = 1000) -> nn.Module:
     layers: list[tuple[str, nn.Module]] = [
         ("conv", nn.Conv2d(3, 64, 7, 2, 3, bias=False)),
-        ("norm", norm_layer(norm, 64)),
+        ("norm", normalisation(norm, 64)),
         ("relu", nn.ReLU()),
         ("maxpool", nn.MaxPool2d(3, 2, 1)),
     ]
@@ -153,7 +119,7 @@ def _resnet20(norm: str) -> Network:
 
 
 def _wide(norm: str) -> Network:
-    return Network(partial(wide_resnet, norm), ("stage*",), (3, 32, 32), 10, 4, 128)
+    return Network(partial(models.build, "wrn28_10", (3, 32, 32), 10, norm=norm), ("stage*",), (3, 32, 32), 10, 4, 128)
 
 
 def _resnet50(norm: str) -> Network:

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from networks import NETWORKS, VisionTransformer, resnet50, wide_resnet
+from networks import NETWORKS, VisionTransformer, resnet50
 from torch import nn
 
+from margin_kernels.experiments.models import wide_resnet
 from margin_kernels.taps import Taps
 
 PARAMETERS = {
@@ -26,7 +27,7 @@ def test_parameters(name) -> None:
 
 
 SMALL = {
-    "wide ResNet": (lambda: wide_resnet("group", depth=10, width=1), ("stage*",), 32, 3),
+    "wide ResNet": (lambda: wide_resnet(norm="group", depth=10, width=1), ("stage*",), 32, 3),
     "ResNet-50": (lambda: resnet50("batch", classes=10), ("stage?_?",), 64, 16),
     "vision transformer": (lambda: VisionTransformer(32, 16, 32, 2, 4, 10), ("blocks.*",), 32, 2),
 }

@@ -264,3 +264,27 @@ def test_the_real_cifar_archive_passes_its_checksums():
     )
     pixels = torch.cat([dataset.train.images, dataset.validation.images]).double().mean((0, 2, 3)) / 255
     assert torch.allclose(pixels, torch.tensor([0.49140, 0.48216, 0.44653]).double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["crop", "crop_flip"])
+def test_augmented_images_are_shifted_and_mirrored_as_drawn(kind):
+    x = torch.rand(64, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    result = data.augmented(x, kind, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    shifts = torch.randint(0, 9, (2, 64, 1), generator=generator)[:, :, 0].tolist()
+    mirrored = (torch.rand(64, generator=generator) < 0.5).tolist() if kind == "crop_flip" else [False] * 64
+    assert len(set(zip(*shifts, strict=True))) > 30 and (kind == "crop" or 20 < sum(mirrored) < 44)
+    for n, (down, right, mirror) in enumerate(zip(*shifts, mirrored, strict=True)):
+        for row in range(6):
+            for column in range(5):
+                i, j = row + down - 4, column + right - 4
+                expected = x[n, :, i, j] if 0 <= i < 6 and 0 <= j < 5 else torch.zeros(2)
+                assert torch.equal(result[n, :, row, 4 - column if mirror else column], expected)
+
+
+def test_images_stay_as_they_are_without_augmentation():
+    x, generator = torch.rand(3, 1, 4, 4), torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    assert data.augmented(x, "none", generator) is x and torch.equal(generator.get_state(), before)
+    with pytest.raises(ValueError, match=r"training.augment is 'flip'; allowed: none, crop, crop_flip"):
+        data.augmented(x, "flip", generator)

@@ -65,6 +65,7 @@ def without_time(history):
         ("--loss.kind", "hinge", "--optimiser.name", "rmsprop", "--training.precision", "bf16"),
         (*SENSITIVITY, "--loss.sensitivity.p", "inf", "--model.dropout", "0.3"),
         (*ONE_TO_N, "--loss.one_to_n.weight_norm", "true"),
+        ("--training.augment", "crop_flip"),
         MEDIAN,
         (*MEDIAN, "--loss.cross_entropy_epochs", "2"),
     ],

@@ -47,9 +47,10 @@ class ModelConfig:
     """Which network.
 
     Args:
-        name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000, nin or resnet20
+        name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000, nin, resnet20, wrn28_2 or
+            wrn28_10
         dropout: probability in front of each fully connected layer but the first; after both pools of nin
-        norm: batch or group, for resnet20
+        norm: batch or group, for the residual networks
         center: subtract the mean training image inside the network
         init: random first weights; default (PyTorch's), lecun_uniform (variance 1 / inputs) or he_normal (2 / inputs)
         initial: folder of a trained run whose weights are the first ones, or null for random ones
@@ -269,6 +270,7 @@ class TrainingConfig:
     Args:
         epochs: passes over the training images, `repeat` at a time
         repeat: passes in what counts as one epoch; for so few images that a pass is a step or two
+        augment: training images shifted by up to 4 pixels (crop), half of them mirrored too (crop_flip), or none
         stop_at_train_accuracy: stop after the epoch in which this share of the training labels (the noisy ones, where
             there is noise) was predicted, counted batch by batch during the epoch; null for all epochs
         batch_size: images per optimiser step
@@ -287,6 +289,7 @@ class TrainingConfig:
 
     epochs: int = 30
     repeat: int = 1
+    augment: Literal["none", "crop", "crop_flip"] = "none"
     stop_at_train_accuracy: float | None = None
     batch_size: int = 64
     accumulate: int = 1

@@ -18,13 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import cifar, idx
 from .config import DataConfig
 from .idx import DataError
 
-__all__ = ["DATASETS", "DataError", "Dataset", "Split", "flip_labels", "load", "of"]
+__all__ = ["DATASETS", "DataError", "Dataset", "Split", "augmented", "flip_labels", "load", "of"]
 
+AUGMENTATIONS = ("none", "crop", "crop_flip")
+SHIFT = 4  # pixels of an augmented image
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -136,6 +139,25 @@ def flip_labels(labels: Tensor, noise: float, num_classes: int, generator: torch
     shift = torch.randint(1, num_classes, (len(chosen),), generator=generator)  # 1..C-1: never back to the same class
     flipped[chosen] = (labels[chosen] + shift) % num_classes
     return flipped
+
+
+def augmented(x: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """x [N, C, H, W] as `kind` says: "none"; "crop", each image shifted by up to 4 pixels either way, with zeros
+    behind; "crop_flip", which also mirrors half of them. Drawn from `generator`, a CPU one."""
+    if kind == "none":
+        return x
+    if kind not in AUGMENTATIONS:
+        raise ValueError(f"training.augment is {kind!r}; allowed: {', '.join(AUGMENTATIONS)}")
+    n, _, height, width = x.shape
+    down, right = torch.randint(0, 2 * SHIFT + 1, (2, n, 1), generator=generator)
+    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    if kind == "crop_flip":
+        mirrored = torch.rand(n, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(x, (SHIFT,) * 4)
+    image = torch.arange(n)[:, None, None]
+    index = [part.to(x.device) for part in (image, rows[:, :, None], columns[:, None, :])]
+    return padded.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2).contiguous()
 
 
 def _load_digits() -> Dataset:

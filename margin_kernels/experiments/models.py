@@ -9,13 +9,16 @@
     nin          Network in Network [M] [A]: mlpconv 5x5 192-160-96 - max pool - mlpconv 5x5 192-192-192 -
                  average pool - mlpconv 3x3 192-192-10 - global average pool                  3x32x32
     resnet20     CIFAR ResNet-20, batch or group norm [A]
+    wrn28_2, wrn28_10      Wide ResNet of depth 28 and width 2 [N] or 10 [E], pre-activation, batch or group norm;
+                 dropout in front of the head alone
 
 `hidden_taps(name)` lists the outputs that "every hidden layer" means, the post-activation output of each weight
 layer (of each block for resnet20 and nin). Where a non-overlapping max pool follows the activation the tap stands after
 the pool: the pool hands every gradient entry to exactly one position, so the l_p norm of the gradient is the same on
 both sides of it, and the smaller tensor costs a quarter of the memory. The last hidden tap is the input tensor of
-`head`. That is an nn.Linear whose output is the logits, so the tap's norms are row differences of the weight; but for
-nin, whose head is a 1x1 convolution and whose logits are the means of its maps.
+`head`, but for the wide networks, which have the three evenly spaced taps of [E] with norm, ReLU and pool after them.
+The head is an nn.Linear whose output is the logits, so the tap's norms are row differences of the weight; but for nin
+it is a 1x1 convolution, and the logits are the means of its maps.
 
 `init`: the first weights. "default" is PyTorch's, uniform in +- 1 / sqrt(inputs) with biases alike; the others have
 biases 0 and a wider spread: "lecun_uniform" of variance 1 / inputs (Caffe's "xavier"), "he_normal" of 2 / inputs.
@@ -26,6 +29,8 @@ stay in pixel units, and the tap "input" is what the network is given, before th
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -99,11 +104,12 @@ def mlp1000(shape: Shape = (1, 28, 28), classes: int = 10, dropout: float = 0.0)
     return _conv_net(shape, classes, [], [1000, 1000, 1000], "same", True, dropout)
 
 
-def _norm(kind: str, channels: int) -> nn.Module:
+def normalisation(kind: str, channels: int, groups: int = 32) -> nn.Module:
+    """Batch norm, or group norm with `groups` groups or as many as divide both these and the channels."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
     if kind == "group":
-        return nn.GroupNorm(8, channels)
+        return nn.GroupNorm(math.gcd(groups, channels), channels)
     raise ValueError(f"model.norm is {kind!r}; allowed: batch, group")
 
 
@@ -143,10 +149,10 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = _norm(norm, outputs)
+        self.norm1 = normalisation(norm, outputs, 8)
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = _norm(norm, outputs)
+        self.norm2 = normalisation(norm, outputs, 8)
         self.relu2 = nn.ReLU()
         self.stride, self.extra = stride, outputs - inputs
 
@@ -162,7 +168,7 @@ class BasicBlock(nn.Module):
 def resnet20(shape: Shape = (3, 32, 32), classes: int = 10, dropout: float = 0.0, norm: str = "batch") -> nn.Module:
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)),
-        ("norm1", _norm(norm, 16)),
+        ("norm1", normalisation(norm, 16, 8)),
         ("relu1", nn.ReLU()),
     ]
     inputs = 16
@@ -179,6 +185,48 @@ def resnet20(shape: Shape = (3, 32, 32), classes: int = 10, dropout: float = 0.0
     return nn.Sequential(OrderedDict(layers))
 
 
+class WideBlock(nn.Module):
+    """x + conv(relu(norm(conv(relu(norm(x)))))); where the width changes, the shortcut is a 1x1 convolution of the
+    first relu(norm(x))."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.norm1, self.relu1 = normalisation(norm, inputs), nn.ReLU()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm2, self.relu2 = normalisation(norm, outputs), nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.relu1(self.norm1(x))
+        out = self.conv2(self.relu2(self.norm2(self.conv1(active))))
+        return out + (x if self.shortcut is None else self.shortcut(active))
+
+
+def wide_resnet(
+    shape: Shape = (3, 32, 32),
+    classes: int = 10,
+    dropout: float = 0.0,
+    norm: str = "batch",
+    depth: int = 28,
+    width: int = 2,
+) -> nn.Module:
+    layers: list[tuple[str, nn.Module]] = [("conv", nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False))]
+    inputs = 16
+    for stage, channels in enumerate((16 * width, 32 * width, 64 * width), 1):
+        for block in range((depth - 4) // 6):
+            stride = 2 if stage > 1 and block == 0 else 1
+            layers.append((f"stage{stage}_{block}", WideBlock(inputs, channels, stride, norm)))
+            inputs = channels
+    layers += [("norm", normalisation(norm, inputs)), ("relu", nn.ReLU()), ("pool", nn.AdaptiveAvgPool2d(1))]
+    layers.append(("flatten", nn.Flatten()))
+    if dropout > 0:
+        layers.append(("dropout", nn.Dropout(dropout)))
+    layers.append(("head", nn.Linear(inputs, classes)))
+    return nn.Sequential(OrderedDict(layers))
+
+
+WIDE_TAPS = ("stage1_3", "stage2_3", "stage3_3")
 MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "digits_cnn": (digits_cnn, ("relu1", "pool2", "relu3")),
     "mnist_cnn": (mnist_cnn, ("pool1", "pool2", "relu3", "relu4")),
@@ -188,6 +236,8 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "mlp1000": (mlp1000, ("relu1", "relu2", "relu3")),
     "nin": (nin, ("relu3", "relu6", "relu8")),
     "resnet20": (resnet20, ("relu1", "layer1", "layer2", "layer3", "flatten")),
+    "wrn28_2": (wide_resnet, WIDE_TAPS),
+    "wrn28_10": (partial(wide_resnet, width=10), WIDE_TAPS),
 }
 
 
@@ -229,12 +279,17 @@ def build(
     name: str, shape: Shape, classes: int, center: bool = False, init: str = "default", **options: Any
 ) -> nn.Module:
     """A freshly initialised network: [N, *shape] -> logits [N, classes]. `center` puts Center in front; `options`:
-    dropout, and norm for resnet20."""
+    dropout, and norm for the residual networks."""
     network = _entry(name)[0](shape, classes, **options)
     _initialise(network, init)
     if center:
         return nn.Sequential(OrderedDict([("center", Center(shape)), *network.named_children()]))
     return network
+
+
+def has_norm(name: str) -> bool:
+    """Whether network `name` takes the option norm."""
+    return "norm" in inspect.signature(_entry(name)[0]).parameters
 
 
 def _entry(name: str) -> tuple[Callable[..., nn.Module], tuple[str, ...]]:

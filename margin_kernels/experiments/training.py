@@ -23,7 +23,7 @@ import margin_kernels as mk
 from . import checkpoint, models, objectives
 from .attacks import eval_mode
 from .config import Config, LossConfig, complete, exponent, to_dict, to_yaml
-from .data import Dataset, Split
+from .data import Dataset, Split, augmented
 from .distance import median_distance, signed_distance, tap_names
 from .records import flatten, machine, versions, write_csv, write_json, write_text
 
@@ -90,7 +90,7 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         self.hidden = models.hidden_taps(config.model.name)
         options: dict[str, Any] = {"dropout": config.model.dropout}
-        if config.model.name == "resnet20":
+        if models.has_norm(config.model.name):
             options["norm"] = config.model.norm
         if config.model.center:
             options["center"] = True
@@ -243,6 +243,7 @@ class Trainer:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
         for part in index.chunk(settings.accumulate):
             x, y = self.dataset.train.batch(part, self.device)
+            x = augmented(x, settings.augment, self.order)
             if settings.channels_last:
                 x = x.to(memory_format=torch.channels_last)
             with torch.autocast(self.device.type, half, enabled=half is not None):
