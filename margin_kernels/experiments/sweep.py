@@ -94,12 +94,14 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     seed_keys = content.get("seed_keys", ["training.seed", "data.seed"])
     _overrides(path, "seed_keys", dict.fromkeys(seed_keys, 0))
     points = _points(path, content, _seeds(path, "seeds", content.get("seeds", [0])))
-    # types are checked once for all seeds: a parser takes a tenth of a second
-    conditions = [
-        (point, model, after, to_dict(_typed(f"{path}: {model} {point.label}", _merge(base, values))))
-        for point in points
-        for model, after, values in _models(path, content["models"], point)
-    ]
+    # types are checked model by model and point by point: a parser takes a tenth of a second
+    models = list(_models(path, content["models"]))
+    of_model = {model: to_dict(_typed(f"{path}: {model}", _merge(base, own))) for model, _, own in models}
+    conditions = []
+    for point in points:
+        typed = _dotted(to_dict(_typed(f"{path}: {point.label}", _merge(base, _nested(point.values)))))
+        values = _nested({key: typed[key] for key in point.values})
+        conditions += [(point, model, after, _merge(of_model[model], values)) for model, after, _ in models]
     cells: dict[str, Cell] = {}
     for seed in dict.fromkeys(seed for point in points for seed in point.seeds):
         for point, model, after, settings in conditions:
@@ -114,8 +116,8 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
                 own["model.initial"] = before
             attacker = _attacker(path, content["models"], model, settings["evaluation"]["attacker"])
             own["evaluation.attacker"] = None if attacker is None else cell_name(attacker, point.label, seed)
-            typed = config.from_dict(_merge(settings, _nested(own)))
-            cells[name] = Cell(name, model, point.label, point.values, seed, typed, before)
+            complete = config.from_dict(_merge(settings, _nested(own)))
+            cells[name] = Cell(name, model, point.label, point.values, seed, complete, before)
     return list(cells.values())
 
 
@@ -248,12 +250,12 @@ def _words(values: dict[str, Any]) -> str:
     return " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
 
 
-def _models(path: Path, entries: Any, point: Point) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-    """Label, predecessor and overrides of each model at a point."""
+def _models(path: Path, entries: Any) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Label, predecessor and overrides of each model."""
     for model, given in _mapping(path, "models", entries).items():
         own = dict(_mapping(path, f"models.{model}", given))
         after = _predecessor(path, entries, model, own.pop("after", None))
-        yield str(model), after, _merge(_overrides(path, f"models.{model}", own), _nested(point.values))
+        yield str(model), after, _overrides(path, f"models.{model}", own)
 
 
 def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None, key: str = "after") -> str | None:
