@@ -145,7 +145,8 @@ class Trainer:
             )
         taps = objectives.layers(loss.layers, self.hidden)
         part = self.dataset.train.head(MEDIAN_SAMPLES)
-        return objectives.in_medians(loss, taps, median_distance(self.model, part, taps, exponent(loss.p), self.device))
+        medians = median_distance(self.model, part, taps, exponent(loss.p), loss.space, self.device)
+        return objectives.in_medians(loss, taps, medians)
 
     def _compile(self, loss: LossConfig) -> None:
         if isinstance(self.task, mk.MarginTask):
