@@ -29,7 +29,6 @@ STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 SETTINGS: dict[Any, Any] = {
-    "figure.figsize": (5.0, 3.5),
     "figure.dpi": 110,
     "font.size": 10,
     "axes.spines.top": False,
@@ -58,10 +57,22 @@ class Figure:
 
 def draw(name: str, caption: str, paint: Callable[[Axes], Any], tall: bool = False) -> Figure:
     """Runs `paint` on fresh axes and keeps the result as SVG and PNG; `tall` leaves room for a legend below."""
+    return draw_panels(name, caption, lambda panels: paint(panels[0]), 1, 1, (5.0, 4.6 if tall else 3.5))
+
+
+def draw_panels(
+    name: str, caption: str, paint: Callable[[list[Axes]], Any], count: int, columns: int, size: tuple[float, float]
+) -> Figure:
+    """Runs `paint` on `count` fresh axes, `columns` in a row, of `size` (width, height) in inches each."""
+    rows = math.ceil(count / columns)
     with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(layout="constrained", figsize=(5.0, 4.6) if tall else None)
+        figure, grid = plt.subplots(
+            rows, columns, layout="constrained", figsize=(columns * size[0], rows * size[1]), squeeze=False
+        )
         try:
-            paint(axes)
+            for axes in grid.flat[count:]:
+                axes.remove()
+            paint(list(grid.flat[:count]))
             vector, raster = io.BytesIO(), io.BytesIO()
             figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
             figure.savefig(raster, format="png", dpi=150)
