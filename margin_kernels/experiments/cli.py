@@ -183,6 +183,9 @@ def make_report(arguments: list[str]) -> int:
     parser.add_argument(
         "--sweep", default=None, help="sweep file with published values (default: the shipped one of that name)"
     )
+    parser.add_argument(
+        "--data-dir", default=None, help="of sweeps with kept weights: folder of the data files, for attacked images"
+    )
     options = parser.parse_args(arguments)
     if any(map(sweep_report.is_sweep, options.runs)):
         return report_sweeps(options)
@@ -214,8 +217,9 @@ def report_sweeps(options: argparse.Namespace) -> int:
     console = Console()
     for study in studies:
         summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
-    title = options.title or ", ".join(study.name.replace("_", " ") for study in studies)
-    page = sweep_report.write(options.out, studies, title)
+    names = ", ".join(study.name.replace("_", " ") for study in studies)
+    title = options.title or (names if len(studies) < 3 else f"{len(studies)} sweeps")
+    page = sweep_report.write(options.out, studies, title, options.data_dir)
     console.print(f"open {page}", highlight=False, soft_wrap=True)
     return 0
 
