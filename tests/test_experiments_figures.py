@@ -171,6 +171,15 @@ def test_attacked_images_are_those_of_the_attacks_and_their_norms_deepfools():
     torch.testing.assert_close((shown.images["DeepFool"] - x).flatten(1).norm(dim=1), shown.norms)
 
 
+def test_the_caption_says_whether_all_models_know_the_image():
+    x = torch.full((2, 1, 4, 4), 0.4)
+    shown = {
+        str(v): sweep_images.attack(Bright(v), x, torch.tensor([0, 1]), config.EvaluationConfig()) for v in (0.5, 0.6)
+    }
+    assert "all these networks classify correctly" in sweep_images._why(shown, 0, 0)
+    assert "all know none among the first 500" in sweep_images._why(shown, 1, 1)
+
+
 def test_the_images_that_all_models_know_come_first_one_of_a_class():
     values = torch.tensor([0.1, 0.2, 0.55, 0.9, 0.8, 0.3])
     split = data.Split(values[:, None, None, None].expand(6, 1, 2, 2).clone(), torch.tensor([0, 0, 1, 1, 0, 1]))
@@ -199,7 +208,7 @@ def kept(tmp_path):
 def test_a_report_shows_attacked_images_of_the_weights_that_were_kept(kept, tmp_path):
     assert cli.main(["report", str(kept), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "index.html").read_text()
-    assert "<h3>Attacked test images</h3>" in page and "1 other models are not shown" in page
+    assert "<h3>Attacked test images</h3>" in page and "1 of the models not shown" in page
     assert "No attacked images" not in page and str(tmp_path) not in page
     for number in (1, 2, 3):
         assert (tmp_path / "report" / "figures" / f"own_images_{number}.png").read_bytes()[:4] == b"\x89PNG"

@@ -28,7 +28,7 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
-BROAD = 7.0  # inches: wider figures would be too small beside others
+BROAD = 6.0  # inches: wider figures would be too small beside others
 
 SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,

@@ -36,7 +36,7 @@ td.best { font-weight: 700; }
 tr.chosen td { background: #e8f1f8; font-weight: 600; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 .figures.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
-figure.broad { grid-column: 1 / -1; }
+figure.broad { grid-column: 1 / -1; max-width: 48rem; }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #444; }
@@ -48,7 +48,7 @@ summary { cursor: pointer; }
   body { padding: .7rem; font-size: 15px; }
   table { font-size: .8rem; }
   th, td { padding: .2rem .35rem; }
-  td:first-child { white-space: normal; min-width: 5.5rem; }
+  td:first-child { white-space: normal; min-width: 7rem; }
 }
 """
 
@@ -101,8 +101,9 @@ def document(title: str, body: list[str]) -> str:
 
 
 def _results_table(models: list[table.Model]) -> str:
-    # a word a line keeps columns as narrow as their numbers
-    heads = [html.escape(model["label"]).replace(" ", "<br>").replace("-", "-<br>") for model in models]
+    # a word a line, long ones cut at the hyphen, keeps columns as narrow as their numbers
+    words = [[w if len(w) < 8 else w.replace("-", "-<br>") for w in html.escape(m["label"]).split(" ")] for m in models]
+    heads = ["<br>".join(parts) for parts in words]
     head = "".join(f"<th>{text}</th>" for text in heads)
     lines = [f"<tr><th></th>{head}</tr>"]
     rows = []

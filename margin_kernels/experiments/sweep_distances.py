@@ -16,10 +16,10 @@ from .table import norm_name
 
 DENSITIES = {
     "margin": ("Density of the margin", "signed l2 norm of DeepFool, images in [0, 1]", "deepfool"),
-    "rho_adv": ("Density of the relative margin", "signed l2 norm of DeepFool / l2 norm of the image", "rho_adv"),
+    "rho_adv": ("Density of the relative margin", "signed l2 norm of DeepFool / of the image", "rho_adv"),
 }
 SHARE = 0.005  # of the images that may lie outside of a figure on either side
-COLUMNS = 3  # taps in a row
+COLUMNS = 2  # taps in a row: as many as a phone can show
 RESOLUTION = 60  # bins of a density, as many as that at most
 
 
@@ -136,4 +136,4 @@ def courses(study: Study, point: str) -> Iterator[Figure]:
             f"the hidden layers and the output, linearised as in the large margin loss, {mean_words(study)}; "
             f"{study.note}."
         )
-        yield draw_panels(name, caption, paint, len(taps), COLUMNS, (3.0, 2.5))
+        yield draw_panels(name, caption, paint, len(taps), COLUMNS, (3.2, 2.3))

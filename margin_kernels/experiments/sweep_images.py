@@ -84,14 +84,14 @@ def figures(study: Study, point: str, records: dict[str, Record], dataset: data.
     x, y = dataset.test.batch(indices)
     shown = {label: attack(model, x, y, settings) for label, model in models.items()}
     left = len(study.models) - len(models)
-    rest = f" {left} other models are not shown." if left else ""
+    rest = f" {left} of the models not shown." if left else ""
     return [
         figure(
             f"{study.name}_images{slug(point)}_{i + 1}",
             f"Test image {index} ({dataset.class_names[y[i]]}): as it is, under FGSM and IFGSM of l_inf radius "
             f"{settings.eps:g} on the logit gap, and with DeepFool's perturbation, whose l2 norm stands below; the "
-            f"class that is predicted, framed where it is not the label. Chosen as the first images, of different "
-            f"classes, that all of these networks classify correctly. Seed {first['seed']}; {study.note}.{rest}",
+            f"class that is predicted, framed where it is not the label. {_why(shown, i, int(y[i]))} Seed "
+            f"{first['seed']}; {study.note}.{rest}",
             shown,
             i,
             int(y[i]),
@@ -99,6 +99,13 @@ def figures(study: Study, point: str, records: dict[str, Record], dataset: data.
         )
         for i, index in enumerate(indices.tolist())
     ]
+
+
+def _why(shown: dict[str, Shown], index: int, label: int) -> str:
+    """How the image was chosen."""
+    if all(int(own.labels["clean"][index]) == label for own in shown.values()):
+        return "Chosen as the first of its class that all these networks classify correctly."
+    return f"Chosen as the first of its class, of which all know none among the first {SEARCHED} test images."
 
 
 def chosen(models: list[nn.Module], split: data.Split) -> Tensor:
