@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from margin_kernels import AdversarialMarginLoss, MarginTask, deepfool
+from margin_kernels.experiments import toy
 from margin_kernels.losses.adversarial import AGGREGATIONS, GRADIENTS, MIN_SHARE, SHRINKAGES, TERM_LIMIT
 
 CLASSES = 4
@@ -403,22 +404,12 @@ def test_batch_norm_uses_running_statistics_and_keeps_them():
 def test_the_toy_of_two_rectangles_reaches_the_maximal_margin(gradient):
     """[A]'s 2-D toy with its batches, optimiser and halved learning rates, in 40 epochs and with a linear classifier:
     the rectangles are 2 apart, so that no classifier keeps more than 1 from both."""
-    u = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
-    y = torch.arange(400) % 2
-    x = torch.stack([torch.where(y == 0, -1 - 2 * u[:, 0], 1 + 2 * u[:, 0]), 4 * u[:, 1] - 2], 1)
+    x, y = toy.rectangles(200, seed=0)
     torch.manual_seed(0)
-    model = nn.Linear(2, 2)
-    task = MarginTask(model, AdversarialMarginLoss(gradient=gradient))
-    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-    order = torch.Generator().manual_seed(1)
-    for epoch in range(40):
-        optimiser.param_groups[0]["lr"] = 0.1 * 0.5 ** (epoch // 10)
-        for part in torch.randperm(400, generator=order).split(20):
-            optimiser.zero_grad()
-            task(x[part], y[part])["loss"].backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 10)
-            optimiser.step()
-    w, b = model.weight[1] - model.weight[0], model.bias[1] - model.bias[0]
+    model = toy.NETWORKS["linear"]()
+    toy.train(model, toy.LOSSES[f"MIN EXP, {gradient}"], x, y, epochs=40, seed=1)
+    (layer,) = model
+    w, b = layer.weight[1] - layer.weight[0], layer.bias[1] - layer.bias[0]
     distances = ((2 * y - 1) * (x @ w + b) / w.norm()).detach()
     assert float(distances.min()) >= 0.98
 

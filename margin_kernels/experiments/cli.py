@@ -1,4 +1,4 @@
-"""`margin-kernels`: train | evaluate | report | sweep | demo | bench | info.
+"""`margin-kernels`: train | evaluate | report | sweep | demo | toy | bench | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
@@ -36,6 +36,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
   report     compare evaluated runs, or show sweeps: one HTML page, CSV, JSON, PNG
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
   demo       train and compare eight losses on scikit-learn's digits
+  toy        two rectangles in the plane: boundaries, true margins, and those that DeepFool reports
   bench      time training steps of every loss against their floors (benchmarks/step.py of a checkout)
   info       versions, machine, backends, shipped configs
 
@@ -182,6 +183,9 @@ def make_report(arguments: list[str]) -> int:
     parser.add_argument(
         "--sweep", default=None, help="sweep file with published values (default: the shipped one of that name)"
     )
+    parser.add_argument(
+        "--data-dir", default=None, help="of sweeps with kept weights: folder of the data files, for attacked images"
+    )
     options = parser.parse_args(arguments)
     if any(map(sweep_report.is_sweep, options.runs)):
         return report_sweeps(options)
@@ -213,8 +217,9 @@ def report_sweeps(options: argparse.Namespace) -> int:
     console = Console()
     for study in studies:
         summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
-    title = options.title or ", ".join(study.name.replace("_", " ") for study in studies)
-    page = sweep_report.write(options.out, studies, title)
+    names = ", ".join(study.name.replace("_", " ") for study in studies)
+    title = options.title or (names if len(studies) < 3 else f"{len(studies)} sweeps")
+    page = sweep_report.write(options.out, studies, title, options.data_dir)
     console.print(f"open {page}", highlight=False, soft_wrap=True)
     return 0
 
@@ -301,6 +306,28 @@ def run_demo(arguments: list[str]) -> int:
     return 0
 
 
+def run_toy(arguments: list[str]) -> int:
+    from . import toy
+
+    parser = argparse.ArgumentParser(
+        prog="margin-kernels toy",
+        description="Two rectangles in the plane [A]: trains a linear classifier and a small ReLU network with eight "
+        "losses, and measures the margin on the exact boundary beside the one that DeepFool reports.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("toy"), help="folder of toy.json, toy.png and toy.svg")
+    parser.add_argument(
+        "--epochs", type=int, default=toy.EPOCHS, help=f"at least 1 (default: {toy.EPOCHS}, as in the paper)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{toy.QUICK} epochs: shows that everything works")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    epochs = toy.QUICK if options.quick else options.epochs
+    if epochs < 1:
+        raise ValueError(f"--epochs is {epochs}; allowed: at least 1")
+    toy.run(options.out, epochs, options.seed)
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "step.py"
     if not script.is_file():
@@ -326,6 +353,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": make_report,
     "sweep": run_sweep,
     "demo": run_demo,
+    "toy": run_toy,
     "bench": bench,
     "info": info,
 }

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deepfool import deepfool
-from . import attacks, checkpoint
+from . import attacks, checkpoint, histogram
 from .config import Config, EvaluationConfig, exponent
 from .data import Dataset, Split
 from .distance import signed_distance, tap_names
@@ -205,7 +205,8 @@ def boundary_norms(
 ) -> dict[str, Any]:
     """DeepFool l2 norms, over the samples for which it finds the boundary: `margin` over all of them, `deepfool` and
     `rho_adv` over those classified correctly; `deepfool_missed`, the number without a boundary; `margins`, the norm
-    of each sample, negative where it is misclassified (NaN where missed)."""
+    of each sample, negative where it is misclassified (NaN where missed); `histograms`, the counts of these and of the
+    relative norms (histogram.py)."""
     norms, ratios = [], []
     with attacks.eval_mode(model):
         for x, y in split.batches(config.batch_size, device):
@@ -221,6 +222,10 @@ def boundary_norms(
         "rho_adv": float(relative[right].mean()),
         "deepfool_missed": int(margins.isnan().sum()),
         "margins": five_digits(margins),
+        "histograms": {
+            "margin": histogram.counts(margins.tolist(), "margin"),
+            "rho_adv": histogram.counts(relative.tolist(), "rho_adv"),
+        },
     }
 
 

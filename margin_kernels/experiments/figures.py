@@ -28,8 +28,9 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
+BROAD = 6.0  # inches: wider figures would be too small beside others
+
 SETTINGS: dict[Any, Any] = {
-    "figure.figsize": (5.0, 3.5),
     "figure.dpi": 110,
     "font.size": 10,
     "axes.spines.top": False,
@@ -48,26 +49,40 @@ SETTINGS: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A finished plot: file stem, what it shows in one sentence, SVG text and PNG bytes."""
+    """A finished plot: file stem, what it shows in one sentence, SVG text and PNG bytes, and whether it takes a whole
+    row of the page."""
 
     name: str
     caption: str
     svg: str
     png: bytes
+    broad: bool = False
 
 
 def draw(name: str, caption: str, paint: Callable[[Axes], Any], tall: bool = False) -> Figure:
     """Runs `paint` on fresh axes and keeps the result as SVG and PNG; `tall` leaves room for a legend below."""
+    return draw_panels(name, caption, lambda panels: paint(panels[0]), 1, 1, (5.0, 4.6 if tall else 3.5))
+
+
+def draw_panels(
+    name: str, caption: str, paint: Callable[[list[Axes]], Any], count: int, columns: int, size: tuple[float, float]
+) -> Figure:
+    """Runs `paint` on `count` fresh axes, `columns` in a row, of `size` (width, height) in inches each."""
+    rows = math.ceil(count / columns)
     with plt.rc_context(SETTINGS):
-        figure, axes = plt.subplots(layout="constrained", figsize=(5.0, 4.6) if tall else None)
+        figure, grid = plt.subplots(
+            rows, columns, layout="constrained", figsize=(columns * size[0], rows * size[1]), squeeze=False
+        )
         try:
-            paint(axes)
+            for axes in grid.flat[count:]:
+                axes.remove()
+            paint(list(grid.flat[:count]))
             vector, raster = io.BytesIO(), io.BytesIO()
             figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
             figure.savefig(raster, format="png", dpi=150)
         finally:
             plt.close(figure)
-    return Figure(name, caption, vector.getvalue().decode(), raster.getvalue())
+    return Figure(name, caption, vector.getvalue().decode(), raster.getvalue(), columns * size[0] > BROAD)
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -150,6 +165,15 @@ def _scale(sizes: list[float]) -> float | None:
     return min(positive)
 
 
+def asinh_axis(axes: Axes, sizes: list[float]) -> None:
+    """An asinh y axis where the sizes of what is drawn ask for one."""
+    scale = _scale(sizes)
+    if scale is not None:
+        axes.set_yscale("asinh", linear_width=scale)
+        axes.set_yticks(*_asinh_ticks(*axes.get_ylim(), scale))
+        axes.minorticks_off()
+
+
 def _asinh_edges(low: float, high: float, scale: float, count: int) -> np.ndarray:
     """Edges that are equally far apart on an asinh axis."""
     return scale * np.sinh(np.linspace(np.arcsinh(low / scale), np.arcsinh(high / scale), count))
@@ -181,11 +205,7 @@ def distance_course(models: list[dict[str, Any]], tap: str) -> Figure:
         axes.set(title=f"Mean distance at {tap}", xlabel="epoch", ylabel="mean signed distance")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         lasts = [abs(m["history"][-1]["distance"][tap]) for m in models if tap in m["history"][-1].get("distance", {})]
-        scale = _scale(lasts)
-        if scale is not None:
-            axes.set_yscale("asinh", linear_width=scale)
-            axes.set_yticks(*_asinh_ticks(*axes.get_ylim(), scale))
-            axes.minorticks_off()
+        asinh_axis(axes, lasts)
         crowded = len(models) > 5  # so many lines leave no room for it
         axes.legend(loc="center left" if crowded else "best", bbox_to_anchor=(1.0, 0.5) if crowded else None)
 

@@ -26,15 +26,17 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 p { max-width: 46rem; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
+thead th, .compared td:nth-child(2) { white-space: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
 thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
 tbody tr + tr td { border-top: 1px solid #e4e4e4; }
 tr.section td { font-weight: 600; padding-top: .8rem; }
 td.best { font-weight: 700; }
 tr.chosen td { background: #e8f1f8; font-weight: 600; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-.figures.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+.figures.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+figure.broad { grid-column: 1 / -1; max-width: 48rem; }
 figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { font-size: .85rem; color: #444; }
@@ -45,7 +47,8 @@ summary { cursor: pointer; }
 @media (max-width: 40rem) {
   body { padding: .7rem; font-size: 15px; }
   table { font-size: .8rem; }
-  th, td { padding: .2rem .45rem; }
+  th, td { padding: .2rem .35rem; }
+  td:first-child { white-space: normal; min-width: 7rem; }
 }
 """
 
@@ -83,8 +86,7 @@ def page(results: dict[str, Any], groups: dict[str, list[Figure]]) -> str:
             _tuning_table(results["tuning"]),
         ]
     for heading, figures in groups.items():
-        kind = "figures wide" if len(figures) in (2, 4) else "figures"  # an even grid, two in a row
-        body += [f"<h2>{html.escape(heading)}</h2>", f'<div class="{kind}">', *map(figure, figures), "</div>"]
+        body += [f"<h2>{html.escape(heading)}</h2>", *gallery(figures)]
     body += ["<h2>How it was run</h2>", facts(results["facts"]), *map(config_of, results["models"])]
     return document(title, body)
 
@@ -99,8 +101,9 @@ def document(title: str, body: list[str]) -> str:
 
 
 def _results_table(models: list[table.Model]) -> str:
-    # a word a line keeps columns as narrow as their numbers
-    heads = [html.escape(model["label"]).replace(" ", "<br>").replace("-", "-<br>") for model in models]
+    # a word a line, long ones cut at the hyphen, keeps columns as narrow as their numbers
+    words = [[w if len(w) < 8 else w.replace("-", "-<br>") for w in html.escape(m["label"]).split(" ")] for m in models]
+    heads = ["<br>".join(parts) for parts in words]
     head = "".join(f"<th>{text}</th>" for text in heads)
     lines = [f"<tr><th></th>{head}</tr>"]
     rows = []
@@ -137,13 +140,20 @@ def tuning_cell(value: Any) -> str:
     return f"{100 * value:.1f} %"
 
 
+def gallery(figures: list[Figure]) -> list[str]:
+    """The figures of one heading, three in a row where there is room, two and four two in a row."""
+    kind = "figures wide" if len(figures) in (2, 4) else "figures"
+    return [f'<div class="{kind}">', *map(figure, figures), "</div>"]
+
+
 def figure(drawn: Figure) -> str:
     # an <img>, not inline elements: every matplotlib SVG numbers its ids from one, and two of them in a page would
     # clash
     data = base64.b64encode(drawn.svg.encode()).decode()
     caption = html.escape(drawn.caption)
     image = f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    start = '<figure class="broad">' if drawn.broad else "<figure>"
+    return f"{start}{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def facts(values: dict[str, Any]) -> str:

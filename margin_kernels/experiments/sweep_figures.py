@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,13 @@ AXES = {"data.label_noise": ("wrong training labels, %", 100), "data.train_fract
 @dataclass(frozen=True)
 class Study:
     """One sweep's results: name, budget, finished records in the order of models and points, and published values,
-    (model, point) -> measure -> value as printed."""
+    (model, point) -> measure -> value as printed; the folder, in which there may be weights."""
 
     name: str
     budget: str
     records: list[Record]
     published: dict[tuple[str, str], dict[str, float]]
+    folder: Path | None = None
 
     @property
     def models(self) -> list[str]:
@@ -98,17 +100,16 @@ def all_figures(study: Study) -> dict[str, list[Figure]]:
     """Every plot of one sweep, grouped under its heading."""
     axis = swept(study)
     groups: dict[str, list[Figure]] = {}
-    for measure in drawn(study):
-        groups[_title(measure)] = list(by_model(study, measure) if axis is None else against(study, measure, axis))
+    plots = [by_model(study, measure) if axis is None else against(study, measure, axis) for measure in drawn(study)]
+    groups["By model" if axis is None else f"Against {axis.words}"] = [figure for plot in plots for figure in plot]
     for point in study.points:
-        place = f", {point}" if point else ""
         for side, words in (("curves", "white box"), ("black_box_curves", "black box")):
             figures = list(curves(study, point, side, words))
             if figures:
-                groups[f"Accuracy against eps, {words}{place}"] = figures
+                groups[f"Accuracy against eps, {words}{place(point)}"] = figures
         figures = list(noise(study, point))
         if figures:
-            groups[f"Accuracy under Gaussian noise{place}"] = figures
+            groups[f"Accuracy under Gaussian noise{place(point)}"] = figures
     return groups
 
 
@@ -130,7 +131,7 @@ def together(models: Sequence[str]) -> list[list[str]]:
     return [[reference, *part.tolist()] for part in np.array_split(np.array(others, dtype=object), count)]
 
 
-def _pages(study: Study, name: str) -> Iterator[tuple[str, str, list[str]]]:
+def pages(study: Study, name: str) -> Iterator[tuple[str, str, list[str]]]:
     """File stem, part of the title, and models of each figure."""
     pages = together(study.models)
     for i, models in enumerate(pages, 1):
@@ -147,17 +148,18 @@ def _bars(stds: Sequence[float]) -> Sequence[float] | None:
     return stds if any(stds) else None
 
 
-def _style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index], "linestyle": STYLES[index], "marker": MARKERS[index], "markersize": 4.5}
 
 
 def _open(index: int | None) -> dict[str, Any]:
     """An open marker: of a model's colour, or black for a published value of no model here."""
-    colour, marker = ("#000000", "h") if index is None else (COLOURS[index], MARKERS[index])
-    return {"color": colour, "marker": marker, "linestyle": "none", "markerfacecolor": "white", "markersize": 8}
+    colour, marker = ("#000000", "*") if index is None else (COLOURS[index], MARKERS[index])
+    size = 11 if index is None else 8
+    return {"color": colour, "marker": marker, "linestyle": "none", "markerfacecolor": "white", "markersize": size}
 
 
-def _finish(axes: Axes, title: str, study: Study, legend: bool = True) -> None:
+def finish(axes: Axes, title: str, study: Study, legend: bool = True) -> None:
     axes.figure.suptitle(title, x=0.02, ha="left", fontsize=11)
     axes.set_title(study.note, fontsize=8, color="#555555")
     if legend:
@@ -173,7 +175,7 @@ def against(study: Study, measure: Measure, axis: Swept) -> Iterator[Figure]:
     means = summary.rows(study.records)
     everything = [measure.factor * row[f"{measure.key}_mean"] for row in means if f"{measure.key}_mean" in row]
     everything += [values[measure.key] for values in study.published.values() if measure.key in values]
-    for name, part, models in _pages(study, f"{measure.key}_{axis.key.rsplit('.', 1)[-1]}"):
+    for name, part, models in pages(study, f"{measure.key}_{axis.key.rsplit('.', 1)[-1]}"):
 
         def paint(axes: Axes, models: list[str] = models, part: str = part) -> None:
             for i, model in enumerate(models):
@@ -182,7 +184,7 @@ def against(study: Study, measure: Measure, axis: Swept) -> Iterator[Figure]:
                 x = [axis.factor * axis.values[row["point"]] for row in found]
                 y = [measure.factor * row[f"{measure.key}_mean"] for row in found]
                 std = [measure.factor * (row[f"{measure.key}_std"] or 0.0) for row in found]
-                axes.errorbar(x, y, _bars(std), label=model, capsize=2, **_style(i))
+                axes.errorbar(x, y, _bars(std), label=model, capsize=2, **line_style(i))
             for (model, point), values in study.published.items():
                 index = models.index(model) if model in models else None
                 if measure.key in values and point in axis.values and (index is not None or _foreign(study, model)):
@@ -192,13 +194,13 @@ def against(study: Study, measure: Measure, axis: Swept) -> Iterator[Figure]:
                     )
             _scale(axes, axis, everything)
             axes.set(xlabel=axis.words, ylabel=measure.words)
-            _finish(axes, _title(measure) + part, study)
+            finish(axes, _title(measure) + part, study)
 
-        caption = f"{_title(measure)} on test images, {_mean_words(study)}; {study.note}.{_open_words(study, measure)}"
+        caption = f"{_title(measure)} on test images, {mean_words(study)}; {study.note}.{_open_words(study, measure)}"
         yield draw(name, caption, paint, tall=True)
 
 
-def _mean_words(study: Study) -> str:
+def mean_words(study: Study) -> str:
     several = any(len(study.of(model, point)) > 1 for model in study.models for point in study.points)
     return "mean and standard deviation over the seeds" if several else "one run each"
 
@@ -251,7 +253,7 @@ def curves(study: Study, point: str, side: str, words: str) -> Iterator[Figure]:
 
             prefix = "" if side == "curves" else "black_box_"
             measured = f"{prefix}{method}_{'' if objective == 'ce' else 'gap_'}error"
-            stem = f"{prefix}{key}{f'_{_slug(point)}' if point else ''}"
+            stem = f"{prefix}{key}{slug(point)}"
             marks = {
                 model: (_eps(study), 100 - values[measured])
                 for (model, at), values in study.published.items()
@@ -270,8 +272,14 @@ def _eps(study: Study) -> float:
     return study.records[0]["evaluation"]["eps"]
 
 
-def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in text).strip("_")
+def slug(point: str) -> str:
+    """A point at the end of a file stem."""
+    return "".join(c if c.isalnum() else "_" for c in f" {point}").rstrip("_")
+
+
+def place(point: str) -> str:
+    """A point at the end of a heading."""
+    return f", {point}" if point else ""
 
 
 def noise(study: Study, point: str) -> Iterator[Figure]:
@@ -281,7 +289,7 @@ def noise(study: Study, point: str) -> Iterator[Figure]:
         evaluation = record["evaluation"]
         return (evaluation["noise_sigmas"], evaluation["noise"]) if "noise" in evaluation else None
 
-    stem = f"noise{f'_{_slug(point)}' if point else ''}"
+    stem = f"noise{slug(point)}"
     yield from _accuracy(study, point, stem, "Gaussian noise", "sigma (images in [0, 1])", series, {}, "")
 
 
@@ -303,7 +311,7 @@ def _accuracy(
             found[model] = (runs[0][0], np.array([values for _, values in runs]))
     if not found:
         return
-    for name, part, models in _pages(study, stem):
+    for name, part, models in pages(study, stem):
 
         def paint(axes: Axes, models: list[str] = models, part: str = part) -> None:
             for i, model in enumerate(models):
@@ -312,17 +320,17 @@ def _accuracy(
                 x, runs = found[model]
                 stats = [_mean_std(column) for column in 100 * runs.T]
                 means, stds = zip(*stats, strict=True)
-                axes.errorbar(x, means, _bars(stds), label=model, capsize=2, **_style(i))
+                axes.errorbar(x, means, _bars(stds), label=model, capsize=2, **line_style(i))
             for model, (x_mark, y_mark) in marks.items():
                 index = models.index(model) if model in models else None
                 if index is not None or _foreign(study, model):
                     axes.plot(x_mark, y_mark, **_open(index), label=f"{model}, published")
             axes.set(xlabel=words, ylabel="accuracy, %", ylim=(-2, 102))
             axes.set_xlim(left=0)
-            _finish(axes, title + part, study)
+            finish(axes, title + part, study)
 
         published = " Open markers: published values." if marks else ""
-        caption = f"{title}: accuracy on test images, {_mean_words(study)}; {study.note}.{remark}{published}"
+        caption = f"{title}: accuracy on test images, {mean_words(study)}; {study.note}.{remark}{published}"
         yield draw(name, caption, paint, tall=True)
 
 
@@ -370,8 +378,8 @@ def by_model(study: Study, measure: Measure) -> Iterator[Figure]:
             ends = [mean + std for mean, std in zip(means, stds, strict=True)] + [x for x, _ in shown]
             axes.set_xlim(0, 1.06 * max(ends) or 1.0)
             axes.set_xlabel(measure.words)
-            _finish(axes, ", ".join(filter(None, (_title(measure), point))), study, legend=bool(shown))
+            finish(axes, ", ".join(filter(None, (_title(measure), point))), study, legend=bool(shown))
 
-        stem = f"{study.name}_{measure.key}{f'_{_slug(point)}' if point else ''}"
-        caption = f"{_title(measure)} on test images, {_mean_words(study)}; {study.note}.{_open_words(study, measure)}"
+        stem = f"{study.name}_{measure.key}{slug(point)}"
+        caption = f"{_title(measure)} on test images, {mean_words(study)}; {study.note}.{_open_words(study, measure)}"
         yield draw(stem, caption, paint, tall=len(labels) > 8)

@@ -1,7 +1,7 @@
 """Sweeps as one page: index.html (self-contained), results.csv, results.json, figures/*.png and *.svg.
 
 For each sweep: means and standard deviations over the seeds, published values beside ours with the difference, every
-figure of sweep_figures.py, and how it was run.
+figure of sweep_figures.py, sweep_distances.py and sweep_images.py, and how it was run.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import report, summary, sweep
+from . import report, summary, sweep, sweep_distances, sweep_figures, sweep_images
 from .figures import Figure
 from .records import write_csv, write_json, write_text
 from .summary import MEASURES, Record
-from .sweep_figures import Study, all_figures
+from .sweep_figures import Study
 
 
 def is_sweep(folder: Path) -> bool:
@@ -37,18 +37,20 @@ def load(folder: Path, file: Path | None = None) -> Study:
     name, budget = said.get("sweep") or folder.name, said.get("budget") or "unknown"
     if file is None:
         file = sweep.shipped().get(name)
-    if file is None:
-        return Study(name, budget, records, {})
-    models, points = ({label: i for i, label in enumerate(labels)} for labels in sweep.labels(file))
+    rows = said.get("rows") or []  # in the order of a file that is not there
+    labels = ([row[key] for row in rows] for key in ("model", "point")) if file is None else sweep.labels(file)
+    models, points = ({label: i for i, label in enumerate(dict.fromkeys(found))} for found in labels)
     end = len(models) + len(points)  # what the file no longer has comes last
     records.sort(key=lambda r: (points.get(r["point"], end), models.get(r["model_label"], end), r["seed"]))
+    if file is None:
+        return Study(name, budget, records, {}, folder)
     done = {(record["model_label"], record["point"]) for record in records}
     values = {
         (model, point): value
         for (model, point), value in sweep.published(file).items()
         if (model, point) in done or (model.startswith("[") and any(point == at for _, at in done))
     }
-    return Study(name, budget, records, values)
+    return Study(name, budget, records, values, folder)
 
 
 def distinct(studies: list[Study], folders: list[Path]) -> list[Study]:
@@ -60,9 +62,14 @@ def distinct(studies: list[Study], folders: list[Path]) -> list[Study]:
     ]
 
 
-def write(folder: Path, studies: list[Study], title: str) -> Path:
-    """Writes everything into `folder` and returns the page's path."""
-    drawn = {study.name: all_figures(study) for study in studies}
+def write(folder: Path, studies: list[Study], title: str, data_dir: str | None = None) -> Path:
+    """Writes everything into `folder` and returns the page's path. `data_dir`: where the test images are, for those
+    that are shown attacked."""
+    images = {study.name: sweep_images.all_figures(study, data_dir) for study in studies}
+    drawn = {
+        study.name: {**sweep_figures.all_figures(study), **sweep_distances.all_figures(study), **images[study.name][0]}
+        for study in studies
+    }
     rows = {study.name: summary.rows(study.records) for study in studies}
     write_csv(folder / "results.csv", [{"sweep": name, **row} for name in rows for row in rows[name]])
     results = [
@@ -77,20 +84,24 @@ def write(folder: Path, studies: list[Study], title: str) -> Path:
                 write_text(folder / "figures" / f"{figure.name}.svg", figure.svg)
     body = [f"<h1>{html.escape(title)}</h1>"]
     for study in studies:
-        body += section(study, drawn[study.name])
+        body += section(study, drawn[study.name], images[study.name][1])
     write_text(folder / "index.html", report.document(html.escape(title), body))
     return folder / "index.html"
 
 
-def section(study: Study, groups: dict[str, list[Figure]]) -> list[str]:
-    """One sweep's part of the page."""
-    body = [f"<h2>{html.escape(study.name.replace('_', ' '))}</h2>", f"<p>{html.escape(study.note.capitalize())}.</p>"]
+def section(study: Study, groups: dict[str, list[Figure]], note: str) -> list[str]:
+    """One sweep's part of the page; `note` says what is not in `groups`, and why."""
+    eps = ", ".join(dict.fromkeys(f"{record['evaluation']['eps']:g}" for record in study.records))
+    about = f"{study.note.capitalize()}. Attacks of l_inf radius {eps}, images in [0, 1]."
+    body = [f"<h2>{html.escape(study.name.replace('_', ' '))}</h2>", f"<p>{html.escape(about)}</p>"]
     body.append(means(study))
     compared = comparison(study)
     if compared:
         body += ["<h3>Ours and the published values</h3>", published(compared)]
     for heading, figures in groups.items():
-        body += [f"<h3>{html.escape(heading)}</h3>", '<div class="figures">', *map(report.figure, figures), "</div>"]
+        body += [f"<h3>{html.escape(heading)}</h3>", *report.gallery(figures)]
+    if note:
+        body.append(f"<p>{html.escape(note)}</p>")
     body += ["<h3>How it was run</h3>", report.facts(facts(study))]
     for model in study.models:
         first = next(record for record in study.records if record["model_label"] == model)
@@ -140,12 +151,20 @@ def published(rows: list[dict[str, Any]]) -> str:
         delta = "-" if row["delta"] is None else f"{row['delta']:+.{measure.digits}f}"
         cells = (html.escape(measure.heading), ours, f"{row['published']:g}", delta)
         lines.append(f"<tr><td>{html.escape(label)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return _table("<th></th><th>measure</th><th>ours</th><th>published</th><th>delta</th>", lines)
+    return _table("<th></th><th>measure</th><th>ours</th><th>published</th><th>delta</th>", lines, "compared")
 
 
-def _table(head: str, lines: list[str]) -> str:
+def _table(head: str, lines: list[str], kind: str = "means") -> str:
     body = "".join(lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _attacked(evaluation: dict[str, Any]) -> str:
+    """How many images were attacked, and how many of them by IFGSM."""
+    every, iterated = (evaluation.get(f"{key}_samples") for key in ("attack", "ifgsm"))
+    return f"{'all' if every is None else every}, by IFGSM {'all of them' if iterated is None else iterated}"
 
 
 def facts(study: Study) -> dict[str, Any]:
@@ -169,6 +188,7 @@ def facts(study: Study) -> dict[str, Any]:
         "data": each(lambda record: record["config"]["data"]["name"]),
         "network": each(lambda record: f"{record['model']['name']}, {record['parameters']:,} parameters"),
         "test images": each(lambda record: record["evaluation"]["samples"]),
+        "attacked images": each(lambda record: _attacked(record["config"]["evaluation"])),
         "machine": each(machine),
         "versions": each(lambda record: ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
         "time": f"{seconds / 3600:.1f} hours of all cells" if seconds > 3600 else f"{seconds:.0f} s of all cells",
