@@ -196,6 +196,9 @@ def losses(run: dict) -> str:
 
 # What the papers print for the models of a sweep, from one line of their tables each.
 PUBLISHED = {
+    "adversarial_margin_mnist_lenet": {
+        "published error %, margin": {"reference": "0.87, 1.07", "MIN EXP": "0.56, 2.21"},
+    },
     "adversarial_margin_mnist": {
         "published error %, margin": {
             "reference": "1.79, 0.76",
@@ -206,6 +209,9 @@ PUBLISHED = {
             "MIN INV": "0.97",
             "MIN EXP": "0.90, 1.90",
             "MIN EXP first order": "1.46",
+            "reference LeCun": "1.79, 0.76",
+            "reference He": "1.79, 0.76",
+            "MIN EXP He": "0.90, 1.90",
         }
     },
     "sensitivity_mnist_mlp": {
