@@ -413,7 +413,7 @@ def test_a_point_may_have_seeds_of_its_own(tmp_path):
         ({"models": {"a": {"loss.knd": "hinge"}}}, r"models.a: unknown key 'loss.knd'; did you mean loss.kind"),
         ({"models": {"a": {"loss.kind": "hinje"}}}, r"loss.kind: unknown value 'hinje'; did you mean hinge"),
         ({"models": {"a": {"model.name": "mlp80"}}}, r"model.name: unknown value 'mlp80'; did you mean mlp800"),
-        ({"models": {"a": {"training.epochs": "many"}}}, r"a label_noise=0.0: .*training.epochs"),
+        ({"models": {"a": {"training.epochs": "many"}}}, r"tiny.yaml: a: .*training.epochs"),
         (
             {"models": {"hinge": {}, "b": {"after": "hinj"}}},
             r"models.b.after: unknown model above it 'hinj'; did you mean",
