@@ -138,7 +138,7 @@ def search(
         last = step == max_iter
         if step and (looks or last):
             with torch.no_grad():
-                state.look(rows, model(moved[rows]))
+                state.look(rows, model(_taken(moved, rows)))
         if looks or (step and not last and step % CUDA_CHECK_EVERY == 0 and not whole_batch):
             rows = rows[state.active[rows]]
         if last or (step and len(rows) == 0):
@@ -151,32 +151,47 @@ def search(
                     assert source is not None
                     leaf, output = source, logits
                 else:
-                    leaf = moved[group].requires_grad_()
+                    leaf = _taken(moved, group).detach().requires_grad_()
                     output = model(leaf)
                 if not looks:
                     state.look(group, output.detach())
                 above, below = state.boundaries(group, looks and not shared)
-                active = state.active[group]
+                active = _taken(state.active, group)
                 slack = overshoot_mode == "total"
                 delta, choice = _nearest_step(
                     output, leaf, above, below, active, p, slack, step_limit, together, backend
                 )
-            upper[group], lower[group] = above.gather(1, choice[:, None])[:, 0], below
-            keep = active.view(-1, *[1] * (x.ndim - 1))
-            total[group] += torch.where(keep, delta, 0)
+            upper = _placed(upper, group, above.gather(1, choice[:, None])[:, 0])
+            lower = _placed(lower, group, below)
+            # delta is 0 for samples that are not active
             if overshoot_mode == "total":
-                following = x[group] + (1 + overshoot) * total[group]
+                total = _placed(total, group, _taken(total, group) + delta)
+                following = _taken(x, group).add(_taken(total, group), alpha=1 + overshoot)
             else:
-                following = moved[group] + (1 + overshoot) * delta
+                following = _taken(moved, group).add(delta, alpha=1 + overshoot)
             if bounds is not None:
-                following = following.clamp(*bounds)
-            moved[group] = torch.where(keep, following, moved[group])
-            iterations[group] += active.long()
+                keep = active.view(-1, *[1] * (x.ndim - 1))
+                following = torch.where(keep, following.clamp(*bounds), _taken(moved, group))
+            moved = _placed(moved, group, following)
+            iterations = _placed(iterations, group, _taken(iterations, group) + active)
         uppers.append(upper)
         lowers.append(lower)
     empty = iterations.new_zeros(0, len(x))
     paths = torch.stack(uppers) if uppers else empty, torch.stack(lowers) if lowers else empty
     return Search(state.result(x, moved, p, iterations), state.prediction, *paths)
+
+
+def _taken(tensor: Tensor, rows: Tensor) -> Tensor:
+    """tensor[rows] of increasing rows; the tensor itself where these are all."""
+    return tensor if len(rows) == len(tensor) else tensor[rows]
+
+
+def _placed(tensor: Tensor, rows: Tensor, value: Tensor) -> Tensor:
+    """The tensor with `value` in increasing rows: in its memory, or `value` itself where these are all."""
+    if len(rows) == len(tensor):
+        return value
+    tensor[rows] = value
+    return tensor
 
 
 def host_sees(x: Tensor) -> bool:
@@ -210,9 +225,11 @@ class _State:
     def look(self, rows: Tensor, logits: Tensor) -> None:
         """Takes note of the logits [n, C] of samples rows [n]."""
         label = logits.argmax(1)
-        self.label[rows] = label
-        self.finite[rows] &= ~logits.isnan().any(1)
-        self.active[rows] &= (self.toward[rows] == (label != self.goal[rows])) & self.finite[rows]
+        toward, goal = _taken(self.toward, rows), _taken(self.goal, rows)
+        finite = _taken(self.finite, rows) & ~logits.isnan().any(1)
+        active = _taken(self.active, rows) & (toward == (label != goal)) & finite
+        self.label = _placed(self.label, rows, label)
+        self.finite, self.active = _placed(self.finite, rows, finite), _placed(self.active, rows, active)
 
     def groups(self, rows: Tensor) -> list[Tensor]:
         """Samples rows [n] by the number of boundaries that they may go to, empty groups left out."""
@@ -232,11 +249,11 @@ class _State:
         """Classes (upper, lower), [n, m] and [n]: the boundaries z_upper = z_lower that a step may go to. Samples that
         move toward their target have one boundary only, {target, prediction}: m = 1 where rows is one of `groups`, else
         it is repeated so that the batch stays rectangular."""
-        toward, goal, rivals = self.toward[rows], self.goal[rows], self.rivals[rows]
+        toward, goal, rivals = (_taken(of, rows) for of in (self.toward, self.goal, self.rivals))
         if grouped and bool(toward.any()):
             rivals = rivals[:, :1]
         upper = torch.where(toward[:, None], goal[:, None].expand_as(rivals), rivals)
-        return upper, torch.where(toward, self.label[rows], goal)
+        return upper, torch.where(toward, _taken(self.label, rows), goal)
 
     def result(self, x: Tensor, moved: Tensor, p: float, iterations: Tensor) -> DeepFoolResult:
         crossed = (self.toward == (self.label == self.goal)) & self.finite

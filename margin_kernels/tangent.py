@@ -287,7 +287,9 @@ def _weight_gradient(node: Any, gradient: Tensor, w: Tensor, tangent: Tensor | N
     w = w.to(a.dtype).view(-1, *[1] * (a.dim() - 1))
     mixed = a * w if tangent is None else torch.addcmul(tangent, a, w)
     if node.name() != "ConvolutionBackward0":
-        return mixed.t() @ gradient
+        # Laid out as the matrix, mostly a transposed weight, so that it becomes the parameter's .grad without a copy.
+        transposed = node._saved_mat2_sym_strides[0] == 1
+        return (gradient.t() @ mixed).t() if transposed else mixed.t() @ gradient
     return torch.ops.aten.convolution_backward(
         gradient,
         mixed,

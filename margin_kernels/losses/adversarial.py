@@ -187,13 +187,11 @@ class AdversarialMarginLoss(nn.Module):
             result = found.result
             correct = found.prediction == target
             scale = self._norm(wide) if self.normalize else None
-            distance = self._norm(result.perturbation)
-            distance = distance if scale is None else distance / scale
+            distance = result.distance if scale is None else result.distance / scale
             selected = self._selected(distance, correct, result.success, target, logits.shape[1])
             rows = self._rows(selected, logits.shape[1], held.draws)
             terms = self._terms(held, wide, found, target, scale, rows)
         share = torch.where(selected[rows], terms, 0).sum() * (self.weight / max(len(x), 1))
-        distance = torch.where(result.distance.isnan(), math.nan, distance)
         loss = nll.mean() + share
         return AdversarialMargins(
             loss, nll.detach(), distance, result.success, correct, selected, result.iterations, result.label
@@ -271,7 +269,7 @@ class AdversarialMarginLoss(nn.Module):
         """||Delta||_p [S] with the gradient (g - const) / ||grad_x g||_q at x + Delta, g = z_upper - z_lower > 0 on the
         side of x."""
         result, target = found.result, target[rows]
-        point = (x + result.perturbation)[rows].requires_grad_()
+        point = (x[rows] + result.perturbation[rows]).requires_grad_()
         last = (result.iterations[rows] - 1).clamp_min(0)
         # T leaves its class for the one predicted at x*; F enters the target from the class predicted before.
         correct = found.prediction[rows] == target
