@@ -258,6 +258,31 @@ def sweep(path: Path) -> str:
     return table(["model", "runs", *(head for head, _, _ in columns.values()), *published], rows)
 
 
+MANY = 10  # models from which a sweep over several points is better read as a grid
+
+
+def by_point(path: Path) -> str:
+    """A row for each model of a sweep's summary.csv, a pair of columns for each point: error and FGSM gap error, %."""
+    rows = list(csv.DictReader(path.open()))
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    found = {(row["model"], row["point"]): row for row in rows}
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = []
+        for point in points:
+            row = found.get((model, point))
+            shares = [("error_mean", 2), ("fgsm_gap_error_mean", 1)]
+            cells += ["-" if row is None else f"{100 * float(row[key]):.{digits}f}" for key, digits in shares]
+        lines.append([model, *cells])
+    heads = [head for point in points for head in (f"{point}: error %", "FGSM gap error %")]
+    return table(["model", *heads], lines)
+
+
+def is_grid(path: Path) -> bool:
+    rows = list(csv.DictReader(path.open()))
+    return len({row["point"] for row in rows}) > 1 and len({row["model"] for row in rows}) > MANY
+
+
 def overhead(run: dict) -> str:
     return table(["call", "microseconds"], [[n, f"{v:.1f}"] for n, v in run["overhead_microseconds"].items()])
 
@@ -293,7 +318,8 @@ def main() -> None:
         if path.is_file():
             print(f"## {name}/results.csv\n\n{robustness(path)}\n")
     for path in sorted((RESULTS / "papers").glob("*/summary.csv")):
-        print(f"## papers/{path.parent.name}/summary.csv\n\n{sweep(path)}\n")
+        as_table = by_point if is_grid(path) else sweep
+        print(f"## papers/{path.parent.name}/summary.csv\n\n{as_table(path)}\n")
     for path in sorted(RESULTS.glob("*.json")):
         name, run = path.stem, json.loads(path.read_text())
         print(f"## {name}.json: {where(run['environment'])}\n")
