@@ -47,6 +47,19 @@ class Dropping(nn.Module):
         return self.head(F.relu(self.normed(F.relu(self.hidden(h)))))
 
 
+class Matrices(nn.Module):
+    """Products with matrices [inputs, outputs] as they are stored, where nn.Linear transposes its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(72, 8) / 8), nn.Parameter(torch.randn(8, 8) / 3)
+        self.bias, self.head = nn.Parameter(torch.randn(8)), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(x.flatten(1) @ self.first)
+        return self.head(F.relu(torch.addmm(self.bias, h, self.second)))
+
+
 def plain() -> nn.Sequential:
     convolutions = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.AvgPool2d(2), nn.Hardtanh(-2, 2), nn.Flatten()
     return nn.Sequential(*convolutions, nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES))
@@ -68,6 +81,7 @@ NETWORKS = {
     "behind the shortcuts": (Residual, ("twice:0",)),
     "dropout and weight norm": (Dropping, ("input", "hidden")),
     "frozen batch norm": (batchnorm, ("input",)),
+    "matrices": (Matrices, ("input",)),
 }
 
 
@@ -124,6 +138,17 @@ def test_values_and_statistics_are_those_of_the_loop_and_auto_takes_the_split() 
         assert "_WeightGradients" in type(auto["loss"].grad_fn).__name__ and auto.keys() == loop.keys()
         for name, value in auto.items():
             torch.testing.assert_close(value, loop[name], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "matrices"])
+def test_weight_gradients_are_laid_out_as_the_weights(name) -> None:
+    """What is not would be copied into the parameter's .grad."""
+    model = build(name)
+    out = MarginTask(model, LargeMarginLoss(3.0, second_order=True), ("input",), "split")(*batch())
+    for parameter, gradient in zip(
+        model.parameters(), torch.autograd.grad(out["loss"], [*model.parameters()]), strict=True
+    ):
+        assert gradient.stride() == parameter.stride()
 
 
 def test_a_step_does_four_thirds_of_the_work_of_cross_entropy() -> None:
