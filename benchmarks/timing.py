@@ -1,6 +1,7 @@
 """Interleaved timing: every round runs all competitors in a new random order; a figure is a ratio of medians."""
 
 import datetime
+import os
 import platform
 import random
 import statistics
@@ -85,6 +86,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda_version": torch.version.cuda,
         "triton": _version_of("triton"),
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     }
 
 
