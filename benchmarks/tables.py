@@ -4,6 +4,9 @@ import csv
 import json
 from pathlib import Path
 
+from margin_kernels.experiments import sweep as sweeps
+from margin_kernels.experiments.summary import MEASURES
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -194,68 +197,45 @@ def losses(run: dict) -> str:
     return table(["loss", *head], [[name, *(cells[c] for c in columns)] for name, cells in rows.items()])
 
 
-# What the papers print for the models of a sweep, from one line of their tables each.
-PUBLISHED = {
-    "adversarial_margin_mnist_lenet": {
-        "published error %, margin": {"reference": "0.87, 1.07", "MIN EXP": "0.56, 2.21"},
-    },
-    "adversarial_margin_mnist": {
-        "published error %, margin": {
-            "reference": "1.79, 0.76",
-            "AVG LIN": "2.26",
-            "AVG INV": "1.18",
-            "AVG EXP": "0.94",
-            "MIN LIN": "1.28",
-            "MIN INV": "0.97",
-            "MIN EXP": "0.90, 1.90",
-            "MIN EXP first order": "1.46",
-            "reference LeCun": "1.79, 0.76",
-            "reference He": "1.79, 0.76",
-            "MIN EXP He": "0.90, 1.90",
-        }
-    },
-    "sensitivity_mnist_mlp": {
-        "published error %, FGSM error %, 10 rho_adv": {
-            "baseline": "1.42, 95.8, 1.14",
-            "dropout": "1.34, 93.4, 1.20",
-            "FGSM training": "1.19, 10.17, 1.60",
-            "l1": "0.84, 32.43, 2.73",
-            "l2": "0.86, 42.56, 2.59",
-        }
-    },
-    "sensitivity_mnist_lenet": {
-        "published error %, FGSM error %, 10 rho_adv": {
-            "baseline": "0.72, 72.14, 1.54",
-            "dropout": "0.58, 61.66, 1.70",
-            "FGSM training": "0.73, 4.95, 2.00",
-            "l1": "0.64, 20.47, 2.22",
-            "l2": "0.62, 28.26, 2.17",
-        }
-    },
+COLUMNS = {  # measure of a summary -> heading, factor, digits
+    "error": ("error %", 100, 2),
+    "fgsm_error": ("FGSM error %", 100, 1),
+    "ifgsm_gap_error": ("IFGSM gap error %", 100, 1),
+    "margin": ("margin", 1, 2),
+    "rho_adv": ("10 rho_adv", 10, 2),
 }
+
+
+def published(folder: str) -> tuple[str, dict[str, str]]:
+    """What the paper prints for the models of the sweep with whose name `folder` begins: a heading, "" where there is
+    nothing, and a text for each model."""
+    file = max((name for name in sweeps.shipped() if folder.startswith(name)), key=len, default=None)
+    values = {} if file is None else sweeps.published(sweeps.shipped()[file])
+    shown = [key for key in COLUMNS if any(key in known for known in values.values())]
+    units = {measure.key: measure.factor for measure in MEASURES}  # published errors are in % already
+    texts = {
+        model: ", ".join(
+            f"{COLUMNS[key][1] / units[key] * known[key]:.{COLUMNS[key][2]}f}" for key in shown if key in known
+        )
+        for (model, _), known in values.items()
+    }
+    return ("published " if shown else "") + ", ".join(COLUMNS[key][0] for key in shown), texts
 
 
 def sweep(path: Path) -> str:
     """One row per model and point of a sweep's summary.csv: means, with standard deviations over seeds, and what the
     paper prints."""
-    columns = {
-        "error": ("error %", 100, 2),
-        "fgsm_error": ("FGSM error %", 100, 1),
-        "ifgsm_gap_error": ("IFGSM gap error %", 100, 1),
-        "margin": ("margin", 1, 2),
-        "rho_adv": ("10 rho_adv", 10, 2),
-    }
-    published = next((columns for name, columns in PUBLISHED.items() if path.parent.name.startswith(name)), {})
+    heading, known = published(path.parent.name)
     rows = []
     for row in csv.DictReader(path.open()):
         cells = []
-        for key, (_, factor, digits) in columns.items():
+        for key, (_, factor, digits) in COLUMNS.items():
             mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
             text = f"{factor * float(mean):.{digits}f}" if mean else "-"
             cells.append(f"{text} ± {factor * float(std):.{digits}f}" if mean and std else text)
         label = ", ".join(filter(None, (row["point"], row["model"])))
-        rows.append([label, row["seeds"], *cells, *(known.get(row["model"], "-") for known in published.values())])
-    return table(["model", "runs", *(head for head, _, _ in columns.values()), *published], rows)
+        rows.append([label, row["seeds"], *cells, *([known.get(row["model"]) or "-"] if heading else [])])
+    return table(["model", "runs", *(head for head, _, _ in COLUMNS.values()), *filter(None, [heading])], rows)
 
 
 MANY = 10  # models from which a sweep over several points is better read as a grid
