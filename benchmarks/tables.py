@@ -8,6 +8,8 @@ from margin_kernels.experiments import sweep as sweeps
 from margin_kernels.experiments.summary import MEASURES
 
 RESULTS = Path(__file__).resolve().parent / "results"
+# Step tables that are also shown side by side.
+OVERVIEW = ("step_cpu", "step_cpu_resnet20", "step_cpu_large", "step_cpu_resnet50")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -131,6 +133,20 @@ def step_ratios(run: dict) -> str:
             )
     rows = [[label, *(column.get(label, "-") for column in columns.values())] for label in labels]
     return table(["loss, taps, passes", *columns], rows)
+
+
+def overview(runs: list[dict]) -> str:
+    """The steps with one competitor and of 1-to-N, in fp32, over the networks of all runs: those with most threads."""
+    parts: dict[str, dict] = {}
+    for part in (part for run in runs for part in run["networks"]):
+        known = parts.get(part["network"])
+        if part["dtype"] == "float32" and (known is None or part["threads"] > known["threads"]):
+            parts[part["network"]] = part
+    left_out = ("adversarial", "reference ops")
+    for name, part in parts.items():
+        steps = [cell for cell in part["steps"] if cell["k"] in (None, 1) and cell["passes"] != "baseline"]
+        parts[name] = {**part, "steps": [c for c in steps if not any(word in c["loss"] for word in left_out)]}
+    return step_ratios({"networks": list(parts.values())})
 
 
 def compiled_ratios(run: dict) -> str:
@@ -300,6 +316,8 @@ def main() -> None:
     for path in sorted((RESULTS / "papers").glob("*/summary.csv")):
         as_table = by_point if is_grid(path) else sweep
         print(f"## papers/{path.parent.name}/summary.csv\n\n{as_table(path)}\n")
+    steps_of = [json.loads((RESULTS / f"{name}.json").read_text()) for name in OVERVIEW]
+    print(f"## {', '.join(OVERVIEW)}\n\n{overview(steps_of)}\n")
     for path in sorted(RESULTS.glob("*.json")):
         name, run = path.stem, json.loads(path.read_text())
         print(f"## {name}.json: {where(run['environment'])}\n")

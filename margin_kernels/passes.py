@@ -16,6 +16,7 @@ Where logit scores need nothing but ||W_i - W_y||_q, `row_distance` measures it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -27,10 +28,12 @@ from torch.autograd.graph import GradientEdge
 from . import functional
 from .reference.dual_norm import dual_exponent
 from .split_backward import NotExact, Seeds, Split, available, pass_scale, pass_start
-from .taps import Captured, Tap, graph_nodes, same_edge
+from .taps import Captured, Tap, graph_nodes, nodes_behind, same_edge
 from .thin_convolution import thin_convolution
 
 PASSES = ("auto", "loop", "split")
+# Autograd nodes of the kernels behind scaled_dot_product_attention whose backward has no derivative.
+FUSED_ATTENTION = re.compile(r"ScaledDotProduct\w*Attention\w*Backward\d+")
 
 
 def check_passes(passes: str) -> str:
@@ -278,10 +281,13 @@ class Route:
         self._thin = [thin_convolution(nodes, tap) for tap in taps]
         self._edges = [tap.edge if conv is None else conv.output for tap, conv in zip(taps, self._thin, strict=True)]
         self._edges += kept
+        self._fused_attention = [node for node in nodes if FUSED_ATTENTION.fullmatch(node.name())]
 
     def backward(self, seed: Tensor, second_order: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of <seed, start> with respect to the taps, and at the edges that are kept; no weight gradient is
-        computed."""
+        computed. Raises ValueError for a graph that PyTorch cannot give such gradients of."""
+        if second_order:
+            self._check_attention()
         try:
             gradients = torch.autograd.grad(
                 self.start, self._edges, seed, retain_graph=True, create_graph=second_order, allow_unused=True
@@ -299,6 +305,16 @@ class Route:
                 raise ValueError(f"tap {tap.name!r} is outside the graph of the logits: they do not depend on it")
             found.append(gradient if conv is None else conv.input_gradient(gradient))
         return found, list(gradients[len(self.taps) :])
+
+    def _check_attention(self) -> None:
+        ends = {edge.node for edge in self._edges}
+        for node in self._fused_attention:
+            if not ends.isdisjoint(nodes_behind(node)):
+                raise ValueError(
+                    f"a second derivative is asked for, and PyTorch has none of fused attention ({node.name()}): run "
+                    "the step under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or take first "
+                    "order"
+                )
 
 
 def _columns(measured: Tensor | None, sources: list[Source], index: Tensor, dtype: torch.dtype) -> Tensor:

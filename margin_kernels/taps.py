@@ -84,7 +84,12 @@ def same_edge(one: GradientEdge, other: GradientEdge) -> bool:
 
 def graph_nodes(tensor: Tensor) -> list[Any]:
     """The nodes of the autograd graph that made a tensor."""
-    nodes: list[Any] = [get_gradient_edge(tensor).node]
+    return nodes_behind(get_gradient_edge(tensor).node)
+
+
+def nodes_behind(node: Any) -> list[Any]:
+    """A node of the autograd graph and all that its backward leads to."""
+    nodes: list[Any] = [node]
     seen = set(nodes)
     for node in nodes:
         for following, _ in node.next_functions:
