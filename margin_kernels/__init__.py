@@ -4,6 +4,7 @@ from . import functional
 from .backends import BackendError
 from .deepfool import DeepFoolResult, deepfool
 from .losses import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
+from .memory import keep_freed_memory
 from .task import MarginTask
 from .version import __version__
 
@@ -18,4 +19,5 @@ __all__ = [
     "__version__",
     "deepfool",
     "functional",
+    "keep_freed_memory",
 ]

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from margin_kernels.memory import keep_freed_memory
+
 from . import checkpoint, config, data, models
 from .config import Config, LossConfig
 from .evaluate import evaluate, time_steps
@@ -83,6 +85,7 @@ def while_alive(parent: int) -> Callable[[Any], None]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         run(Path(sys.argv[1]))
     except EXPECTED as error:

@@ -23,6 +23,8 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from margin_kernels.memory import keep_freed_memory
+
 from . import checkpoint, config, data, models, records, report, summary, sweep, sweep_report, sweep_run, table
 from .config import Config, ConfigError
 from .evaluate import evaluate, time_steps
@@ -48,7 +50,8 @@ EXPECTED = (ConfigError, data.DataError, checkpoint.CheckpointError, TrainingErr
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Runs one command, of `arguments` or, as a process of its own, of the command line; returns the exit status."""
+    alone = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -57,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"margin-kernels: unknown command {command!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if alone and command in TRAINING:
+        keep_freed_memory()
     try:
         return COMMANDS[command](rest)
     except EXPECTED as error:
@@ -347,6 +352,7 @@ def info(arguments: list[str]) -> int:
     return 0
 
 
+TRAINING = ("train", "demo", "toy")  # the commands that take training steps in their own process
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate_runs,

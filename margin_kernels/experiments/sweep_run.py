@@ -34,13 +34,6 @@ from .sweep import Cell
 from .training import RESUMABLE, differing
 
 TRAINED = 0.9  # share of a cell that counts as done when its epochs are
-# Of glibc, for the cells' processes: keep the memory that a training step frees. Given back, it is paged in anew in the
-# next step. What the user sets stands.
-KEPT_MEMORY = {
-    "MALLOC_TRIM_THRESHOLD_": "8000000000",
-    "MALLOC_MMAP_THRESHOLD_": "8000000000",
-    "MALLOC_MMAP_MAX_": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -170,7 +163,7 @@ class Runner:
         write_json(folder / "job.json", {**job, "record": str(self.record(cell.name))})
         if self.trained(cell):
             self.needed.add(cell.name)  # weights that were kept stay
-        environment = {**KEPT_MEMORY, **os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         command = [sys.executable, "-m", "margin_kernels.experiments.cell", str(folder)]
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)

@@ -1,0 +1,36 @@
+"""What the allocator keeps, in a process of its own: it cannot be told to forget it again."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+import margin_kernels
+
+STEPS = """
+import resource
+import torch
+import margin_kernels as mk
+
+torch.set_num_threads(1)
+told = mk.keep_freed_memory()
+for _ in range(3):
+    torch.ones(4 << 20).mul(2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(4 << 20).mul(2)
+print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_memory_that_is_kept_is_not_paged_in_again():
+    run = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    told, faults = run.stdout.split()
+    assert told == "True" and int(faults) < 100  # of 160,000 pages that are touched
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] == "glibc", reason="glibc is there")
+def test_another_c_library_is_left_alone():
+    assert margin_kernels.keep_freed_memory() is False
