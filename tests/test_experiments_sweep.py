@@ -83,8 +83,8 @@ def test_every_cell_has_a_record_with_everything_and_no_path(tiny):
     assert record["config"]["training"]["epochs"] == 1 and len(record["history"]) == 1
     assert record["values"] == {"data.label_noise": 0.4} and record["seed"] == 1
     assert {"clean", "fgsm_ce", "ifgsm_gap", "margin", "rho_adv"} <= set(record["evaluation"])
+    assert len(record["evaluation"]["margins"]) == 20
     assert sum(record["evaluation"]["histograms"]["margin"]) == 20 - record["evaluation"]["deepfool_missed"]
-    assert "margins" not in record["evaluation"]  # one number per image
     assert record["seconds"]["training"] > 0 and record["seconds"]["evaluation"] > 0
     assert record["versions"]["torch"] and record["machine"]["torch_threads"] == 1
     assert not any(str(out.parent) in text.read_text() for text in (out / "records").glob("*.json"))
@@ -347,7 +347,7 @@ def test_another_evaluation_is_made_from_kept_weights_and_trains_nothing(tmp_pat
         unchanged = {key for key in record if key not in ("config", "evaluation", "seconds")}
         assert {key: record[key] for key in unchanged} == {key: before[name][key] for key in unchanged}
         assert record["seconds"]["training"] == before[name]["seconds"]["training"]
-        for key in ("clean", "curves", "fgsm_ce", "histograms"):
+        for key in ("clean", "curves", "fgsm_ce", "margins"):
             assert record["evaluation"][key] == before[name]["evaluation"][key]
         assert len(record["evaluation"]["noise"]) == 2 and "noise" not in before[name]["evaluation"]
     assert "black_box" in after["hinge__seed0"]["evaluation"]

@@ -49,7 +49,6 @@ def run(folder: Path) -> None:
     start = time.perf_counter()
     record["evaluation"] = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, tick)
     record["seconds"]["evaluation"] = time.perf_counter() - start
-    record["evaluation"].pop("margins", None)  # one number per image; the histograms hold them
     record.pop("timing", None)
     if settings.evaluation.timing_repeats:
         record["timing"] = timing(settings, dataset)
