@@ -10,6 +10,19 @@ from margin_kernels.experiments.summary import MEASURES
 RESULTS = Path(__file__).resolve().parent / "results"
 # Step tables that are also shown side by side.
 OVERVIEW = ("step_cpu", "step_cpu_resnet20", "step_cpu_large", "step_cpu_resnet50")
+OVERVIEW_NETWORKS = ("mnist_cnn", "mlp800", "resnet20_gn", "wrn28_10_gn", "resnet50_gn", "resnet50_bn", "vit_b16")
+OVERVIEW_STEPS = (
+    "large margin, k = 1, hidden, split",
+    "large margin, k = 1, input + hidden, split",
+    "large margin + CE, k = 1, input + hidden, loop",
+    "large margin, k = 1, input + hidden, baseline",
+    "large margin, 2nd order, k = 1, input + hidden, split",
+    "large margin, 2nd order, k = 1, input + hidden, loop",
+    "large margin, 2nd order, k = 1, input + hidden, baseline",
+    "sensitivity, 1 candidate, 2nd order, k = 1, input, split",
+    "sensitivity, 1 candidate, 2nd order, k = 1, input, loop",
+    "1-to-N",
+)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -136,17 +149,17 @@ def step_ratios(run: dict) -> str:
 
 
 def overview(runs: list[dict]) -> str:
-    """The steps with one competitor and of 1-to-N, in fp32, over the networks of all runs: those with most threads."""
+    """Some steps with one competitor, in fp32, over networks of several runs, each with most threads."""
     parts: dict[str, dict] = {}
     for part in (part for run in runs for part in run["networks"]):
         known = parts.get(part["network"])
         if part["dtype"] == "float32" and (known is None or part["threads"] > known["threads"]):
             parts[part["network"]] = part
-    left_out = ("adversarial", "reference ops")
-    for name, part in parts.items():
-        steps = [cell for cell in part["steps"] if cell["k"] in (None, 1) and cell["passes"] != "baseline"]
-        parts[name] = {**part, "steps": [c for c in steps if not any(word in c["loss"] for word in left_out)]}
-    return step_ratios({"networks": list(parts.values())})
+    chosen = [
+        {**parts[name], "steps": [cell for cell in parts[name]["steps"] if step_label(cell) in OVERVIEW_STEPS]}
+        for name in OVERVIEW_NETWORKS
+    ]
+    return step_ratios({"networks": chosen})
 
 
 def compiled_ratios(run: dict) -> str:
