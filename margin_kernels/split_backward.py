@@ -71,9 +71,15 @@ def pass_scale(captured: Captured) -> float:
     return FLOAT16_SCALE if pass_start(captured).dtype == torch.float16 else 1.0
 
 
-def split_or_loop(passes: str, build: Callable[[], Split], measure: Callable[[Split | None], Measured]) -> Measured:
+def split_or_loop(
+    passes: str,
+    build: Callable[[], Split],
+    measure: Callable[[Split | None], Measured],
+    asked: str = 'passes="split"',
+) -> Measured:
     """measure(build()) for passes "split" and, where that is exact, "auto"; else measure(None).
 
+    asked  what the user asked for where passes is "split"
     Raises ValueError with the reason where passes is "split" and NotExact says no.
     """
     if passes != "loop":
@@ -81,7 +87,7 @@ def split_or_loop(passes: str, build: Callable[[], Split], measure: Callable[[Sp
             return measure(build())
         except NotExact as reason:
             if passes == "split":
-                raise ValueError(f'passes="split" is not possible: {reason}') from reason
+                raise ValueError(f"{asked} is not possible: {reason}") from reason
     return measure(None)
 
 

@@ -303,3 +303,38 @@ def test_what_is_not_exact_is_refused_by_name_and_avoided_by_auto(model, loss, m
 def test_sensitivity_takes_it_for_the_hinge_and_one_candidate(options) -> None:
     with pytest.raises(ValueError, match=r'takes more than one logit, classification="hinge" and candidates=1'):
         MarginTask(build("plain"), MarginSensitivityLoss(**options), passes="split")(*batch())
+
+
+@pytest.mark.parametrize("passes", ["auto", "loop", "split"])
+def test_what_the_loss_says_of_its_gradient_goes_before_the_passes(passes) -> None:
+    losses = {how: MarginSensitivityLoss(candidates=1, gradient=how) for how in ("tangent", "double_backward")}
+    outs = {how: MarginTask(build("plain"), loss, passes=passes)(*batch())["loss"] for how, loss in losses.items()}
+    taken = {how: "_WeightGradients" in type(out.grad_fn).__name__ for how, out in outs.items()}
+    assert taken == {"tangent": True, "double_backward": False}
+    assert_same(*(gradients(build("plain"), loss, ("input",), passes) for loss in losses.values()))
+    assert repr(losses["tangent"]) != repr(MarginSensitivityLoss(candidates=1))  # what compiled steps are told apart by
+
+
+@pytest.mark.parametrize("name", ["plain", "residual"])
+def test_tangents_in_fp32_agree_with_double_backward_to_1e_6(name) -> None:
+    results = []
+    for how in ("tangent", "double_backward"):
+        model, (x, y) = build(name).float(), batch()
+        MarginTask(model, MarginSensitivityLoss(candidates=1, gradient=how))(x.float(), y)["loss"].backward()
+        results.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert results[1].abs().max() > 1e-3
+    assert (results[0] - results[1]).norm() < 1e-6 * results[1].norm()
+
+
+def test_a_tangent_of_activations_of_your_own_is_refused() -> None:
+    x, y = batch()
+    x.requires_grad_()
+    with pytest.raises(ValueError, match='gradient="tangent" is not possible: the logits do not come from a linear'):
+        MarginSensitivityLoss(candidates=1, gradient="tangent")(build("plain")(x), y, [x])
+
+
+def test_a_tangent_that_is_not_exact_is_refused_by_the_name_of_the_operation() -> None:
+    with pytest.raises(ValueError, match=r'gradient="tangent" is not possible: .*TanhBackward0 is not known to be'):
+        MarginTask(smooth().double(), MarginSensitivityLoss(candidates=1, gradient="tangent"))(*batch())
+    with pytest.raises(ValueError, match="gradient must be one of"):
+        MarginSensitivityLoss(gradient="envelope")

@@ -19,6 +19,8 @@ from ..taps import Captured, cut_sources
 from .options import REDUCTIONS, RIVALS, choice, count, norm_exponent, number
 
 CLASSIFICATIONS = ("hinge", "cross_entropy")
+# How the norm is differentiated, as the passes that do it.
+GRADIENTS = {"auto": None, "tangent": "split", "double_backward": "loop"}
 
 
 class SensitivityMargins(NamedTuple):
@@ -58,13 +60,17 @@ class MarginSensitivityLoss(nn.Module):
         power: of the norm, finite, >= 1. Where the norm is 0 its derivative counts as 0.
         classification: "hinge" or "cross_entropy".
         candidates: rivals among which j is chosen, the largest logits, 1 <= candidates <= C - 1; None: all C - 1.
-            1 takes the strongest rival and needs no passes for the choice; with the hinge and a piecewise-linear
-            network the split backward (`passes` of MarginTask) then does 4 F instead of 6 F.
+            1 takes the strongest rival and needs no passes for the choice.
+        gradient: how the norm is differentiated in the parameters. "tangent": by one tangent pass, 4 F in all, exact in
+            piecewise-linear networks with the hinge and candidates=1 (margin_kernels.tangent), in MarginTask; the loss
+            is then connected to the parameters alone. "double_backward": 6 F, any network. "auto": as `passes` says, in
+            MarginTask by default a tangent where that is exact.
         reduction: "mean", "sum" or "none" over samples.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
 
     Raises:
-        ValueError, TypeError: naming the argument, its value, and what is allowed; more than one tap.
+        ValueError, TypeError: naming the argument, its value, and what is allowed; more than one tap; a tangent that
+            would not be exact, with the operation that it fails at.
 
     A NaN or infinite logit makes the loss of its sample NaN. Equal norms: the stronger rival is differentiated.
     Source: Matyasko, Chau. Margin Maximization for Robust Classification using Deep Learning. IJCNN 2017, eq. 14, 18
@@ -83,6 +89,7 @@ class MarginSensitivityLoss(nn.Module):
         power: float = 2,
         classification: str = "hinge",
         candidates: int | None = None,
+        gradient: str = "auto",
         reduction: str = "mean",
         backend: str = "auto",
     ) -> None:
@@ -92,6 +99,7 @@ class MarginSensitivityLoss(nn.Module):
         self.power = number("power", power, least=1)
         self.classification = choice("classification", classification, CLASSIFICATIONS)
         self.candidates = None if candidates is None else count("candidates", candidates, RIVALS)
+        self.gradient = choice("gradient", gradient, tuple(GRADIENTS))
         self.reduction = choice("reduction", reduction, REDUCTIONS)
         self.backend = choice("backend", backend, ("auto", *BACKENDS))
         self._tried: dict[Kind, str | None] = {}
@@ -111,14 +119,18 @@ class MarginSensitivityLoss(nn.Module):
         captured  the forward pass whose tap is measured; its logits may differ from `logits` (frozen batch norm)
         passes    "loop": the loss is differentiated twice and goes back through the logits. "split": the gradients of
                   the parameters of a piecewise-linear network come from one pass and its tangents
-                  (margin_kernels.tangent), for candidates=1 and the hinge. "auto": split where that is exact
-        Raises ValueError where passes is "split" and cannot be.
+                  (margin_kernels.tangent), for candidates=1 and the hinge. "auto": split where that is exact. What
+                  `gradient` says goes before it
+        Raises ValueError where a split is asked for and cannot be.
         """
         if len(captured.taps) != 1:
             names = ", ".join(tap.name for tap in captured.taps)
             raise ValueError(f"MarginSensitivityLoss measures at one tap, got {len(captured.taps)}: {names}")
         return split_or_loop(
-            passes, partial(self._split, logits, captured), partial(self._margins, logits, target, captured)
+            GRADIENTS[self.gradient] or passes,
+            partial(self._split, logits, captured),
+            partial(self._margins, logits, target, captured),
+            asked='passes="split"' if self.gradient == "auto" else 'gradient="tangent"',
         )
 
     def _margins(self, logits: Tensor, target: Tensor, captured: Captured, split: Split | None) -> SensitivityMargins:
@@ -185,7 +197,13 @@ class MarginSensitivityLoss(nn.Module):
 
     def extra_repr(self) -> str:
         parts = [f"weight={self.weight:g}", f"p={self.p:g}", f"power={self.power:g}"]
-        defaults = {"classification": "hinge", "candidates": None, "reduction": "mean", "backend": "auto"}
+        defaults = {
+            "classification": "hinge",
+            "candidates": None,
+            "gradient": "auto",
+            "reduction": "mean",
+            "backend": "auto",
+        }
         parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
         return ", ".join(parts)
 
