@@ -267,7 +267,7 @@ def sweep(path: Path) -> str:
     return table(["model", "runs", *(head for head, _, _ in COLUMNS.values()), *filter(None, [heading])], rows)
 
 
-MANY = 10  # models from which a sweep over several points is better read as a grid
+MANY = 20  # rows from which a sweep over several points is better read as a grid
 
 
 def by_point(path: Path) -> str:
@@ -289,7 +289,7 @@ def by_point(path: Path) -> str:
 
 def is_grid(path: Path) -> bool:
     rows = list(csv.DictReader(path.open()))
-    return len({row["point"] for row in rows}) > 1 and len({row["model"] for row in rows}) > MANY
+    return len({row["point"] for row in rows}) > 1 and len(rows) > MANY
 
 
 def overhead(run: dict) -> str:
