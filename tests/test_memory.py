@@ -28,7 +28,7 @@ print(told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_memory_that_is_kept_is_not_paged_in_again():
     run = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
     told, faults = run.stdout.split()
-    assert told == "True" and int(faults) < 100  # of 160,000 pages that are touched
+    assert told == "True" and int(faults) < 16_384  # of 163,840 pages that are touched; the heap may still grow once
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] == "glibc", reason="glibc is there")
