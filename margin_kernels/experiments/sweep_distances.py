@@ -15,8 +15,8 @@ from .sweep_figures import Study, finish, mean_words, pages, place, slug
 from .table import norm_name
 
 DENSITIES = {
-    "margin": ("Density of the margin", "signed l2 norm of DeepFool, images in [0, 1]", "deepfool"),
-    "rho_adv": ("Density of the relative margin", "signed l2 norm of DeepFool / of the image", "rho_adv"),
+    "margin": ("Density of the margin", "signed l2 norm of DeepFool,\nimages in [0, 1]", "deepfool"),
+    "rho_adv": ("Density of the relative margin", "signed l2 norm of DeepFool\n/ l2 norm of the image", "rho_adv"),
 }
 SHARE = 0.005  # of the images that may lie outside of a figure on either side
 COLUMNS = 2  # taps in a row: as many as a phone can show
