@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     glibc asks the kernel for the memory of large tensors and hands it back when they are freed, and the kernel fills
     it with zeros again, page by page, at the next step. Call it once, before training. The process holds on to the
     most that it has needed. The same as starting it with MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 in the
-    environment; `margin-kernels` does so by itself.
+    environment; `margin-kernels train`, `sweep`, `demo` and `toy` call it.
 
     Returns whether the C library was told: False without glibc (macOS, Windows, musl).
     """

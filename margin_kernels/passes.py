@@ -277,11 +277,10 @@ class Route:
     def __init__(self, captured: Captured, taps: Sequence[Tap], kept: Sequence[GradientEdge] = ()) -> None:
         self.start = pass_start(captured)
         self.taps = taps
-        nodes = graph_nodes(self.start) if taps else []
-        self._thin = [thin_convolution(nodes, tap) for tap in taps]
+        self._nodes = graph_nodes(self.start) if taps else []
+        self._thin = [thin_convolution(self._nodes, tap) for tap in taps]
         self._edges = [tap.edge if conv is None else conv.output for tap, conv in zip(taps, self._thin, strict=True)]
         self._edges += kept
-        self._fused_attention = [node for node in nodes if FUSED_ATTENTION.fullmatch(node.name())]
 
     def backward(self, seed: Tensor, second_order: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of <seed, start> with respect to the taps, and at the edges that are kept; no weight gradient is
@@ -308,8 +307,8 @@ class Route:
 
     def _check_attention(self) -> None:
         ends = {edge.node for edge in self._edges}
-        for node in self._fused_attention:
-            if not ends.isdisjoint(nodes_behind(node)):
+        for node in self._nodes:
+            if FUSED_ATTENTION.fullmatch(node.name()) and not ends.isdisjoint(nodes_behind(node)):
                 raise ValueError(
                     f"a second derivative is asked for, and PyTorch has none of fused attention ({node.name()}): run "
                     "the step under torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or take first "
