@@ -277,3 +277,29 @@ def test_a_sweep_builds_on_another(tmp_path):
     child.write_text(yaml.safe_dump({"extends": "no_such"}))
     with pytest.raises(ConfigError, match="sweep no_such: no such file"):
         sweep.read(child)
+
+
+def test_a_sweep_leaves_out_models_of_the_one_it_builds_on(tmp_path):
+    parent, child = tmp_path / "parent.yaml", tmp_path / "child.yaml"
+    models = {"plain": {}, "margin l1": {"loss.kind": "hinge"}, "margin l2": {}, "second": {"after": "margin l2"}}
+    parent.write_text(yaml.safe_dump({"base": {}, "models": models}, sort_keys=False))
+
+    def read(**own):
+        child.write_text(yaml.safe_dump({"extends": str(parent), **own}))
+        return [cell.name for cell in sweep.read(child)]
+
+    assert read(without=["margin*", "second"]) == ["plain__seed0"]
+    # a label that is left out is free again: nothing of the extended sweep's model remains
+    assert read(without=["margin l1"], models={"margin l1": {}}) == [
+        f"{model}__seed0" for model in ("plain", "margin_l2", "second", "margin_l1")
+    ]
+    assert next(cell for cell in sweep.read(child) if cell.model == "margin l1").config.loss.kind != "hinge"
+    with pytest.raises(ConfigError, match=r"models.second.after: unknown model above it 'margin l2'"):
+        read(without=["margin*"])
+    with pytest.raises(ConfigError, match="without: no model matches 'margn'; there are plain, margin l1, margin l2"):
+        read(without=["margn"])
+    with pytest.raises(ConfigError, match="without is 'plain'; a list of patterns is expected"):
+        read(without="plain")
+    child.write_text(yaml.safe_dump({"base": {}, "models": models, "without": ["plain"]}))
+    with pytest.raises(ConfigError, match="without: leaves out models of the sweep that `extends` names"):
+        sweep.read(child)

@@ -16,6 +16,7 @@
       quick: {training.epochs: 1, seeds: [0]}
     extends: another_sweep               a sweep by name or file on which this one builds: its own base and models are
                                          laid over those, any other key replaces; published values are not taken over
+    without: ["margin*"]                 models of the extended sweep to leave out, as shell patterns
 
 Keys may be nested or dotted. Later ones win: base, budget, model, point, grid, seed. The budget "full" is the file as
 it stands unless the file says otherwise. The seeds are the outermost loop, so that a sweep that is stopped early has
@@ -39,7 +40,7 @@ from . import config, models, objectives
 from .config import Config, ConfigError, to_dict
 from .summary import MEASURES
 
-KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published", "extends")
+KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published", "extends", "without")
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
 
 
@@ -181,17 +182,33 @@ def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in above:
         raise ConfigError(f"{path}: extends: the file extends itself")
     if "extends" not in content:
+        if "without" in content:
+            raise ConfigError(f"{path}: without: leaves out models of the sweep that `extends` names; there is none")
         return content
     below = _content(find(str(content.pop("extends"))), (*above, path))
     below.pop("published", None)
     if "points" in content or "grid" in content:
         below = {key: value for key, value in below.items() if key not in ("points", "grid")}
     base = _merge(_base(path, below.get("base")), _base(path, content.get("base")))
-    models = dict(_mapping(path, "models", below.get("models")))
+    models = _without(path, _mapping(path, "models", below.get("models")), content.pop("without", []))
     for label, own in _mapping(path, "models", content.get("models")).items():
         given = _nested(_mapping(path, f"models.{label}", own))
         models[label] = _merge(_nested(_mapping(path, f"models.{label}", models.get(label))), given)
     return {**below, **content, "base": base, "models": models}
+
+
+def _without(path: Path, models: dict[str, Any], patterns: Any) -> dict[str, Any]:
+    """The models whose labels match no pattern. Raises ConfigError for a pattern that matches none."""
+    if not isinstance(patterns, list):
+        raise ConfigError(f"{path}: without is {patterns!r}; a list of patterns is expected")
+    for pattern in patterns:
+        if not any(fnmatchcase(str(label), str(pattern)) for label in models):
+            raise ConfigError(f"{path}: without: no model matches {pattern!r}; there are {', '.join(map(str, models))}")
+    return {
+        label: own
+        for label, own in models.items()
+        if not any(fnmatchcase(str(label), str(pattern)) for pattern in patterns)
+    }
 
 
 def cell_name(model: str, point: str, seed: int) -> str:
