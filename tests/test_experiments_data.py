@@ -15,6 +15,7 @@ import torch
 
 from margin_kernels.experiments import cifar, data, idx
 from margin_kernels.experiments.data import DataError
+from margin_kernels.experiments.whitening import Whitening
 
 REAL = Path(os.environ.get("MARGIN_KERNELS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -288,3 +289,72 @@ def test_images_stay_as_they_are_without_augmentation():
     assert data.augmented(x, "none", generator) is x and torch.equal(generator.get_state(), before)
     with pytest.raises(ValueError, match=r"training.augment is 'flip'; allowed: none, crop, crop_flip"):
         data.augmented(x, "flip", generator)
+
+
+def literal_whitening(train, images):
+    """GCN and ZCA in fp64 by their formulas, image by image."""
+
+    def normalised(batch):
+        rows = []
+        for image in batch.astype(np.float64):
+            centred = image.ravel() - image.mean()
+            rows.append(55 * centred / np.linalg.norm(centred))
+        return np.array(rows)
+
+    fitted = normalised(train)
+    covariance = np.cov(fitted.T, bias=True)
+    values, vectors = np.linalg.eigh(covariance + 0.1 * np.eye(len(covariance)))
+    return (normalised(images) - fitted.mean(0)) @ (vectors / np.sqrt(values)) @ vectors.T
+
+
+def test_whitening_is_that_of_a_literal_loop_whatever_the_type_of_the_pixels(pixels):
+    rng = np.random.default_rng(1)
+    train, other = (rng.integers(0, 256, (count, 3, 4, 4), dtype=np.uint8) for count in (400, 5))
+    whitening = Whitening(torch.from_numpy(train))
+    for images in (train, other):
+        whitened = whitening(torch.from_numpy(images))
+        assert whitened.shape == images.shape and whitened.dtype == torch.float32
+        np.testing.assert_allclose(whitened.flatten(1).numpy(), literal_whitening(train, images), rtol=2e-4, atol=2e-4)
+        scaled = whitening(torch.from_numpy(images).float() / 255)
+        torch.testing.assert_close(scaled, whitened, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"images are \[3, 4, 5\] each, whitening was fitted to \[3, 4, 4\]"):
+        whitening(torch.zeros(2, 3, 4, 5))
+    with pytest.raises(ValueError, match="at least one training image"):
+        Whitening(torch.zeros(0, 3, 4, 4))
+
+
+def test_whitened_images_are_uncorrelated_and_a_constant_image_is_finite():
+    torch.manual_seed(0)
+    mixed = torch.randn(5000, 48) @ torch.randn(48, 48)  # strongly correlated pixels
+    train = mixed.view(5000, 3, 4, 4)
+    whitening = Whitening(train)
+    flat = whitening(train).flatten(1).double()
+    covariance = flat.T @ flat / len(flat)
+    values = torch.linalg.eigvalsh(covariance)
+    rows = train.flatten(1).double()
+    rows = rows - rows.mean(1, keepdim=True)
+    before = torch.linalg.eigvalsh(torch.cov((55 * rows / rows.norm(dim=1, keepdim=True)).T, correction=0))
+    # each eigenvalue s of the normalised images becomes s / (s + 0.1); the mean of an image was taken off: one is 0
+    torch.testing.assert_close(values, before / (before + 0.1), rtol=1e-3, atol=1e-5)
+    assert values[0].abs() < 1e-5 and values[1:].min() > 0.3 and values.max() < 1 and before.max() > 10
+    constant = torch.stack([torch.full((3, 4, 4), 0.3), torch.zeros(3, 4, 4)])
+    whitened = whitening(constant)
+    torch.testing.assert_close(
+        whitened[0], whitened[1]
+    )  # both are 0 before the mean of the training images is taken off
+    assert whitened.isfinite().all()
+
+
+def test_splits_are_whitened_by_the_training_images_that_are_kept(cifar_folder):
+    options = {"validation_size": 10, "verify": False, "train_fraction": 0.5, "label_noise": 0.2, "seed": 3}
+    plain = data.load("cifar10", cifar_folder, **options)
+    whitened = data.load("cifar10", cifar_folder, preprocess="gcn_zca", **options)
+    whitening = Whitening(plain.train.images)
+    assert len(plain.train) == 20
+    for name in ("train", "validation", "test"):
+        split, expected = getattr(whitened, name), getattr(plain, name)
+        assert torch.equal(split.images, whitening(expected.images)) and torch.equal(split.labels, expected.labels)
+        assert (split.preprocess, expected.preprocess) == ("gcn_zca", "none")
+        assert split.bounds == (-np.inf, np.inf) and expected.bounds == (0, 1)
+    with pytest.raises(ValueError, match=r"data.preprocess is 'zca'; allowed: none, gcn_zca"):
+        data.load("digits", preprocess="zca")

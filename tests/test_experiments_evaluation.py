@@ -164,7 +164,7 @@ def test_what_is_not_measured_is_left_out_of_record_table_and_page(linear):
     settings = replace(SMALL, ifgsm_samples=0, deepfool_samples=0, distance_samples=0)
     result = evaluate.evaluate(model, split, ("flatten",), settings)
     assert result["distance"] == {} and "margin" not in result and set(result["curves"]) == {"fgsm_ce", "fgsm_gap"}
-    models = [{"label": "a", "evaluation": result, "history": []}]
+    models = [{"label": "a", "config": {"data": {}}, "evaluation": result, "history": []}]
     titles = [section.title for section in table.sections(models)]
     assert not any("signed distance" in title for title in titles)
     rows = {row.key: table.cell(row, models[0]) for section in table.sections(models) for row in section.rows}
@@ -269,6 +269,34 @@ def test_an_attacker_must_be_there_and_take_the_same_images(linear, tmp_path):
     checkpoint.save_model(tmp_path, models.build("digits_cnn", (1, 8, 8), 10), description)
     with pytest.raises(ValueError, match=r"evaluation.attacker: .* images of shape \[1, 8, 8\], these are \[1, 2, 3\]"):
         evaluate.load_attacker(tmp_path, split)
+    with pytest.raises(ValueError, match=r"takes images with data.preprocess 'none', these have 'gcn_zca'"):
+        evaluate.load_attacker(tmp_path, replace(split, preprocess="gcn_zca"))
+    checkpoint.save_model(tmp_path, models.build("digits_cnn", (1, 8, 8), 10), {**description, "preprocess": "gcn_zca"})
+    with pytest.raises(ValueError, match=r"takes images with data.preprocess 'gcn_zca', these have 'none'"):
+        evaluate.load_attacker(tmp_path, Split(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])))
+
+
+def test_whitened_images_are_not_clipped(linear):
+    """Where clipping would undo most of a step, the attacked share of a linear classifier is exact all the same."""
+    model, split = linear
+    images = 8 * split.images - 4
+    with torch.no_grad():
+        model.head.weight[2:] = 0
+        model.head.bias[2:] = -100
+        gap = model(images)[:, 0] - model(images)[:, 1]
+        model.head.bias[0] -= gap.median()
+        logits = model(images)
+    distance = (logits[:, 0] - logits[:, 1]).abs() / (model.head.weight[0] - model.head.weight[1]).norm(1)
+    eps = distance.median().item() + 1e-4
+    whitened = Split(images, logits.argmax(1), "gcn_zca")
+    result = evaluate.at_radius(model, whitened, eps, SMALL)
+    for key in ("fgsm_gap", "ifgsm_gap", "worst"):
+        assert result[key] == pytest.approx(float((distance > eps).float().mean()))
+    settings = replace(SMALL, noise_sigmas=[1.0])
+    noisy = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(settings.noise_seed))
+    share = float((model(noisy).argmax(1) == whitened.labels).float().mean())
+    assert evaluate.under_noise(model, whitened, settings) == [pytest.approx(share)]
+    assert whitened.head(3).preprocess == "gcn_zca"
 
 
 def test_worst_of_the_attacks_is_at_most_the_weakest_accuracy(linear):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -169,6 +170,28 @@ def test_attacked_images_are_those_of_the_attacks_and_their_norms_deepfools():
     torch.testing.assert_close(shown.norms, expected, rtol=0.025, atol=1e-3)
     assert shown.labels["DeepFool"].tolist() == [1, 0]
     torch.testing.assert_close((shown.images["DeepFool"] - x).flatten(1).norm(dim=1), shown.norms)
+
+
+def test_whitened_images_are_attacked_without_bounds_and_shown_over_their_own_range():
+    x = torch.tensor([-2.0, 3.0]).repeat_interleave(8).view(1, 1, 4, 4)  # mean 0.5
+    settings = config.EvaluationConfig(eps=0.75, steps=2)
+    free = (-math.inf, math.inf)
+    shown = sweep_images.attack(Bright(0.4), x, torch.tensor([1]), settings, free)
+    torch.testing.assert_close(shown.images["FGSM gap"], x - 0.75)
+    torch.testing.assert_close(shown.images["IFGSM gap"], x - 0.75)
+    axes = MagicMock()
+    sweep_images._picture(axes, shown.images["FGSM gap"][0], "1", True, (-2.0, 3.0))
+    (drawn,) = axes.imshow.call_args.args
+    np.testing.assert_allclose(drawn, np.repeat([0.0, 0.85], 8).reshape(4, 4), rtol=1e-5)
+
+
+def test_axes_name_the_units_of_the_images():
+    made = record("plain", "", 0)
+    assert sweep_figures.Study("s", "cpu", [made], {}).units == "images in [0, 1]"
+    whitened = record("hinge", "", 0)
+    whitened["config"]["data"]["preprocess"] = "gcn_zca"
+    assert sweep_figures.Study("s", "cpu", [whitened], {}).units == "whitened images"
+    assert sweep_figures.Study("s", "cpu", [made, whitened], {}).units == "images in [0, 1] and whitened images"
 
 
 def test_the_caption_says_whether_all_models_know_the_image():

@@ -311,6 +311,27 @@ def test_adversarial_training_is_the_mean_over_images_and_attacked_images(digits
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adversarial_training_does_not_clip_whitened_images(steps):
+    digits = data.load("digits", preprocess="gcn_zca")
+    arguments = ("--data.preprocess", "gcn_zca", *FGSM, "--loss.adversarial_training.steps", str(steps))
+    trainer = Trainer(settings(*arguments), digits)
+    assert trainer.task.bounds == (-math.inf, math.inf) and trainer.description["preprocess"] == "gcn_zca"
+    x, y = digits.train.batch(slice(0, 20))
+    assert x.min() < -0.5 and x.max() > 1.5
+    torch.manual_seed(3)
+    loss = trainer.task(x, y)["loss"]
+    torch.manual_seed(3)
+    free = (-math.inf, math.inf)
+    if steps == 1:
+        attacked = attacks.fgsm(trainer.model, x, y, 0.1, bounds=free)
+    else:
+        attacked = attacks.pgd(trainer.model, x, y, 0.1, steps=3, objective="ce", bounds=free)
+    torch.testing.assert_close((attacked.images - x).abs().max(), torch.tensor(0.1), rtol=0, atol=1e-5)
+    expected = (F.cross_entropy(trainer.model(x), y) + F.cross_entropy(trainer.model(attacked.images), y)) / 2
+    torch.testing.assert_close(loss, expected)
+
+
 def after_twelve_epochs(digits, *arguments):
     options = ("--training.epochs", "12", "--training.batch_size", "16", "--training.distance_samples", "0")
     trainer = Trainer(settings(*options, *arguments), digits)

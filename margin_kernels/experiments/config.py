@@ -31,6 +31,8 @@ class DataConfig:
         label_noise: share of training labels flipped to another class
         seed: draws the fraction and the noise, the same for every model of a comparison
         verify: compare the files with the official checksums
+        preprocess: none (images in [0, 1]) or gcn_zca (global contrast normalisation and ZCA whitening: attacks are
+            not clipped, and radii and norms are in the units of whitened images)
     """
 
     name: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
@@ -40,6 +42,7 @@ class DataConfig:
     label_noise: float = 0.0
     seed: int = 0
     verify: bool = True
+    preprocess: Literal["none", "gcn_zca"] = "none"
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""Classification data as tensors: images [N, C, H, W] in [0, 1], integer labels [N], in train, validation and test
-splits.
+"""Classification data as tensors: images [N, C, H, W] in [0, 1], or whitened, integer labels [N], in train, validation
+and test splits.
 
     digits          scikit-learn's bundled 1797 scanned digits, 1x8x8, offline; stratified 60 / 20 / 20
     mnist, fashion_mnist   60,000 / 10,000 of 1x28x28; the last `validation_size` training images are held out
@@ -11,9 +11,11 @@ not the training seed: every model of a comparison sees the same images and the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,12 @@ from torch.nn import functional as F
 from . import cifar, idx
 from .config import DataConfig
 from .idx import DataError
+from .whitening import Whitening
 
 __all__ = ["DATASETS", "DataError", "Dataset", "Split", "augmented", "flip_labels", "load", "of"]
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
+PREPROCESSING = {"none": "images in [0, 1]", "gcn_zca": "whitened images"}  # and the words for their units
 SHIFT = 4  # pixels of an augmented image
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
 
@@ -37,16 +41,23 @@ DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 or fp32 [N, C, H, W] (uint8 is divided by 255 batch by batch) and labels int64 [N]."""
+    """Images uint8 or fp32 [N, C, H, W] (uint8 is divided by 255 batch by batch) and labels int64 [N]; how the images
+    were preprocessed."""
 
     images: Tensor
     labels: Tensor
+    preprocess: str = "none"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """What an attacked image is clipped to; whitened images have no bounds."""
+        return (0.0, 1.0) if self.preprocess == "none" else (-math.inf, math.inf)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, index: Tensor | slice, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """fp32 images in [0, 1] and labels of the samples at `index`, on `device`."""
+        """fp32 images and labels of the samples at `index`, on `device`."""
         images, labels = self.images[index].to(device), self.labels[index].to(device)
         return (images.float().div_(255) if images.dtype == torch.uint8 else images), labels
 
@@ -56,7 +67,7 @@ class Split:
             yield self.batch(slice(start, start + size), device)
 
     def mean_image(self) -> Tensor:
-        """Mean over the samples, fp32 [C, H, W] in [0, 1]."""
+        """Mean over the samples, fp32 [C, H, W]."""
         total = torch.zeros(self.images.shape[1:], dtype=torch.float64)
         for images, _ in self.batches(1000):
             total += images.sum(0, dtype=torch.float64)
@@ -64,7 +75,7 @@ class Split:
 
     def head(self, count: int | None) -> Split:
         """The first `count` samples (all for None)."""
-        return self if count is None else Split(self.images[:count], self.labels[:count])
+        return self if count is None else replace(self, images=self.images[:count], labels=self.labels[:count])
 
 
 @dataclass(frozen=True)
@@ -88,19 +99,23 @@ def load(
     label_noise: float = 0.0,
     seed: int = 0,
     verify: bool = True,
+    preprocess: str = "none",
 ) -> Dataset:
     """Reads a data set by name.
 
     Arguments: `data_dir` the folder of the files or its parent (not for digits); `validation_size` images held out
     of the training set (not for digits); `train_fraction` in (0, 1], the share of the remaining training images that
     is kept, int(fraction * N) of them; `label_noise` in [0, 1], the share of training labels flipped to another
-    class; `seed` draws both; `verify` compares checksums. Raises DataError naming the file, what was found and what
+    class; `seed` draws both; `verify` compares checksums; `preprocess` "none" or "gcn_zca" (whitening.py, fitted to the
+    training images that are kept). Raises DataError naming the file, what was found and what
     was expected; ValueError for an argument out of range.
     """
     if name not in DATASETS:
         raise ValueError(f"data.name is {name!r}; allowed: {', '.join(DATASETS)}")
     if not 0 < train_fraction <= 1:
         raise ValueError(f"data.train_fraction is {train_fraction}; allowed: 0 < fraction <= 1")
+    if preprocess not in PREPROCESSING:
+        raise ValueError(f"data.preprocess is {preprocess!r}; allowed: {', '.join(PREPROCESSING)}")
     if not 0 <= label_noise <= 1:
         raise ValueError(f"data.label_noise is {label_noise}; allowed: 0 <= noise <= 1")
     dataset = _load_digits() if name == "digits" else _load_files(name, data_dir, validation_size, verify)
@@ -116,7 +131,15 @@ def load(
         train = Split(train.images[keep], train.labels[keep])
     if label_noise > 0:
         train = Split(train.images, flip_labels(train.labels, label_noise, dataset.num_classes, generator))
-    return replace(dataset, train=train)
+    dataset = replace(dataset, train=train)
+    if preprocess == "none":
+        return dataset
+    whitening = Whitening(train.images)
+    train, validation, test = (
+        Split(whitening(split.images), split.labels, preprocess)
+        for split in (dataset.train, dataset.validation, dataset.test)
+    )
+    return replace(dataset, train=train, validation=validation, test=test)
 
 
 def of(config: DataConfig) -> Dataset:
@@ -129,7 +152,13 @@ def of(config: DataConfig) -> Dataset:
         config.label_noise,
         config.seed,
         config.verify,
+        config.preprocess,
     )
+
+
+def units(config: dict[str, Any]) -> str:
+    """In what radii and norms of a run are, from the config in its record: "images in [0, 1]"."""
+    return PREPROCESSING[config["data"].get("preprocess", "none")]
 
 
 def flip_labels(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -1,14 +1,16 @@
 """What a trained network is worth: accuracy, clean, attacked and under noise, and distances to the decision boundary.
 
-accuracy under attack   share of ALL samples that are classified correctly at the attacked image, clipped to [0, 1]
+accuracy under attack   share of ALL samples that are classified correctly at the attacked image
 black_box               the same at images that were attacked on another network, the attacker
 reverse                 accuracy of the attacker at the images that were attacked on this network
-noise                   accuracy at clip(x + sigma n), n standard normal, clipped to [0, 1]
+noise                   accuracy at clip(x + sigma n), n standard normal
 worst                   share of samples that no attack of the table moves over the boundary
 margin                  mean ||r||_2 over all samples, r the DeepFool perturbation that changes the prediction [A]
 deepfool                the same over the correctly classified samples
 rho_adv                 mean ||r||_2 / ||x||_2 over the correctly classified samples [M]
 distance                signed distance d per tap, mean over samples; positive on the right side
+
+Attacked and noisy images are clipped to [0, 1], whitened ones are not.
 """
 
 from __future__ import annotations
@@ -146,10 +148,10 @@ def _standing(
             for x, y in part.batches(config.batch_size, device):
                 for objective in attacks.OBJECTIVES:
                     if method == "fgsm":
-                        attack = attacks.fgsm(maker, x, y, eps, objective)
+                        attack = attacks.fgsm(maker, x, y, eps, objective, part.bounds)
                         zeros[objective] += attack.zero_gradient * len(y)
                     else:
-                        attack = attacks.ifgsm(maker, x, y, eps, steps=config.steps, objective=objective)
+                        attack = attacks.ifgsm(maker, x, y, eps, None, config.steps, objective, part.bounds)
                     for judge, found in zip(judges, right, strict=True):
                         found[f"{method}_{objective}"].append(_right(judge, attack.images, y))
     standing = [{name: torch.cat(parts) for name, parts in found.items()} for found in right]
@@ -170,7 +172,7 @@ def under_noise(
         parts = zip(split.batches(config.batch_size, device), noise.split(config.batch_size), strict=True)
         for (x, y), drawn in parts:
             for i, sigma in enumerate(config.noise_sigmas):
-                noisy = (x + sigma * drawn.to(device)).clamp(0, 1)
+                noisy = (x + sigma * drawn.to(device)).clamp(*split.bounds)
                 hits[i] += int(_right(model, noisy, y).sum())
     return [hit / len(split) for hit in hits]
 
@@ -179,6 +181,12 @@ def load_attacker(folder: Path, split: Split, device: torch.device | str = "cpu"
     """The network of evaluation.attacker. Raises CheckpointError where the folder holds none, ValueError where it
     takes other images."""
     model, description = checkpoint.load_model(folder)
+    preprocess = description.get("preprocess", "none")
+    if preprocess != split.preprocess:
+        raise ValueError(
+            f"evaluation.attacker: the network of {folder} takes images with data.preprocess {preprocess!r}, these "
+            f"have {split.preprocess!r}"
+        )
     if tuple(description["shape"]) != tuple(split.images.shape[1:]):
         raise ValueError(
             f"evaluation.attacker: the network of {folder} takes images of shape {description['shape']}, "

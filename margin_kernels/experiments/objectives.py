@@ -58,7 +58,8 @@ class LogitTask(nn.Module):
 
 
 class AdversarialTrainingTask(nn.Module):
-    """loss = 1/2 CE(x) + 1/2 CE(x'), both in the model's own mode; x' maximises CE within eps of x, clipped to [0, 1].
+    """loss = 1/2 CE(x) + 1/2 CE(x'), both in the model's own mode; x' maximises CE within eps of x, clipped to
+    `bounds`.
 
     The attack runs in eval mode, so that it meets the network that will be attacked: dropout masks are off and batch
     norm's running statistics see no attack iterates, only x and x' once each. x' is a constant of the backward pass.
@@ -68,13 +69,14 @@ class AdversarialTrainingTask(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
+        self.bounds = (0.0, 1.0)
 
     def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
         eps, steps, alpha = self.config.eps, self.config.steps, self.config.alpha
         if steps == 1:
-            attack = attacks.fgsm(self.model, x, target, eps)
+            attack = attacks.fgsm(self.model, x, target, eps, bounds=self.bounds)
         else:
-            attack = attacks.pgd(self.model, x, target, eps, alpha, steps, objective="ce")
+            attack = attacks.pgd(self.model, x, target, eps, alpha, steps, "ce", self.bounds)
         logits = self.model(x)
         attacked = self.model(attack.images)
         loss = 0.5 * (F.cross_entropy(logits.float(), target) + F.cross_entropy(attacked.float(), target))
@@ -238,9 +240,14 @@ OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Modu
 }
 
 
-def build(model: nn.Module, config: LossConfig, hidden: tuple[str, ...]) -> nn.Module:
+def build(
+    model: nn.Module, config: LossConfig, hidden: tuple[str, ...], bounds: tuple[float, float] = (0.0, 1.0)
+) -> nn.Module:
     """The module to train: task(x, y) -> dict with "loss" and "output"; it owns `model`. `hidden`: the network's
-    hidden taps."""
+    hidden taps; `bounds`: what attacked images are clipped to."""
     if config.kind not in OBJECTIVES:
         raise ValueError(f"loss.kind is {config.kind!r}; allowed: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[config.kind](model, config, layers(config.layers, hidden))
+    task = OBJECTIVES[config.kind](model, config, layers(config.layers, hidden))
+    if isinstance(task, AdversarialTrainingTask):
+        task.bounds = bounds
+    return task

@@ -15,7 +15,7 @@ from .sweep_figures import Study, finish, mean_words, pages, place, slug
 from .table import norm_name
 
 DENSITIES = {
-    "margin": ("Density of the margin", "signed l2 norm of DeepFool,\nimages in [0, 1]", "deepfool"),
+    "margin": ("Density of the margin", "signed l2 norm of DeepFool,\n{units}", "deepfool"),
     "rho_adv": ("Density of the relative margin", "signed l2 norm of DeepFool\n/ l2 norm of the image", "rho_adv"),
 }
 SHARE = 0.005  # of the images that may lie outside of a figure on either side
@@ -48,6 +48,7 @@ def total(records: list[Record], measure: str) -> np.ndarray | None:
 def densities(study: Study, point: str, measure: str) -> Iterator[Figure]:
     """The density of a measure, a strip per model, all on one scale; nothing where no record has the counts."""
     title, words, mean = DENSITIES[measure]
+    words = words.format(units=study.units)
     totals = {model: found for model in study.models if (found := total(study.of(model, point), measure)) is not None}
     totals = {model: found for model, found in totals.items() if found.sum()}
     if not totals:

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from . import summary
+from .data import units
 from .evaluate import METHODS
 from .figures import COLOURS, MARKERS, STYLES, Figure, draw
 from .summary import MEASURES, Measure, Record
@@ -50,6 +51,11 @@ class Study:
     def of(self, model: str, point: str) -> list[Record]:
         """A record per seed."""
         return [record for record in self.records if (record["model_label"], record["point"]) == (model, point)]
+
+    @property
+    def units(self) -> str:
+        """In what radii and norms are."""
+        return " and ".join(dict.fromkeys(units(record["config"]) for record in self.records))
 
     @property
     def note(self) -> str:
@@ -259,7 +265,7 @@ def curves(study: Study, point: str, side: str, words: str) -> Iterator[Figure]:
                 for (model, at), values in study.published.items()
                 if at == point and measured in values
             }
-            yield from _accuracy(study, point, stem, title, "eps (l_inf, images in [0, 1])", series, marks, own)
+            yield from _accuracy(study, point, stem, title, f"eps (l_inf, {study.units})", series, marks, own)
 
 
 def _attackers(study: Study) -> set[str]:
@@ -290,7 +296,7 @@ def noise(study: Study, point: str) -> Iterator[Figure]:
         return (evaluation["noise_sigmas"], evaluation["noise"]) if "noise" in evaluation else None
 
     stem = f"noise{slug(point)}"
-    yield from _accuracy(study, point, stem, "Gaussian noise", "sigma (images in [0, 1])", series, {}, "")
+    yield from _accuracy(study, point, stem, "Gaussian noise", f"sigma ({study.units})", series, {}, "")
 
 
 def _accuracy(

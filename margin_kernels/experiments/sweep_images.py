@@ -2,13 +2,15 @@
 
     clean | FGSM, IFGSM: l_inf radius evaluation.eps, on the logit gap, clipped to [0, 1] | DeepFool: x + r
 
-r is the perturbation whose norm `margin` and `rho_adv` are the means of; x + r is not clipped, but shown so.
+r is the perturbation whose norm `margin` and `rho_adv` are the means of; x + r is not clipped, but shown so. Whitened
+images are clipped by no attack; they are shown from the lowest to the highest pixel of the clean one.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,27 +49,32 @@ def all_figures(study: Study, data_dir: str | None) -> tuple[dict[str, list[Figu
     kept = {point: found for point, found in kept.items() if found}
     if not kept:
         return {}, "No attacked images: no weights were kept; margin-kernels sweep --keep-weights does."
-    name = study.records[0]["config"]["data"]["name"]
-    if name != "digits" and data_dir is None:
+    settings = config.from_dict(study.records[0]["config"]).data
+    if settings.name != "digits" and data_dir is None:
         return (
             {},
             "No attacked images: margin-kernels report --data-dir DIR draws them from the weights that were kept.",
         )
-    dataset = data.load(name, data_dir)
     groups = {}
     for point, records in kept.items():
+        # whitening is fitted to the training images, which the points may differ in
+        first = config.from_dict(next(iter(records.values()))["config"]).data
+        dataset = data.of(replace(settings if first.preprocess == "none" else first, dir=data_dir))
         groups[f"Attacked test images{place(point)}"] = figures(study, point, records, dataset)
     return groups, ""
 
 
 def networks(study: Study, point: str) -> dict[str, Record]:
-    """The first ROWS models whose weights are there, with the record of the first seed that has them."""
+    """The first ROWS models whose weights are there, with the record of the first seed that has them; all of them take
+    images that were preprocessed alike."""
     found: dict[str, Record] = {}
     for model in study.models:
         for record in study.of(model, point):
             if model not in found and (folder_of(study, record) / "model.safetensors").is_file():
                 found[model] = record
-    return dict(list(found.items())[:ROWS])
+    units = {model: data.units(record["config"]) for model, record in found.items()}
+    alike = [model for model in found if units[model] == next(iter(units.values()))]
+    return {model: found[model] for model in alike[:ROWS]}
 
 
 def folder_of(study: Study, record: Record) -> Path:
@@ -82,7 +89,8 @@ def figures(study: Study, point: str, records: dict[str, Record], dataset: data.
     settings = config.from_dict(first["config"]).evaluation
     indices = chosen(list(models.values()), dataset.test)
     x, y = dataset.test.batch(indices)
-    shown = {label: attack(model, x, y, settings) for label, model in models.items()}
+    bounds = dataset.test.bounds
+    shown = {label: attack(model, x, y, settings, bounds) for label, model in models.items()}
     left = len(study.models) - len(models)
     rest = f" {left} of the models not shown." if left else ""
     return [
@@ -96,6 +104,7 @@ def figures(study: Study, point: str, records: dict[str, Record], dataset: data.
             i,
             int(y[i]),
             dataset.class_names,
+            bounds if math.isfinite(bounds[1]) else (float(x[i].min()), float(x[i].max())),
         )
         for i, index in enumerate(indices.tolist())
     ]
@@ -121,13 +130,15 @@ def chosen(models: list[nn.Module], split: data.Split) -> Tensor:
     return torch.tensor(sorted(first.values(), key=ordered.index)[:IMAGES])
 
 
-def attack(model: nn.Module, x: Tensor, y: Tensor, settings: EvaluationConfig) -> Shown:
-    """The columns of one row: images x [N, C, H, W] in [0, 1] with labels y [N]."""
+def attack(
+    model: nn.Module, x: Tensor, y: Tensor, settings: EvaluationConfig, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Shown:
+    """The columns of one row: images x [N, C, H, W] within `bounds` with labels y [N]."""
     found = deepfool(model, x, max_iter=settings.deepfool_iterations, step_limit=settings.deepfool_step_limit)
     images = {
         "clean": x,
-        "FGSM gap": attacks.fgsm(model, x, y, settings.eps, "gap").images,
-        "IFGSM gap": attacks.ifgsm(model, x, y, settings.eps, steps=settings.steps, objective="gap").images,
+        "FGSM gap": attacks.fgsm(model, x, y, settings.eps, "gap", bounds).images,
+        "IFGSM gap": attacks.ifgsm(model, x, y, settings.eps, None, settings.steps, "gap", bounds).images,
         "DeepFool": x + found.perturbation,
     }
     with torch.no_grad():
@@ -136,9 +147,15 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, settings: EvaluationConfig) -
 
 
 def figure(
-    name: str, caption: str, shown: dict[str, Shown], index: int, label: int, classes: tuple[str, ...]
+    name: str,
+    caption: str,
+    shown: dict[str, Shown],
+    index: int,
+    label: int,
+    classes: tuple[str, ...],
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> Figure:
-    """The grid of the image at `index`."""
+    """The grid of the image at `index`; `span`: the values of black and white."""
 
     def paint(panels: list[Axes]) -> None:
         cells = [(model, column) for model in shown for column in COLUMNS]
@@ -149,7 +166,7 @@ def figure(
             if column == "DeepFool":
                 norm = float(own.norms[index])
                 words += f", l2 {norm:.2f}" if norm == norm else ", none found"
-            _picture(axes, own.images[column][index], words, predicted == label)
+            _picture(axes, own.images[column][index], words, predicted == label, span)
             if model == next(iter(shown)):
                 axes.set_title(column, fontsize=9, loc="center")
             if column == COLUMNS[0]:
@@ -158,9 +175,10 @@ def figure(
     return draw_panels(name, caption, paint, len(shown) * len(COLUMNS), len(COLUMNS), (1.4, 1.3))
 
 
-def _picture(axes: Axes, image: Tensor, words: str, right: bool) -> None:
+def _picture(axes: Axes, image: Tensor, words: str, right: bool, span: tuple[float, float]) -> None:
     """An image [C, H, W] with the predicted class below."""
-    pixels = np.moveaxis(image.clamp(0, 1).numpy(), 0, 2)
+    low, high = span
+    pixels = np.moveaxis(((image - low) / (high - low)).clamp(0, 1).numpy(), 0, 2)
     axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
     axes.grid(False)
     axes.set(xticks=[], yticks=[])

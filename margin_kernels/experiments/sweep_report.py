@@ -92,7 +92,7 @@ def write(folder: Path, studies: list[Study], title: str, data_dir: str | None =
 def section(study: Study, groups: dict[str, list[Figure]], note: str) -> list[str]:
     """One sweep's part of the page; `note` says what is not in `groups`, and why."""
     eps = ", ".join(dict.fromkeys(f"{record['evaluation']['eps']:g}" for record in study.records))
-    about = f"{study.note.capitalize()}. Attacks of l_inf radius {eps}, images in [0, 1]."
+    about = f"{study.note.capitalize()}. Attacks of l_inf radius {eps}, {study.units}."
     body = [f"<h2>{html.escape(study.name.replace('_', ' '))}</h2>", f"<p>{html.escape(about)}</p>"]
     body.append(means(study))
     compared = comparison(study)

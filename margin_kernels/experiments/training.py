@@ -103,6 +103,8 @@ class Trainer:
             "classes": dataset.num_classes,
             "options": options,
         }
+        if dataset.train.preprocess != "none":
+            self.description["preprocess"] = dataset.train.preprocess
         torch.manual_seed(settings.seed)
         self.model = models.build(
             config.model.name, dataset.shape, dataset.num_classes, init=config.model.init, **options
@@ -134,7 +136,7 @@ class Trainer:
             loss = replace(loss, **self.measured, gamma_unit="absolute")
         if loss == self.loss:
             return
-        self.loss, self.task = loss, objectives.build(self.model, loss, self.hidden)
+        self.loss, self.task = loss, objectives.build(self.model, loss, self.hidden, self.dataset.train.bounds)
         self.step_module: Any = self.task
         if self.config.training.compile:
             self._compile(loss)
