@@ -1,13 +1,23 @@
-"""The README's tables, as Markdown, from benchmarks/results/: python benchmarks/tables.py"""
+"""The tables of the READMEs, as Markdown, from benchmarks/results/.
 
+    python benchmarks/tables.py            prints all tables under their names
+    python benchmarks/tables.py --write    puts them into the pages, between `<!-- table NAME -->` and `<!-- /table -->`
+
+`<!-- table papers/SWEEP error margin -->` is a sweep's table of these measures. A test holds the pages to the results.
+"""
+
+import argparse
 import csv
 import json
+import re
 from pathlib import Path
 
 from margin_kernels.experiments import sweep as sweeps
 from margin_kernels.experiments.summary import MEASURES
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PAGES = (RESULTS.parents[1] / "README.md", RESULTS / "README.md", RESULTS / "papers" / "README.md")
+BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 # Step tables that are also shown side by side.
 OVERVIEW = ("step_cpu", "step_cpu_resnet20", "step_cpu_large", "step_cpu_resnet50")
 OVERVIEW_NETWORKS = ("mnist_cnn", "mlp800", "resnet20_gn", "wrn28_10_gn", "resnet50_gn", "resnet50_bn", "vit_b16")
@@ -28,13 +38,6 @@ OVERVIEW_STEPS = (
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def where(environment: dict) -> str:
-    return (
-        f"{environment['processor']}, torch {environment['torch']}, {environment['date']}, "
-        f"commit {environment['commit']}"
-    )
 
 
 def dual_norm(run: dict) -> str:
@@ -181,9 +184,11 @@ def compiled_ratios(run: dict) -> str:
     return table(head, rows) if rows else ""
 
 
-def steps(run: dict) -> str:
+def steps(run: dict) -> dict[str, str]:
     """All ratios at a glance, compiled steps, and one table for each network and number of threads."""
-    tables = [step_ratios(run) + "\n", compiled_ratios(run) + "\n"]
+    tables = {"ratios": step_ratios(run)}
+    if compiled_ratios(run):
+        tables["compiled"] = compiled_ratios(run)
     for part in run["networks"]:
         rows = []
         for cell in part["steps"]:
@@ -206,13 +211,12 @@ def steps(run: dict) -> str:
                     f"{compiled['to_compiled_cross_entropy']:.2f}" if isinstance(compiled, dict) else "-",
                 ]
             )
-        head = ["loss", "taps", "passes", "ms", "to its floor", "to cross-entropy", "floor to cross-entropy"]
+        head = ["loss", "taps", "passes (*: auto)", "ms", "to its floor", "to cross-entropy", "floor to cross-entropy"]
         head += ["FLOPs to cross-entropy", "memory to cross-entropy", "passes of the network", "compiled to compiled"]
         layout = ", channels-last" if part["channels_last"] else ""
-        title = f"{part['network']}, batch {part['batch']}, {part['dtype']}{layout}, {part['threads']} threads"
-        title += f', {part["device"]}; *: what passes="auto" takes'
-        tables.append(f"**{title}**\n\n{table(head, rows)}\n")
-    return "\n".join(tables)
+        name = f"{part['network']}, batch {part['batch']}, {part['dtype']}{layout}, {part['threads']} threads"
+        tables[f"{name}, {part['device']}"] = table(head, rows)
+    return tables
 
 
 def losses(run: dict) -> str:
@@ -229,10 +233,14 @@ def losses(run: dict) -> str:
 COLUMNS = {  # measure of a summary -> heading, factor, digits
     "error": ("error %", 100, 2),
     "fgsm_error": ("FGSM error %", 100, 1),
+    "fgsm_gap_error": ("FGSM gap error %", 100, 1),
     "ifgsm_gap_error": ("IFGSM gap error %", 100, 1),
+    "black_box_fgsm_error": ("black box FGSM error %", 100, 1),
+    "black_box_ifgsm_gap_error": ("black box IFGSM gap error %", 100, 1),
     "margin": ("margin", 1, 2),
     "rho_adv": ("10 rho_adv", 10, 2),
 }
+SHOWN = ("error", "fgsm_error", "ifgsm_gap_error", "margin", "rho_adv")
 
 
 def published(folder: str) -> tuple[str, dict[str, str]]:
@@ -251,20 +259,23 @@ def published(folder: str) -> tuple[str, dict[str, str]]:
     return ("published " if shown else "") + ", ".join(COLUMNS[key][0] for key in shown), texts
 
 
-def sweep(path: Path) -> str:
+def sweep(path: Path, shown: tuple[str, ...] = SHOWN) -> str:
     """One row per model and point of a sweep's summary.csv: means, with standard deviations over seeds, and what the
     paper prints."""
     heading, known = published(path.parent.name)
+    if shown != SHOWN:
+        heading = ""
     rows = []
     for row in csv.DictReader(path.open()):
         cells = []
-        for key, (_, factor, digits) in COLUMNS.items():
+        for key in shown:
+            _, factor, digits = COLUMNS[key]
             mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
             text = f"{factor * float(mean):.{digits}f}" if mean else "-"
             cells.append(f"{text} ± {factor * float(std):.{digits}f}" if mean and std else text)
         label = ", ".join(filter(None, (row["point"], row["model"])))
         rows.append([label, row["seeds"], *cells, *([known.get(row["model"]) or "-"] if heading else [])])
-    return table(["model", "runs", *(head for head, _, _ in COLUMNS.values()), *filter(None, [heading])], rows)
+    return table(["model", "runs", *(COLUMNS[key][0] for key in shown), *filter(None, [heading])], rows)
 
 
 MANY = 20  # rows from which a sweep over several points is better read as a grid
@@ -304,7 +315,6 @@ PARTS = {
     "one_to_n": one_to_n,
     "deepfool_step": deepfool_step,
     "overhead_microseconds": overhead,
-    "networks": steps,
 }
 
 
@@ -321,24 +331,63 @@ def robustness(path: Path) -> str:
     return table([*head, "DeepFool l2", "step to CE"], rows)
 
 
-def main() -> None:
+def toy(run: dict) -> str:
+    """The smallest distance of a training point to the exact boundary, and the one that DeepFool reports."""
+    networks = list(dict.fromkeys(row["network"] for row in run["models"]))
+    rows: dict[str, list[str]] = {}
+    for row in run["models"]:
+        rows.setdefault(row["model"], [row["model"]]).extend(
+            f"{row[key]:.2f}" for key in ("margin", "deepfool_training")
+        )
+    return table(
+        ["loss", *(head for name in networks for head in (f"{name}: margin", "DeepFool"))], list(rows.values())
+    )
+
+
+def all_tables() -> dict[str, str]:
+    """Every table by its name."""
+    tables = {}
     for name in ("digits", "mnist"):
         path = RESULTS / name / "results.csv"
         if path.is_file():
-            print(f"## {name}/results.csv\n\n{robustness(path)}\n")
+            tables[name] = robustness(path)
     for path in sorted((RESULTS / "papers").glob("*/summary.csv")):
-        as_table = by_point if is_grid(path) else sweep
-        print(f"## papers/{path.parent.name}/summary.csv\n\n{as_table(path)}\n")
-    steps_of = [json.loads((RESULTS / f"{name}.json").read_text()) for name in OVERVIEW]
-    print(f"## {', '.join(OVERVIEW)}\n\n{overview(steps_of)}\n")
+        tables[f"papers/{path.parent.name}"] = (by_point if is_grid(path) else sweep)(path)
+    tables["papers/toy"] = toy(json.loads((RESULTS / "papers" / "toy" / "toy.json").read_text()))
+    tables["overview"] = overview([json.loads((RESULTS / f"{name}.json").read_text()) for name in OVERVIEW])
     for path in sorted(RESULTS.glob("*.json")):
-        name, run = path.stem, json.loads(path.read_text())
-        print(f"## {name}.json: {where(run['environment'])}\n")
-        for part, as_table in PARTS.items():
-            if part in run:
-                print(as_table(run), "\n")
-        if name == "losses_cpu":
-            print(losses(run), "\n")
+        run = json.loads(path.read_text())
+        found = {part: as_table(run) for part, as_table in PARTS.items() if part in run}
+        if "networks" in run:
+            found |= steps(run)
+        if path.stem == "losses_cpu":
+            found["losses"] = losses(run)
+        tables |= {f"{path.stem}/{part}": text for part, text in found.items()}
+    return tables
+
+
+def filled(page: str, tables: dict[str, str]) -> str:
+    """The text of a page with the tables of today in its blocks. Raises KeyError for a table that there is not."""
+
+    def block(match: re.Match[str]) -> str:
+        begin, name, measures, end = match.groups()
+        text = sweep(RESULTS / name / "summary.csv", tuple(measures.split())) if measures else tables[name]
+        return f"{begin}\n{text}\n\n{end}"
+
+    return BLOCK.sub(block, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tables of benchmarks/results/ as Markdown.")
+    parser.add_argument("--write", action="store_true", help="put them into the pages instead of printing them")
+    options = parser.parse_args()
+    tables = all_tables()
+    if options.write:
+        for page in PAGES:
+            page.write_text(filled(page.read_text(), tables))
+        return
+    for name, text in tables.items():
+        print(f"## {name}\n\n{text}\n")
 
 
 if __name__ == "__main__":
