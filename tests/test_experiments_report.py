@@ -135,27 +135,31 @@ def test_white_box_black_box_and_noise_curves_are_those_of_the_records(monkeypat
     own = {"fgsm_ce": [0.9, 0.5, 0.1]}
     records = [record("plain", "", seed, curves=own, noise=None, **curve) for seed in (0, 1)]
     other = {"curves": {"fgsm_ce": [0.8, 0.7, 0.6]}, "attacker": "plain__seed0", "black_box": {}}
+    other["reverse_curves"] = {"fgsm_ce": [0.9, 0.85, 0.65]}
     records.append(record("hinge", "", 0, **other, black_box_curves={"fgsm_ce": [0.8, 0.75, 0.7]}, **curve))
     records[1]["evaluation"]["curves"] = {"fgsm_ce": [0.9, 0.7, 0.3]}
     for made, noise in zip(records, ([0.9, 0.8, 0.7], [0.9, 0.6, 0.5], [0.8, 0.8, 0.4]), strict=True):
         made["evaluation"]["noise"] = noise
     study = sweep_figures.Study("attacks", "quick", records, {("plain", ""): {"black_box_fgsm_error": 33.0}})
-    white = drawn_lines(lambda: sweep_figures.curves(study, "", "curves", "white box"), monkeypatch)
+    white = drawn_lines(lambda: sweep_figures.curves(study, "", ""), monkeypatch)
     ((name, points, _, caption),) = white
     assert name == "attacks_fgsm_ce" and "1 to 2 seeds" in caption
     assert points["plain"] == [(0.0, 90), (0.1, 60), (0.2, 20)]
-    ((name, points, *_),) = drawn_lines(
-        lambda: sweep_figures.curves(study, "", "black_box_curves", "black box"), monkeypatch
-    )
+    ((name, points, *_),) = drawn_lines(lambda: sweep_figures.curves(study, "", "black_box"), monkeypatch)
     assert name == "attacks_black_box_fgsm_ce"
     assert points["hinge"] == [(0.0, 80), (0.1, 75), (0.2, 70)]
     assert points["plain"] == [(0.0, 90), (0.1, 60), (0.2, 20)]  # the attacker: white box
     assert points["plain, published"] == [(0.1, 67.0)]
+    ((name, points, _, caption),) = drawn_lines(lambda: sweep_figures.curves(study, "", "reverse"), monkeypatch)
+    assert name == "attacks_reverse_fgsm_ce" and "FGSM on cross-entropy, transferred to plain" in caption
+    assert points["hinge"] == [(0.0, 90), (0.1, 85), (0.2, 65)]
+    assert points["plain"] == [(0.0, 90), (0.1, 60), (0.2, 20)]  # its own: white box
+    assert "plain, published" not in points
     ((_, points, *_),) = drawn_lines(lambda: sweep_figures.noise(study, ""), monkeypatch)
     assert points["plain"] == [(0.0, 90), (0.2, 70), (0.4, 60)]
     records[2]["evaluation"]["curve_eps"] = records[0]["evaluation"]["curve_eps"] = [0.0, 0.1]
     short = sweep_figures.Study("attacks", "quick", [records[0]], {})
-    assert not drawn_lines(lambda: sweep_figures.curves(short, "", "curves", "white box"), monkeypatch)  # no curve
+    assert not drawn_lines(lambda: sweep_figures.curves(short, "", ""), monkeypatch)  # no curve
 
 
 def test_a_table_like_sweep_is_drawn_by_model_with_all_published_marks(monkeypatch):

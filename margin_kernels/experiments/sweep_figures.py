@@ -109,10 +109,10 @@ def all_figures(study: Study) -> dict[str, list[Figure]]:
     plots = [by_model(study, measure) if axis is None else against(study, measure, axis) for measure in drawn(study)]
     groups["By model" if axis is None else f"Against {axis.words}"] = [figure for plot in plots for figure in plot]
     for point in study.points:
-        for side, words in (("curves", "white box"), ("black_box_curves", "black box")):
-            figures = list(curves(study, point, side, words))
+        for side in ("", "black_box", "reverse"):
+            figures = list(curves(study, point, side))
             if figures:
-                groups[f"Accuracy against eps, {words}{place(point)}"] = figures
+                groups[f"Accuracy against eps, {side_words(study, side)}{place(point)}"] = figures
         figures = list(noise(study, point))
         if figures:
             groups[f"Accuracy under Gaussian noise{place(point)}"] = figures
@@ -241,23 +241,34 @@ def _scale(axes: Axes, axis: Swept, values: list[float]) -> None:
         axes.set_ylim(low - space, high + space)
 
 
-def curves(study: Study, point: str, side: str, words: str) -> Iterator[Figure]:
-    """Accuracy against eps under each attack. In the black box the attacker's own curve is the white-box one."""
+def side_words(study: Study, side: str) -> str:
+    """Who is attacked by whom."""
+    words = {"": "white box", "black_box": "black box"}
+    return words.get(side) or f"transferred to {' and '.join(sorted(_attackers(study)))}"
+
+
+def curves(study: Study, point: str, side: str) -> Iterator[Figure]:
+    """Accuracy against eps under each attack: that of each model at its own images (side ""), at the attacker's
+    ("black_box"), and that of the attacker at each model's ("reverse"). The attacker's own curve: white box."""
+    curve, prefix = f"{side}_curves".lstrip("_"), f"{side}_".lstrip("_")
+    remark = {
+        "": "",
+        "black_box": " The attacker itself: white box.",
+        "reverse": " Each curve: the images were attacked on that model; its own: white box.",
+    }[side]
     for method in reversed(METHODS):
         for objective in ("gap", "ce"):
             key = f"{method}_{objective}"
-            title = f"{WORDS[method]} on {WORDS[objective]}, {words}"
-            own = " The attacker itself: white box." if side != "curves" else ""
+            title = f"{WORDS[method]} on {WORDS[objective]}, {side_words(study, side)}"
 
             def series(record: Record, key: str = key) -> tuple[list[float], list[float]] | None:
                 evaluation = record["evaluation"]
-                if side != "curves" and not any(side in other["evaluation"] for other in study.records):
+                if not any(curve in other["evaluation"] for other in study.records):
                     return None
                 attacker = record["model_label"] in _attackers(study)
-                found = evaluation.get("curves" if attacker else side, {}).get(key)
+                found = evaluation.get("curves" if attacker else curve, {}).get(key)
                 return None if found is None else (evaluation["curve_eps"], found)
 
-            prefix = "" if side == "curves" else "black_box_"
             measured = f"{prefix}{method}_{'' if objective == 'ce' else 'gap_'}error"
             stem = f"{prefix}{key}{slug(point)}"
             marks = {
@@ -265,7 +276,7 @@ def curves(study: Study, point: str, side: str, words: str) -> Iterator[Figure]:
                 for (model, at), values in study.published.items()
                 if at == point and measured in values
             }
-            yield from _accuracy(study, point, stem, title, f"eps (l_inf, {study.units})", series, marks, own)
+            yield from _accuracy(study, point, stem, title, f"eps (l_inf, {study.units})", series, marks, remark)
 
 
 def _attackers(study: Study) -> set[str]:
