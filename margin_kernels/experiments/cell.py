@@ -2,13 +2,16 @@
 
 FOLDER/job.json says what to train and where the record goes. Training continues from FOLDER/checkpoint.pt where a
 killed process has left one. The record is written at the end, atomically: a record that exists is complete. A cell that
-is trained and only measured anew (job "trained") keeps its weights and all of its record but the evaluation.
+is trained and only measured anew (job "trained") keeps its weights and all of its record but the evaluation. A
+candidate (job "candidate") is trained and not evaluated; the cell that chooses among candidates (job "choice") takes
+the weights and the record of one, and evaluates it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -41,8 +44,18 @@ def run(folder: Path) -> None:
     if job["trained"]:
         record = json.loads(path.read_text())
         record["config"]["evaluation"] = config.to_dict(settings)["evaluation"]
+    elif "choice" in job:
+        record = {**taken(folder, job["choice"]), **job["cell"]}
+        record["config"]["name"] = settings.name
+        record["config"]["evaluation"] = config.to_dict(settings)["evaluation"]
     else:
         record = {**job["cell"], **trained(folder, settings, dataset, tick)}
+    # the cells, not paths of this machine
+    record["config"]["model"]["initial"] = job["cell"]["after"]
+    if job["candidate"]:
+        record["config"]["evaluation"]["attacker"] = job["attacker"]
+        write_json(path, record)
+        return
     model, _ = checkpoint.load_model(folder)
     device = resolve_device(settings.training.device)
     hidden = models.hidden_taps(settings.model.name)
@@ -52,10 +65,19 @@ def run(folder: Path) -> None:
     record.pop("timing", None)
     if settings.evaluation.timing_repeats:
         record["timing"] = timing(settings, dataset)
-    # the cells, not paths of this machine
-    record["config"]["model"]["initial"] = job["cell"]["after"]
     record["config"]["evaluation"]["attacker"] = job["attacker"]
     write_json(path, record)
+
+
+def taken(folder: Path, choice: dict[str, Any]) -> dict[str, Any]:
+    """The record of the candidate that was chosen, its weights copied to `folder`; the training of those of the same
+    seed that were not chosen counts as seconds of the choice."""
+    for name in ("model.safetensors", "model.json"):
+        shutil.copyfile(Path(choice["folder"]) / name, folder / name)
+    record = json.loads(Path(choice["record"]).read_text())
+    others = (json.loads(Path(path).read_text()) for path in choice["others"])
+    record["seconds"]["choice"] = sum(other["seconds"]["training"] for other in others)
+    return {**record, "choice": choice["options"]}
 
 
 def trained(folder: Path, settings: Config, dataset: data.Dataset, tick: Callable[[Any], None]) -> dict[str, Any]:

@@ -255,7 +255,11 @@ def run_sweep(arguments: list[str]) -> int:
     parser.add_argument("--budget", default="full", help="quick, cpu, full: what the file offers (default: full)")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time (default: 1)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
-    parser.add_argument("--device", default=None, help="training device of all cells (default: as the file says)")
+    parser.add_argument(
+        "--device",
+        default=None,
+        help="training device of all cells (default: as the file says); cuda: all GPUs in turn",
+    )
     parser.add_argument("--keep-weights", action="store_true", help="keep the weights of every cell")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left to do")
     parser.add_argument(
@@ -287,10 +291,11 @@ def run_sweep(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here", highlight=False)
         failed, status = runner.failed, 130
-    records_found = summary.load(out, [cell.name for cell in every])
+    wanted = [cell.name for cell in every if not cell.candidate]
+    records_found = summary.load(out, wanted)
     table_rows = summary.write(out, path.stem, options.budget, records_found, failed)
     if table_rows:
-        summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(records_found)} of {len(every)} cells")
+        summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(records_found)} of {len(wanted)} cells")
     for name, error in failed.items():
         print(f"{name} failed: {error}", file=sys.stderr)
     console.print(f"{out / 'summary.csv'}, {out / 'summary.json'}", highlight=False, soft_wrap=True)

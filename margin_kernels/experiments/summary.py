@@ -182,6 +182,8 @@ def cell(measure: Measure, row: dict[str, Any]) -> str:
 
 def line(record: Record) -> str:
     """A finished cell in one line."""
+    if "evaluation" not in record:  # a candidate
+        return f"validation accuracy {100 * record['history'][-1]['validation_accuracy']:.2f} %"
     row = rows([record])[0]
     wanted = ("error", "fgsm_gap_error", "margin", "rho_adv")
     parts = [f"{m.heading} {cell(m, row)}" for m in MEASURES if m.key in wanted and f"{m.key}_mean" in row]

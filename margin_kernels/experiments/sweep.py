@@ -5,6 +5,9 @@
     models:                              label -> overrides of the base
       cross-entropy: {}
       margin: {after: cross-entropy, loss: {kind: large_margin}}      goes on from the weights of a model above it
+      tuned: {choose: {loss.gamma: [1, 2]}}       trained with every combination of these values; the one with the best
+                                         mean validation accuracy over the seeds, at each point, is the model's: no
+                                         other meets the test images
     grid: {data.label_noise: [0.0, 0.4]} every combination of the values;
     points:                              and, or instead, a list of overrides, each with an optional label and seeds
       - {label: 68 samples, data.train_fraction: 0.00125, training.repeat: 100, seeds: [0, 1]}
@@ -29,7 +32,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,10 +47,18 @@ KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "pu
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
 
 
+class Option(NamedTuple):
+    """One combination of the values that a model chooses among: dotted key -> value, and its cell for each seed."""
+
+    values: dict[str, Any]
+    cells: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run. `config.model.initial` is the name of the cell it goes on from, `config.evaluation.attacker` that of the
-    cell whose network attacks it, not folders."""
+    cell whose network attacks it, not folders. A `candidate` is trained and not evaluated; a cell with a `choice` is
+    not trained: it takes the network of one of these options, and its own config is that of the first."""
 
     name: str
     model: str
@@ -56,6 +67,8 @@ class Cell:
     seed: int
     config: Config
     after: str | None
+    candidate: bool = False
+    choice: tuple[Option, ...] = ()
 
     @property
     def attacker(self) -> str | None:
@@ -63,8 +76,9 @@ class Cell:
 
     @property
     def needs(self) -> list[str]:
-        """The cells whose weights this one needs."""
-        return [name for name in (self.after, self.attacker) if name is not None]
+        """The cells that have to be finished before this one."""
+        names = [self.after] if self.candidate else [self.after, self.attacker]
+        return [name for option in self.choice for name in option.cells] + [n for n in names if n is not None]
 
 
 def shipped() -> dict[str, Path]:
@@ -97,28 +111,49 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     points = _points(path, content, _seeds(path, "seeds", content.get("seeds", [0])))
     # types are checked model by model and point by point: a parser takes a tenth of a second
     models = list(_models(path, content["models"]))
-    of_model = {model: to_dict(_typed(f"{path}: {model}", _merge(base, own))) for model, _, own in models}
+    of_model = {
+        (model.label, i): to_dict(_typed(f"{path}: {model.label}", _merge(_merge(base, model.values), _nested(option))))
+        for model in models
+        for i, option in enumerate(model.options)
+    }
     conditions = []
     for point in points:
         typed = _dotted(to_dict(_typed(f"{path}: {point.label}", _merge(base, _nested(point.values)))))
         values = _nested({key: typed[key] for key in point.values})
-        conditions += [(point, model, after, _merge(of_model[model], values)) for model, after, _ in models]
+        conditions += [(point, model, values) for model in models]
     cells: dict[str, Cell] = {}
+
+    def add(cell: Cell) -> None:
+        if cell.name in cells:
+            raise ConfigError(f"{path}: two cells are called {cell.name}; give models and points distinct labels")
+        cells[cell.name] = cell
+
     for seed in dict.fromkeys(seed for point in points for seed in point.seeds):
-        for point, model, after, settings in conditions:
+        for point, model, values in conditions:
             if seed not in point.seeds:
                 continue
-            name = cell_name(model, point.label, seed)
-            if name in cells:
-                raise ConfigError(f"{path}: two cells are called {name}; give models and points distinct labels")
-            before = None if after is None else cell_name(after, point.label, seed)
+            name = cell_name(model.label, point.label, seed)
+            before = None if model.after is None else cell_name(model.after, point.label, seed)
             own = {"name": name, **dict.fromkeys(seed_keys, seed)}
             if before is not None:
                 own["model.initial"] = before
-            attacker = _attacker(path, content["models"], model, settings["evaluation"]["attacker"])
+            settings = [_merge(of_model[model.label, i], values) for i in range(len(model.options))]
+            attacker = _attacker(path, content["models"], model.label, settings[0]["evaluation"]["attacker"])
             own["evaluation.attacker"] = None if attacker is None else cell_name(attacker, point.label, seed)
-            complete = config.from_dict(_merge(settings, _nested(own)))
-            cells[name] = Cell(name, model, point.label, point.values, seed, complete, before)
+            complete = [config.from_dict(_merge(each, _nested(own))) for each in settings]
+            if not model.chooses:
+                add(Cell(name, model.label, point.label, point.values, seed, complete[0], before))
+                continue
+            for i, option in enumerate(model.options):
+                label = f"{model.label} {words(option)}"
+                its_name = cell_name(label, point.label, seed)
+                its_config = replace(complete[i], name=its_name)
+                add(Cell(its_name, label, point.label, {**point.values, **option}, seed, its_config, before, True))
+            choice = tuple(
+                Option(o, tuple(cell_name(f"{model.label} {words(o)}", point.label, s) for s in point.seeds))
+                for o in model.options
+            )
+            add(Cell(name, model.label, point.label, point.values, seed, complete[0], None, choice=choice))
     return list(cells.values())
 
 
@@ -160,16 +195,19 @@ def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dic
 
 
 def chosen(cells: list[Cell], patterns: list[str]) -> list[Cell]:
-    """The cells whose names match a shell pattern, and those whose weights they need. Raises ConfigError for a pattern
-    that matches none."""
+    """The cells whose names match a shell pattern, and those that they need. Raises ConfigError for a pattern that
+    matches none."""
     matches = [{cell.name for cell in cells if fnmatchcase(cell.name, pattern)} for pattern in patterns]
     for pattern, names in zip(patterns, matches, strict=True):
         if not names:
             raise ConfigError(f"--cells {pattern}: no cell has such a name; --dry-run lists them")
     names = set().union(*matches)
-    for cell in reversed(cells):  # a cell comes after those that it needs
-        if cell.name in names:
-            names.update(cell.needs)
+    by_name = {cell.name: cell for cell in cells}
+    found = list(names)
+    while found:
+        needed = [name for name in by_name[found.pop()].needs if name not in names]
+        names.update(needed)
+        found += needed
     return [cell for cell in cells if cell.name in names]
 
 
@@ -256,23 +294,39 @@ def _points(path: Path, content: dict[str, Any], seeds: list[int]) -> list[Point
         own_seeds = _seeds(path, f"points[{number}].seeds", own.pop("seeds", seeds))
         label = own.pop("label", None)
         values = _dotted(_overrides(path, f"points[{number}]", own))
-        label = _words(values) if label is None else str(label)
+        label = words(values) if label is None else str(label)
         for combination in itertools.product(*grid.values()):
             chosen = dict(zip(grid, combination, strict=True))
-            result.append(Point(" ".join(filter(None, (label, _words(chosen)))), {**values, **chosen}, own_seeds))
+            result.append(Point(" ".join(filter(None, (label, words(chosen)))), {**values, **chosen}, own_seeds))
     return result
 
 
-def _words(values: dict[str, Any]) -> str:
+def words(values: dict[str, Any]) -> str:
     return " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
 
 
-def _models(path: Path, entries: Any) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-    """Label, predecessor and overrides of each model."""
+class Model(NamedTuple):
+    """Label, predecessor and overrides of a model; the options that it chooses among, dotted key -> value, or one
+    without values."""
+
+    label: str
+    after: str | None
+    values: dict[str, Any]
+    options: list[dict[str, Any]]
+    chooses: bool
+
+
+def _models(path: Path, entries: Any) -> Iterator[Model]:
     for model, given in _mapping(path, "models", entries).items():
         own = dict(_mapping(path, f"models.{model}", given))
         after = _predecessor(path, entries, model, own.pop("after", None))
-        yield str(model), after, _overrides(path, f"models.{model}", own)
+        choose = _dotted(_nested(_mapping(path, f"models.{model}.choose", own.pop("choose", None))))
+        _overrides(path, f"models.{model}.choose", choose)
+        for key, values in choose.items():
+            if not isinstance(values, list) or not values:
+                raise ConfigError(f"{path}: models.{model}.choose.{key} is {values!r}; a list of values is expected")
+        options = [dict(zip(choose, values, strict=True)) for values in itertools.product(*choose.values())]
+        yield Model(str(model), after, _overrides(path, f"models.{model}", own), options, bool(choose))
 
 
 def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None, key: str = "after") -> str | None:

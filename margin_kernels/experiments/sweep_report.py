@@ -74,6 +74,7 @@ def write(folder: Path, studies: list[Study], title: str, data_dir: str | None =
     write_csv(folder / "results.csv", [{"sweep": name, **row} for name in rows for row in rows[name]])
     results = [
         {"sweep": study.name, "budget": study.budget, "rows": rows[study.name], "published": comparison(study)}
+        | ({"choices": found} if (found := choices(study)) else {})
         for study in studies
     ]
     write_json(folder / "results.json", {"title": title, "sweeps": results})
@@ -98,6 +99,9 @@ def section(study: Study, groups: dict[str, list[Figure]], note: str) -> list[st
     compared = comparison(study)
     if compared:
         body += ["<h3>Ours and the published values</h3>", published(compared)]
+    options = choices(study)
+    if options:
+        body += ["<h3>Chosen on the validation images</h3>", chosen(options)]
     for heading, figures in groups.items():
         body += [f"<h3>{html.escape(heading)}</h3>", *report.gallery(figures)]
     if note:
@@ -152,6 +156,31 @@ def published(rows: list[dict[str, Any]]) -> str:
         cells = (html.escape(measure.heading), ours, f"{row['published']:g}", delta)
         lines.append(f"<tr><td>{html.escape(label)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return _table("<th></th><th>measure</th><th>ours</th><th>published</th><th>delta</th>", lines, "compared")
+
+
+def choices(study: Study) -> list[dict[str, Any]]:
+    """One row per value that a model chose among: model, point, setting, mean validation accuracy over the seeds, and
+    whether it was chosen."""
+    result: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in study.records:
+        options = [
+            {"setting": sweep.words(option["values"]), **{k: option[k] for k in ("validation_accuracy", "chosen")}}
+            for option in record.get("choice", [])
+        ]
+        result[record["model_label"], record["point"]] = options
+    return [{"model": model, "point": point, **row} for (model, point), rows in result.items() for row in rows]
+
+
+def chosen(rows: list[dict[str, Any]]) -> str:
+    """The rows of `choices` as a table, the chosen ones in bold."""
+    lines = []
+    for row in rows:
+        label = " / ".join(filter(None, (row["model"], row["point"])))
+        cells = (row["setting"], f"{100 * row['validation_accuracy']:.2f}", "chosen" if row["chosen"] else "")
+        style = ' class="chosen"' if row["chosen"] else ""
+        line = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        lines.append(f"<tr{style}><td>{html.escape(label)}</td>{line}</tr>")
+    return _table("<th></th><th>setting</th><th>valid. %</th><th></th>", lines, "compared")
 
 
 def _table(head: str, lines: list[str], kind: str = "means") -> str:

@@ -2,6 +2,7 @@
 
     OUT/records/CELL.json   one finished cell: config, history, evaluation, seconds, versions, machine; trained once
     OUT/cells/CELL/         an unfinished cell: checkpoint, log.txt; weights where they are kept
+    OUT/candidates/CELL.json   what a model with `choose` chooses among: as above, without an evaluation
     OUT/summary.csv, .json  mean and standard deviation over the seeds
 
 A sweep that was killed goes on with the same command: finished cells stand, the others continue from their
@@ -15,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -24,13 +26,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 
 from . import summary
 from .config import complete, to_dict
 from .progress import Meter
 from .records import finite, write_json
-from .sweep import Cell
+from .sweep import Cell, Option
 from .training import RESUMABLE, differing
 
 TRAINED = 0.9  # share of a cell that counts as done when its epochs are
@@ -39,7 +42,7 @@ TRAINED = 0.9  # share of a cell that counts as done when its epochs are
 @dataclass(frozen=True)
 class Options:
     """How to run: where the data files are, processes at a time, CPU threads of each, training device (None: as the
-    file says), whether all weights are kept."""
+    file says; "cuda": every visible GPU in turn), whether all weights are kept."""
 
     data_dir: str | None = None
     jobs: int = 1
@@ -54,25 +57,41 @@ class Runner:
     def __init__(self, cells: list[Cell], out: Path, options: Options, console: Console) -> None:
         self.cells = {cell.name: cell for cell in cells}
         self.out, self.options, self.console = out, options, console
-        # weights that another cell starts from or is attacked by
+        # weights that another cell starts from, takes or is attacked by
         self.needed = {name for cell in cells for name in cell.needs}
+        self.choosing: dict[str, list[Cell]] = {}  # by candidate
+        for cell in cells:
+            for name in (name for option in cell.choice for name in option.cells):
+                self.choosing.setdefault(name, []).append(cell)
         self.failed: dict[str, str] = {}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.devices: dict[str, str] = {}  # of the running cells
 
     def folder(self, name: str) -> Path:
         return self.out / "cells" / name
 
     def record(self, name: str) -> Path:
-        return self.out / "records" / f"{name}.json"
+        return self.out / ("candidates" if self.cells[name].candidate else "records") / f"{name}.json"
 
     def finished(self, cell: Cell) -> bool:
         """Whether the cell's record exists and holds what the cell asks for. Raises ValueError where it is that of
-        another training, or of another evaluation and the weights are gone."""
+        another training, or of another evaluation and the weights are gone. A candidate is done with once the choice
+        has been made."""
         path = self.record(cell.name)
         if not path.is_file():
-            return False
-        recorded = complete(json.loads(path.read_text())["config"])
+            choosing = self.choosing.get(cell.name, [])
+            return bool(choosing) and all(map(self.finished, choosing))
+        record = json.loads(path.read_text())
+        if cell.choice:
+            made = [option["values"] for option in record.get("choice", [])]
+            if made != [option.values for option in cell.choice]:
+                raise ValueError(f"{path} was chosen among other values: choose another --out, or delete the file")
+            index = next(i for i, option in enumerate(record["choice"]) if option["chosen"])
+            cell = self._taking(cell, index)
+        recorded = complete(record["config"])
         changed = [key for key in differing(recorded, planned(cell)) if key not in RESUMABLE]
+        if cell.candidate:  # never evaluated
+            changed = [key for key in changed if not key.startswith("evaluation.")]
         if not changed:
             return True
         if all(key.startswith("evaluation.") for key in changed) and self.kept(cell.name):
@@ -80,6 +99,28 @@ class Runner:
         raise ValueError(
             f"{path} was made with other settings ({', '.join(changed)}): choose another --out, or delete the file"
         )
+
+    def _taking(self, cell: Cell, index: int) -> Cell:
+        """A cell with a choice as the run that it takes: that of its seed with the option at `index`."""
+        candidate = self._candidate(cell, cell.choice[index])
+        settings = replace(candidate.config, name=cell.name, evaluation=cell.config.evaluation)
+        return replace(candidate, name=cell.name, config=settings, candidate=False)
+
+    def _candidate(self, cell: Cell, option: Option) -> Cell:
+        """The cell of an option that has the seed of `cell`."""
+        return next(self.cells[name] for name in option.cells if self.cells[name].seed == cell.seed)
+
+    def _validated(self, cell: Cell) -> list[dict[str, Any]]:
+        """What `cell` chooses among, with the mean validation accuracy over the seeds; the first best one is chosen."""
+        means = []
+        for option in cell.choice:
+            found = [json.loads(self.record(name).read_text())["history"] for name in option.cells]
+            means.append(statistics.fmean(history[-1]["validation_accuracy"] for history in found))
+        best = means.index(max(means))
+        return [
+            {"values": option.values, "validation_accuracy": mean, "chosen": i == best}
+            for i, (option, mean) in enumerate(zip(cell.choice, means, strict=True))
+        ]
 
     def kept(self, name: str) -> bool:
         """Whether a cell's weights are there."""
@@ -93,7 +134,9 @@ class Runner:
         """What is left to do, in two words."""
         if self.finished(cell):
             return "finished"
-        return "evaluate" if self.trained(cell) else "begun" if self.begun(cell) else "to do"
+        if self.trained(cell):
+            return "evaluate"
+        return "choose" if cell.choice else "begun" if self.begun(cell) else "to do"
 
     def begun(self, cell: Cell) -> bool:
         return (self.folder(cell.name) / "checkpoint.pt").is_file()
@@ -132,34 +175,54 @@ class Runner:
         return left
 
     def _needs(self, cell: Cell) -> list[str]:
-        """The cells whose weights have to be there before this one starts."""
+        """The cells that have to be finished before this one starts."""
         if self.trained(cell):
             return [] if cell.attacker is None else [cell.attacker]
         return cell.needs
 
     def _problem(self, cell: Cell) -> str | None:
         """Why the cell can never start."""
+        among = {name for option in cell.choice for name in option.cells}
         for name in self._needs(cell):
             if name in self.failed:
+                if name in among:
+                    return f"{name}, one of those it chooses among, failed"
                 return f"{name}, whose weights it {'starts from' if name == cell.after else 'is attacked by'}, failed"
-            if self.record(name).is_file() and not self.kept(name):
+            used = name not in among or self.cells[name].seed == cell.seed
+            if used and self.record(name).is_file() and not self.kept(name):
                 return f"the weights of {name} were not kept: delete {self.record(name)} to train it once more"
         return None
 
     def _launch(self, cell: Cell) -> subprocess.Popen[bytes]:
         folder, options = self.folder(cell.name), self.options
-        settings = planned(cell)
+        run, job = cell, dict[str, Any]()
+        if cell.choice and self.trained(cell):
+            made = json.loads(self.record(cell.name).read_text())["choice"]
+            run = self._taking(cell, next(i for i, option in enumerate(made) if option["chosen"]))
+        elif cell.choice:
+            validated = self._validated(cell)
+            index = next(i for i, option in enumerate(validated) if option["chosen"])
+            run = self._taking(cell, index)
+            names = [self._candidate(cell, option).name for option in cell.choice]
+            job["choice"] = {
+                "options": validated,
+                "folder": str(self.folder(names[index])),
+                "record": str(self.record(names[index])),
+                "others": [str(self.record(name)) for name in names if name != names[index]],
+            }
+        settings = planned(run)
         settings["data"]["dir"] = options.data_dir
         settings["training"]["threads"] = options.threads
-        if options.device is not None:
-            settings["training"]["device"] = options.device
-        if cell.after is not None:
-            settings["model"]["initial"] = str(self.folder(cell.after))
+        device = options.device or settings["training"]["device"]
+        self.devices[cell.name] = settings["training"]["device"] = self._free(device)
+        if run.after is not None:
+            settings["model"]["initial"] = str(self.folder(run.after))
         if cell.attacker is not None:
             settings["evaluation"]["attacker"] = str(self.folder(cell.attacker))
         place: dict[str, Any] = {"cell": cell.name, "model_label": cell.model, "point": cell.point}
-        place |= {"values": cell.values, "seed": cell.seed, "after": cell.after}
-        job = {"cell": place, "config": settings, "attacker": cell.attacker, "trained": self.trained(cell)}
+        place |= {"values": cell.values, "seed": cell.seed, "after": run.after}
+        job |= {"cell": place, "config": settings, "attacker": cell.attacker, "trained": self.trained(cell)}
+        job["candidate"] = cell.candidate
         write_json(folder / "job.json", {**job, "record": str(self.record(cell.name))})
         if self.trained(cell):
             self.needed.add(cell.name)  # weights that were kept stay
@@ -167,6 +230,13 @@ class Runner:
         command = [sys.executable, "-m", "margin_kernels.experiments.cell", str(folder)]
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+    def _free(self, device: str) -> str:
+        """For "cuda" the GPU on which the fewest cells are running, anything else as it is."""
+        if device != "cuda":
+            return device
+        busy = [self.devices[name] for name in self.running]
+        return min((f"cuda:{i}" for i in range(max(1, torch.cuda.device_count()))), key=busy.count)
 
     def _collect(self, meter: Meter) -> None:
         """Takes note of the processes that have ended."""
@@ -177,6 +247,10 @@ class Runner:
             if process.returncode == 0 and self.record(name).is_file():
                 meter.say(f"{name}: {summary.line(json.loads(self.record(name).read_text()))}")
                 self._clean(name)
+                cell = self.cells[name]
+                if not self.options.keep_weights:
+                    for option in cell.choice:  # what it chose among
+                        shutil.rmtree(self.folder(self._candidate(cell, option).name), ignore_errors=True)
             else:
                 self._fail(name, _last_line(self.folder(name) / "log.txt", process.returncode), meter)
 
