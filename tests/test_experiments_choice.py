@@ -141,6 +141,12 @@ def test_a_choice_that_does_not_fit_is_refused_by_name(tmp_path, choose, message
         sweep.read(write(tmp_path, changed(models={"a": {"choose": choose}})))
 
 
+def test_what_a_point_sets_is_not_to_be_chosen(tmp_path):
+    content = changed(models={"a": {"choose": {"data.label_noise": [0.1]}}})
+    with pytest.raises(ConfigError, match=r"models.a.choose.data.label_noise: point 'label_noise=0.0' sets that key"):
+        sweep.read(write(tmp_path, content))
+
+
 def test_nothing_is_chosen_where_a_candidate_fails(tmp_path, capsys):
     models = {"tuned": {"choose": {"optimiser.lr": [-1.0, FAST]}}, "other": {}}
     path, out = write(tmp_path, changed(models=models, grid={}, seeds=[0])), tmp_path / "out"

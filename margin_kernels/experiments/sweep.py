@@ -120,7 +120,11 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     for point in points:
         typed = _dotted(to_dict(_typed(f"{path}: {point.label}", _merge(base, _nested(point.values)))))
         values = _nested({key: typed[key] for key in point.values})
-        conditions += [(point, model, values) for model in models]
+        for model in models:
+            conditions.append((point, model, values))
+            for key in model.options[0]:
+                if key in point.values:
+                    raise ConfigError(f"{path}: models.{model.label}.choose.{key}: point {point.label!r} sets that key")
     cells: dict[str, Cell] = {}
 
     def add(cell: Cell) -> None:
