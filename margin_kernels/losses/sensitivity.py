@@ -58,7 +58,8 @@ class MarginSensitivityLoss(nn.Module):
         p: norm in which the margin is measured, in [1, inf]; float("inf") or "inf". S has the dual norm: p = 2 is the
             l2 norm of the gradient, p = inf its l1 norm.
         power: of the norm, finite, >= 1. Where the norm is 0 its derivative counts as 0.
-        classification: "hinge" or "cross_entropy".
+        classification: "hinge" or "cross_entropy". The hinge fails where no label has half of the probability, as with
+            60 % of wrong labels; cross-entropy does not.
         candidates: rivals among which j is chosen, the largest logits, 1 <= candidates <= C - 1; None: all C - 1.
             1 takes the strongest rival and needs no passes for the choice.
         gradient: how the norm is differentiated in the parameters. "tangent": by one tangent pass, 4 F in all, exact in
