@@ -83,9 +83,11 @@ class Runner:
             return bool(choosing) and all(map(self.finished, choosing))
         record = json.loads(path.read_text())
         if cell.choice:
-            made = [option["values"] for option in record.get("choice", [])]
-            if made != [option.values for option in cell.choice]:
-                raise ValueError(f"{path} was chosen among other values: choose another --out, or delete the file")
+            made = [(option["values"], option["seeds"]) for option in record.get("choice", [])]
+            if made != [(option.values, self._seeds(option)) for option in cell.choice]:
+                raise ValueError(
+                    f"{path} was chosen among other values or by other seeds: choose another --out, or delete the file"
+                )
             index = next(i for i, option in enumerate(record["choice"]) if option["chosen"])
             cell = self._taking(cell, index)
         recorded = complete(record["config"])
@@ -110,6 +112,9 @@ class Runner:
         """The cell of an option that has the seed of `cell`."""
         return next(self.cells[name] for name in option.cells if self.cells[name].seed == cell.seed)
 
+    def _seeds(self, option: Option) -> list[int]:
+        return [self.cells[name].seed for name in option.cells]
+
     def _validated(self, cell: Cell) -> list[dict[str, Any]]:
         """What `cell` chooses among, with the mean validation accuracy over the seeds; the first best one is chosen."""
         means = []
@@ -118,7 +123,7 @@ class Runner:
             means.append(statistics.fmean(history[-1]["validation_accuracy"] for history in found))
         best = means.index(max(means))
         return [
-            {"values": option.values, "validation_accuracy": mean, "chosen": i == best}
+            {"values": option.values, "validation_accuracy": mean, "chosen": i == best, "seeds": self._seeds(option)}
             for i, (option, mean) in enumerate(zip(cell.choice, means, strict=True))
         ]
 
