@@ -52,7 +52,7 @@ def test_the_best_on_validation_images_is_taken_and_only_it_is_evaluated(finishe
     for seed in (0, 1):
         tuned, fixed = found[f"tuned__seed{seed}"], found[f"fixed__seed{seed}"]
         assert tuned["choice"] == [
-            {"values": {"optimiser.lr": lr}, "validation_accuracy": mean(lr), "chosen": lr == FAST}
+            {"values": {"optimiser.lr": lr}, "validation_accuracy": mean(lr), "chosen": lr == FAST, "seeds": [0, 1]}
             for lr in (SLOW, FAST)
         ]
         # all but the name is what a model with this setting would have
@@ -81,8 +81,10 @@ def test_a_choice_that_was_made_stands_without_its_candidates(finished, tmp_path
 def test_a_choice_among_other_values_is_refused(finished, tmp_path, capsys):
     _, out = finished
     models = {**CHOICE["models"], "tuned": {"loss.kind": "hinge", "choose": {"optimiser.lr": [SLOW, FAST, 0.01]}}}
-    assert run(write(tmp_path, {**CHOICE, "models": models}), out) == 1
-    assert "was chosen among other values: choose another --out, or delete the file" in capsys.readouterr().err
+    for other in ({"models": models}, {"seeds": [0, 1, 2]}, {"seeds": [0]}):
+        assert run(write(tmp_path, {**CHOICE, **other}), out) == 1
+        error = capsys.readouterr().err
+        assert "was chosen among other values or by other seeds: choose another --out, or delete the file" in error
 
 
 def test_another_evaluation_of_what_was_chosen_needs_only_its_weights(finished, tmp_path):
