@@ -3,7 +3,8 @@
     python benchmarks/tables.py            prints all tables under their names
     python benchmarks/tables.py --write    puts them into the pages, between `<!-- table NAME -->` and `<!-- /table -->`
 
-`<!-- table papers/SWEEP error margin -->` is a sweep's table of these measures. A test holds the pages to the results.
+`<!-- table papers/SWEEP error margin -->` is a sweep's table of these measures, `choices` in their place what its
+models have chosen on validation images. A test holds the pages to the results.
 """
 
 import argparse
@@ -278,7 +279,7 @@ def sweep(path: Path, shown: tuple[str, ...] = SHOWN) -> str:
     return table(["model", "runs", *(COLUMNS[key][0] for key in shown), *filter(None, [heading])], rows)
 
 
-MANY = 20  # rows from which a sweep over several points is better read as a grid
+MANY = 12  # rows from which a sweep over several points is better read as a grid
 
 
 def by_point(path: Path) -> str:
@@ -296,6 +297,27 @@ def by_point(path: Path) -> str:
         lines.append([model, *cells])
     heads = [head for point in points for head in (f"{point}: error %", "FGSM gap error %")]
     return table(["model", *heads], lines)
+
+
+def choices(folder: Path) -> str:
+    """What each model of a sweep has chosen at each point, among what, and the validation accuracy of it, %."""
+    rows: dict[str, dict[str, str]] = {}
+    among: dict[str, str] = {}
+    for path in sorted((folder / "records").glob("*.json")):
+        record = json.loads(path.read_text())
+        best = next(option for option in record["choice"] if option["chosen"])
+        values: dict[str, list[str]] = {}
+        for option in record["choice"]:
+            for key, value in option["values"].items():
+                values.setdefault(key.rsplit(".", 1)[-1], []).append(f"{value}")
+        model = record["model_label"]
+        among[model] = "; ".join(f"{key} {', '.join(dict.fromkeys(found))}" for key, found in values.items())
+        chosen = ", ".join(f"{value}" for value in best["values"].values())
+        rows.setdefault(model, {})[record["point"]] = f"{chosen} ({100 * best['validation_accuracy']:.1f})"
+    order = list(csv.DictReader((folder / "summary.csv").open()))
+    points = list(dict.fromkeys(row["point"] for row in order))
+    models = list(dict.fromkeys(row["model"] for row in order))
+    return table(["model", "among", *points], [[m, among[m], *(rows[m][p] for p in points)] for m in models])
 
 
 def is_grid(path: Path) -> bool:
@@ -371,7 +393,10 @@ def filled(page: str, tables: dict[str, str]) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, name, measures, end = match.groups()
-        text = sweep(RESULTS / name / "summary.csv", tuple(measures.split())) if measures else tables[name]
+        if measures.strip() == "choices":
+            text = choices(RESULTS / name)
+        else:
+            text = sweep(RESULTS / name / "summary.csv", tuple(measures.split())) if measures else tables[name]
         return f"{begin}\n{text}\n\n{end}"
 
     return BLOCK.sub(block, page)
