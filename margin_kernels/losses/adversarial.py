@@ -68,8 +68,8 @@ class AdversarialMarginLoss(nn.Module):
 
     Args:
         weight: lambda >= 0.
-        c, d: slopes > 0 for correctly classified and misclassified samples. d draws the boundary towards the label of
-            every misclassified sample: where many labels may be wrong, take a small one.
+        c, d: slopes > 0 for correctly classified and misclassified samples. With "avg" d draws the boundary towards the
+            label of every misclassified sample: where many labels may be wrong, take a small one.
         aggregation: "avg": every sample takes part; "min": of the correctly classified, for each class the sample with
             the smallest m if it is among the int(0.2 N) smallest of the batch, of the misclassified for each class the
             one with the largest m if among the int(0.2 N) largest (at least one each). Samples whose boundary was not
