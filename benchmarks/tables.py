@@ -188,8 +188,8 @@ def compiled_ratios(run: dict) -> str:
 def steps(run: dict) -> dict[str, str]:
     """All ratios at a glance, compiled steps, and one table for each network and number of threads."""
     tables = {"ratios": step_ratios(run)}
-    if compiled_ratios(run):
-        tables["compiled"] = compiled_ratios(run)
+    if at_a_glance := compiled_ratios(run):
+        tables["compiled"] = at_a_glance
     for part in run["networks"]:
         rows = []
         for cell in part["steps"]:

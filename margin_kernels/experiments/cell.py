@@ -43,17 +43,15 @@ def run(folder: Path) -> None:
     path = Path(job["record"])
     if job["trained"]:
         record = json.loads(path.read_text())
-        record["config"]["evaluation"] = config.to_dict(settings)["evaluation"]
     elif "choice" in job:
         record = {**taken(folder, job["choice"]), **job["cell"]}
         record["config"]["name"] = settings.name
-        record["config"]["evaluation"] = config.to_dict(settings)["evaluation"]
     else:
         record = {**job["cell"], **trained(folder, settings, dataset, tick)}
     # the cells, not paths of this machine
     record["config"]["model"]["initial"] = job["cell"]["after"]
+    record["config"]["evaluation"] = {**config.to_dict(settings)["evaluation"], "attacker": job["attacker"]}
     if job["candidate"]:
-        record["config"]["evaluation"]["attacker"] = job["attacker"]
         write_json(path, record)
         return
     model, _ = checkpoint.load_model(folder)
@@ -65,7 +63,6 @@ def run(folder: Path) -> None:
     record.pop("timing", None)
     if settings.evaluation.timing_repeats:
         record["timing"] = timing(settings, dataset)
-    record["config"]["evaluation"]["attacker"] = job["attacker"]
     write_json(path, record)
 
 

@@ -12,7 +12,7 @@ not the training seed: every model of a comparison sees the same images and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,8 +107,8 @@ def load(
     of the training set (not for digits); `train_fraction` in (0, 1], the share of the remaining training images that
     is kept, int(fraction * N) of them; `label_noise` in [0, 1], the share of training labels flipped to another
     class; `seed` draws both; `verify` compares checksums; `preprocess` "none" or "gcn_zca" (whitening.py, fitted to the
-    training images that are kept). Raises DataError naming the file, what was found and what
-    was expected; ValueError for an argument out of range.
+    training images that are kept). Raises DataError naming the file, what was found and what was expected; ValueError
+    for an argument out of range.
     """
     if name not in DATASETS:
         raise ValueError(f"data.name is {name!r}; allowed: {', '.join(DATASETS)}")
@@ -156,9 +156,9 @@ def of(config: DataConfig) -> Dataset:
     )
 
 
-def units(config: dict[str, Any]) -> str:
-    """In what radii and norms of a run are, from the config in its record: "images in [0, 1]"."""
-    return PREPROCESSING[config["data"].get("preprocess", "none")]
+def units(runs: Iterable[dict[str, Any]]) -> str:
+    """In what radii and norms of these runs are, from the configs in their records: "images in [0, 1]"."""
+    return " and ".join(dict.fromkeys(PREPROCESSING[run["config"]["data"].get("preprocess", "none")] for run in runs))
 
 
 def flip_labels(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -103,7 +103,7 @@ def accuracy_curve(models: list[dict[str, Any]], key: str) -> Figure:
             axes.plot(
                 evaluation["curve_eps"], values, label=model["label"], marker=MARKERS[i % 8], markersize=4, **_style(i)
             )
-        axes.set(title=f"{method.upper()} on the {words}", xlabel=f"eps (l_inf, {unit(models)})", ylabel="accuracy, %")
+        axes.set(title=f"{method.upper()} on the {words}", xlabel=f"eps (l_inf, {units(models)})", ylabel="accuracy, %")
         axes.set_ylim(-2, 102)
         axes.set_xlim(left=0)
         axes.legend()
@@ -125,12 +125,7 @@ def margin_histogram(models: list[dict[str, Any]]) -> Figure:
     caption = "l2 norm of the DeepFool perturbation per image; left of 0 is misclassified, dotted: the mean."
     series = [np.array([v for v in model["evaluation"]["margins"] if v is not None]) for model in models]
     series = [values[np.isfinite(values)] for values in series]
-    return _histogram("histogram_margin", caption, "Margin", f"DeepFool norm, l2, {unit(models)}", models, series)
-
-
-def unit(models: list[dict[str, Any]]) -> str:
-    """In what radii and norms are."""
-    return " and ".join(dict.fromkeys(units(model["config"]) for model in models))
+    return _histogram("histogram_margin", caption, "Margin", f"DeepFool norm, l2, {units(models)}", models, series)
 
 
 def _histogram(

@@ -148,16 +148,14 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
             if not model.chooses:
                 add(Cell(name, model.label, point.label, point.values, seed, complete[0], before))
                 continue
-            for i, option in enumerate(model.options):
+            choice = []
+            for option, its_config in zip(model.options, complete, strict=True):
                 label = f"{model.label} {words(option)}"
-                its_name = cell_name(label, point.label, seed)
-                its_config = replace(complete[i], name=its_name)
-                add(Cell(its_name, label, point.label, {**point.values, **option}, seed, its_config, before, True))
-            choice = tuple(
-                Option(o, tuple(cell_name(f"{model.label} {words(o)}", point.label, s) for s in point.seeds))
-                for o in model.options
-            )
-            add(Cell(name, model.label, point.label, point.values, seed, complete[0], None, choice=choice))
+                names = {s: cell_name(label, point.label, s) for s in point.seeds}
+                its_config = replace(its_config, name=names[seed])
+                add(Cell(names[seed], label, point.label, {**point.values, **option}, seed, its_config, before, True))
+                choice.append(Option(option, tuple(names.values())))
+            add(Cell(name, model.label, point.label, point.values, seed, complete[0], None, choice=tuple(choice)))
     return list(cells.values())
 
 
@@ -310,14 +308,17 @@ def words(values: dict[str, Any]) -> str:
 
 
 class Model(NamedTuple):
-    """Label, predecessor and overrides of a model; the options that it chooses among, dotted key -> value, or one
-    without values."""
+    """Label, predecessor and overrides of a model; the options that it chooses among, dotted key -> value; one without
+    values where it does not choose."""
 
     label: str
     after: str | None
     values: dict[str, Any]
     options: list[dict[str, Any]]
-    chooses: bool
+
+    @property
+    def chooses(self) -> bool:
+        return bool(self.options[0])
 
 
 def _models(path: Path, entries: Any) -> Iterator[Model]:
@@ -330,7 +331,7 @@ def _models(path: Path, entries: Any) -> Iterator[Model]:
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"{path}: models.{model}.choose.{key} is {values!r}; a list of values is expected")
         options = [dict(zip(choose, values, strict=True)) for values in itertools.product(*choose.values())]
-        yield Model(str(model), after, _overrides(path, f"models.{model}", own), options, bool(choose))
+        yield Model(str(model), after, _overrides(path, f"models.{model}", own), options)
 
 
 def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None, key: str = "after") -> str | None:

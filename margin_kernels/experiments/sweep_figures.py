@@ -55,7 +55,7 @@ class Study:
     @property
     def units(self) -> str:
         """In what radii and norms are."""
-        return " and ".join(dict.fromkeys(units(record["config"]) for record in self.records))
+        return units(self.records)
 
     @property
     def note(self) -> str:

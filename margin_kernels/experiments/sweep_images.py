@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..deepfool import deepfool
 from . import attacks, checkpoint, config, data
-from .config import EvaluationConfig
+from .config import DataConfig, EvaluationConfig
 from .figures import Figure, draw_panels
 from .summary import Record
 from .sweep_figures import Study, place, slug
@@ -56,10 +56,13 @@ def all_figures(study: Study, data_dir: str | None) -> tuple[dict[str, list[Figu
             "No attacked images: margin-kernels report --data-dir DIR draws them from the weights that were kept.",
         )
     groups = {}
+    loaded: DataConfig | None = None
     for point, records in kept.items():
-        # whitening is fitted to the training images, which the points may differ in
+        # the points may differ in their training images, to which whitening is fitted; the others share the test images
         first = config.from_dict(next(iter(records.values()))["config"]).data
-        dataset = data.of(replace(settings if first.preprocess == "none" else first, dir=data_dir))
+        wanted = DataConfig(first.name) if first.preprocess == "none" else first
+        if wanted != loaded:
+            dataset, loaded = data.of(replace(wanted, dir=data_dir)), wanted
         groups[f"Attacked test images{place(point)}"] = figures(study, point, records, dataset)
     return groups, ""
 
@@ -72,7 +75,7 @@ def networks(study: Study, point: str) -> dict[str, Record]:
         for record in study.of(model, point):
             if model not in found and (folder_of(study, record) / "model.safetensors").is_file():
                 found[model] = record
-    units = {model: data.units(record["config"]) for model, record in found.items()}
+    units = {model: data.units([record]) for model, record in found.items()}
     alike = [model for model in found if units[model] == next(iter(units.values()))]
     return {model: found[model] for model in alike[:ROWS]}
 

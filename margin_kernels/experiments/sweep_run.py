@@ -88,8 +88,7 @@ class Runner:
                 raise ValueError(
                     f"{path} was chosen among other values or by other seeds: choose another --out, or delete the file"
                 )
-            index = next(i for i, option in enumerate(record["choice"]) if option["chosen"])
-            cell = self._taking(cell, index)
+            cell = self._taking(cell, record["choice"])
         recorded = complete(record["config"])
         changed = [key for key in differing(recorded, planned(cell)) if key not in RESUMABLE]
         if cell.candidate:  # never evaluated
@@ -102,9 +101,11 @@ class Runner:
             f"{path} was made with other settings ({', '.join(changed)}): choose another --out, or delete the file"
         )
 
-    def _taking(self, cell: Cell, index: int) -> Cell:
-        """A cell with a choice as the run that it takes: that of its seed with the option at `index`."""
-        candidate = self._candidate(cell, cell.choice[index])
+    def _taking(self, cell: Cell, options: list[dict[str, Any]]) -> Cell:
+        """A cell with a choice as the run that it takes: that of its seed with the one of `options` that is chosen."""
+        candidate = next(
+            self._candidate(cell, own) for own, option in zip(cell.choice, options, strict=True) if option["chosen"]
+        )
         settings = replace(candidate.config, name=cell.name, evaluation=cell.config.evaluation)
         return replace(candidate, name=cell.name, config=settings, candidate=False)
 
@@ -202,18 +203,17 @@ class Runner:
         folder, options = self.folder(cell.name), self.options
         run, job = cell, dict[str, Any]()
         if cell.choice and self.trained(cell):
-            made = json.loads(self.record(cell.name).read_text())["choice"]
-            run = self._taking(cell, next(i for i, option in enumerate(made) if option["chosen"]))
+            run = self._taking(cell, json.loads(self.record(cell.name).read_text())["choice"])
         elif cell.choice:
             validated = self._validated(cell)
-            index = next(i for i, option in enumerate(validated) if option["chosen"])
-            run = self._taking(cell, index)
+            run = self._taking(cell, validated)
             names = [self._candidate(cell, option).name for option in cell.choice]
+            (taken,) = (name for name, option in zip(names, validated, strict=True) if option["chosen"])
             job["choice"] = {
                 "options": validated,
-                "folder": str(self.folder(names[index])),
-                "record": str(self.record(names[index])),
-                "others": [str(self.record(name)) for name in names if name != names[index]],
+                "folder": str(self.folder(taken)),
+                "record": str(self.record(taken)),
+                "others": [str(self.record(name)) for name in names if name != taken],
             }
         settings = planned(run)
         settings["data"]["dir"] = options.data_dir

@@ -53,8 +53,8 @@ class Whitening:
 def contrast_normalised(images: Tensor) -> Tensor:
     """GCN of images uint8 or fp32 [N, C, H, W] -> fp32 [N, C H W]; the same whatever factor the pixels have."""
     flat = images.flatten(1).float()
-    flat = flat - flat.mean(1, keepdim=True)
-    norm = flat.norm(dim=1, keepdim=True)
+    centred = flat - flat.mean(1, keepdim=True)
+    norm = centred.norm(dim=1, keepdim=True)
     # a constant image is 0 but for the rounding of its mean
-    constant = norm <= 1e-6 * images.flatten(1).float().norm(dim=1, keepdim=True)
-    return torch.where(constant, 0, SCALE * flat / norm)
+    constant = norm <= 1e-6 * flat.norm(dim=1, keepdim=True)
+    return torch.where(constant, 0, SCALE * centred / norm)
