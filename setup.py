@@ -61,7 +61,7 @@ def extension() -> dict:
         "-fvisibility=hidden",
     ]
     macros = [("MARGIN_KERNELS_WITH_CUDA", "1" if cuda else "0"), ("MARGIN_KERNELS_TORCH_VERSION", f'"{version}"')]
-    files = sources("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "python/*.cpp")
+    files = sources("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "csrc/graph/*.cpp", "python/*.cpp")
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         # A target outside the classes then stops the kernel with its line instead of giving NaN.

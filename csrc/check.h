@@ -93,7 +93,7 @@ inline void classes(const char* name, const Tensor& values, int64_t classes) {
 inline void competitors(const Tensor& logits, const Tensor& target, int64_t k) {
   labelled_logits(logits, target);
   const auto classes = logits.sym_size(1);
-  TORCH_CHECK_VALUE(k >= 1 && classes - 1 >= k, "k must be in [1, ", classes - 1, "] for ", classes, " classes, got ",
+  TORCH_CHECK_VALUE(k >= 0 && classes - 1 >= k, "k must be in [0, ", classes - 1, "] for ", classes, " classes, got ",
                     k);
 }
 
@@ -123,8 +123,8 @@ inline bool known_aggregation(std::string_view name) {
 }
 
 inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma, const std::optional<Tensor>& cap,
-                         const std::optional<Tensor>& weight, double eps, std::string_view aggregation,
-                         std::string_view layer_reduction) {
+                         const std::optional<Tensor>& weight, const std::optional<Tensor>& min_norm, double eps,
+                         std::string_view aggregation, std::string_view layer_reduction) {
   floating("gap", gap);
   floating("norm", norm);
   TORCH_CHECK_VALUE(gap.dim() == 2 && gap.sym_size(1) >= 1, "gap must have shape [N, k] with k >= 1, got ",
@@ -147,6 +147,7 @@ inline void margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& ga
   per_layer("gamma", gamma);
   if (cap) per_layer("cap", *cap);
   if (weight) per_layer("weight", *weight);
+  if (min_norm) per_layer("min_norm", *min_norm);
   TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps must be finite and >= 0, got ", eps);
   TORCH_CHECK_VALUE(known_aggregation(aggregation), "aggregation must be one of max, sum, mean, mean_distance, got ",
                     aggregation);

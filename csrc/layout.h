@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <utility>
@@ -13,6 +14,19 @@ using at::Tensor;
 
 // In float64 where the sums are.
 inline Tensor widened(const Tensor& t, at::ScalarType acc) { return acc == at::kDouble ? t.to(at::kDouble) : t; }
+
+inline std::vector<Tensor> in_float64(at::TensorList tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& t : tensors) result.push_back(t.to(at::kDouble));
+  return result;
+}
+
+// Copies of `values` in the layout and the type of `like`.
+inline std::vector<Tensor> restored(const std::vector<Tensor>& values, at::TensorList like) {
+  std::vector<Tensor> result;
+  for (size_t i = 0; i < values.size(); ++i) result.push_back(at::empty_like(like[i]).copy_(values[i]));
+  return result;
+}
 
 // [N, C] with neighbouring elements of a row side by side
 inline Tensor unit_stride_rows(const Tensor& t) { return t.stride(1) == 1 ? t : t.contiguous(); }

@@ -6,18 +6,20 @@
 
 TORCH_LIBRARY(margin_kernels, m) {
   m.def(
-      "competitors(Tensor logits, Tensor target, int k) -> (Tensor gap, Tensor nll, Tensor index, Tensor normalizer)");
+      "competitors(Tensor logits, Tensor target, int k, int ignore_index=-100, bool uniform=False) -> "
+      "(Tensor gap, Tensor nll, Tensor phi, Tensor uniform, Tensor index, Tensor normalizer, Tensor valid)");
   m.def(
-      "competitors_backward(Tensor? grad_gap, Tensor? grad_nll, Tensor logits, Tensor target, Tensor index, "
-      "Tensor normalizer) -> Tensor");
+      "competitors_backward(Tensor? grad_gap, Tensor? grad_nll, Tensor? grad_phi, Tensor? grad_uniform, Tensor logits, "
+      "Tensor target, Tensor index, Tensor normalizer) -> Tensor");
   m.def("dual_norm(Tensor[] gradients, float p, int batch_dims) -> Tensor");
   m.def("dual_norm_backward(Tensor grad, Tensor[] gradients, Tensor norms, float p, int batch_dims) -> Tensor[]");
   m.def(
-      "margin_hinge(Tensor gap, Tensor norm, Tensor gamma, Tensor? cap, Tensor? weight, float eps, str aggregation, "
-      "str layer_reduction) -> (Tensor loss, Tensor distance)");
+      "margin_hinge(Tensor gap, Tensor norm, Tensor gamma, Tensor? cap, Tensor? weight, Tensor? min_norm, "
+      "float eps, str aggregation, str layer_reduction) -> (Tensor loss, Tensor distance)");
   m.def(
       "margin_hinge_backward(Tensor grad, Tensor gap, Tensor norm, Tensor gamma, Tensor? cap, "
-      "Tensor? weight, float eps, str aggregation, str layer_reduction, bool norm_grad) -> (Tensor, Tensor)");
+      "Tensor? weight, Tensor? min_norm, float eps, str aggregation, str layer_reduction, bool norm_grad) -> (Tensor, "
+      "Tensor)");
   m.def("row_distance(Tensor rows, Tensor index, Tensor target, float p) -> Tensor");
   m.def("row_distance_backward(Tensor grad, Tensor rows, Tensor index, Tensor target, Tensor norm, float p) -> Tensor");
   m.def(
@@ -44,15 +46,18 @@ auto find(const char* name) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> competitors(const Tensor& logits, const Tensor& target, int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors(const Tensor& logits,
+                                                                               const Tensor& target, int64_t k,
+                                                                               int64_t ignore_index, bool uniform) {
   static auto op = find<decltype(competitors)>("margin_kernels::competitors");
-  return op.call(logits, target, k);
+  return op.call(logits, target, k, ignore_index, uniform);
 }
 
 Tensor competitors_backward(const std::optional<Tensor>& grad_gap, const std::optional<Tensor>& grad_nll,
+                            const std::optional<Tensor>& grad_phi, const std::optional<Tensor>& grad_uniform,
                             const Tensor& logits, const Tensor& target, const Tensor& index, const Tensor& normalizer) {
   static auto op = find<decltype(competitors_backward)>("margin_kernels::competitors_backward");
-  return op.call(grad_gap, grad_nll, logits, target, index, normalizer);
+  return op.call(grad_gap, grad_nll, grad_phi, grad_uniform, logits, target, index, normalizer);
 }
 
 Tensor dual_norm(TensorList gradients, double p, int64_t batch_dims) {
@@ -68,18 +73,20 @@ std::vector<Tensor> dual_norm_backward(const Tensor& grad, TensorList gradients,
 
 std::tuple<Tensor, Tensor> margin_hinge(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
                                         const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
-                                        double eps, std::string_view aggregation, std::string_view layer_reduction) {
+                                        const std::optional<Tensor>& min_norm, double eps, std::string_view aggregation,
+                                        std::string_view layer_reduction) {
   static auto op = find<decltype(margin_hinge)>("margin_kernels::margin_hinge");
-  return op.call(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
+  return op.call(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction);
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_backward(const Tensor& grad, const Tensor& gap, const Tensor& norm,
                                                  const Tensor& gamma, const std::optional<Tensor>& cap,
-                                                 const std::optional<Tensor>& weight, double eps,
+                                                 const std::optional<Tensor>& weight,
+                                                 const std::optional<Tensor>& min_norm, double eps,
                                                  std::string_view aggregation, std::string_view layer_reduction,
                                                  bool norm_grad) {
   static auto op = find<decltype(margin_hinge_backward)>("margin_kernels::margin_hinge_backward");
-  return op.call(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction, norm_grad);
+  return op.call(grad, gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction, norm_grad);
 }
 
 Tensor row_distance(const Tensor& rows, const Tensor& index, const Tensor& target, double p) {

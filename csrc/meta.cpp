@@ -13,15 +13,24 @@ at::TensorOptions accumulate_options(const Tensor& t) {
   return t.options().dtype(check::accumulate_type(t.scalar_type()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_meta(const Tensor& logits, const Tensor& target, int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors_meta(const Tensor& logits,
+                                                                                    const Tensor& target, int64_t k,
+                                                                                    int64_t, bool uniform) {
   check::competitors(logits, target, k);
   const auto n = logits.sym_size(0);
   const auto acc = accumulate_options(logits);
-  return {at::empty_symint({n, k}, acc), at::empty_symint({n}, acc),
-          at::empty_symint({n, k}, logits.options().dtype(at::kLong)), at::empty_symint({n, 2}, acc)};
+  const c10::SymInt measured = uniform ? n : c10::SymInt(0);
+  return {at::empty_symint({n, k}, acc),
+          at::empty_symint({n}, acc),
+          at::empty_symint({n}, acc),
+          at::empty_symint({measured}, acc),
+          at::empty_symint({n, k}, logits.options().dtype(at::kLong)),
+          at::empty_symint({n, 3}, acc),
+          at::empty_symint({n}, logits.options().dtype(at::kBool))};
 }
 
-Tensor competitors_backward_meta(const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor& logits,
+Tensor competitors_backward_meta(const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                 const std::optional<Tensor>&, const std::optional<Tensor>&, const Tensor& logits,
                                  const Tensor&, const Tensor&, const Tensor&) {
   return at::empty_like(logits, at::MemoryFormat::Contiguous);
 }
@@ -42,17 +51,17 @@ std::vector<Tensor> dual_norm_backward_meta(const Tensor&, TensorList gradients,
 
 std::tuple<Tensor, Tensor> margin_hinge_meta(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
                                              const std::optional<Tensor>& cap, const std::optional<Tensor>& weight,
-                                             double eps, std::string_view aggregation,
-                                             std::string_view layer_reduction) {
-  check::margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction);
+                                             const std::optional<Tensor>& min_norm, double eps,
+                                             std::string_view aggregation, std::string_view layer_reduction) {
+  check::margin_hinge(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction);
   const auto acc = norm.options().dtype(check::accumulate_type({gap, norm}));
   return {at::empty_symint({gap.sym_size(0)}, acc), at::empty_symint(norm.sym_sizes(), acc)};
 }
 
 std::tuple<Tensor, Tensor> margin_hinge_backward_meta(const Tensor&, const Tensor& gap, const Tensor& norm,
                                                       const Tensor&, const std::optional<Tensor>&,
-                                                      const std::optional<Tensor>&, double, std::string_view,
-                                                      std::string_view, bool norm_grad) {
+                                                      const std::optional<Tensor>&, const std::optional<Tensor>&,
+                                                      double, std::string_view, std::string_view, bool norm_grad) {
   return {at::empty_like(gap, at::MemoryFormat::Contiguous), norm_grad
                                                                  ? at::empty_like(norm, at::MemoryFormat::Contiguous)
                                                                  : at::empty_symint({c10::SymInt(0)}, norm.options())};

@@ -13,23 +13,33 @@ namespace margin_kernels {
 using at::Tensor;
 using at::TensorList;
 
-// index = top-k classes without the label, gap = z[index] - z[target], nll = cross-entropy
+// index = top-k classes without the label, gap = z[index] - z[target], nll = cross-entropy,
+// phi = z[target] - logsumexp of the others, uniform = mean over the finite classes of -log p
 std::tuple<Tensor,                 // gap        [N, k]  acc
            Tensor,                 // nll        [N]     acc
+           Tensor,                 // phi        [N]     acc
+           Tensor,                 // uniform    [N]     acc, or empty [0] unless asked for
            Tensor,                 // index      [N, k]  int64
-           Tensor>                 // normalizer [N, 2]  acc: max_i z_i, log sum_i exp(z_i - max); kept for backward
+           Tensor,                 // normalizer [N, 3]  acc: R, S of math/competitors.h and the number of finite
+                                   //            classes (0 unless uniform); S = 0: no gradient, NaN: all NaN
+           Tensor>                 // valid      [N]     bool: target != ignore_index
 competitors(const Tensor& logits,  // [N, C]
             const Tensor& target,  // [N]  int64
-            int64_t k);
+            int64_t k,
+            int64_t ignore_index,  // rows with this target: all 0
+            bool uniform);
 
-// dlogits = grad_nll (softmax - e_target) + sum_j grad_gap_j (e_index_j - e_target)
-Tensor                                                       // [N, C]  dtype of logits
-competitors_backward(const std::optional<Tensor>& grad_gap,  // [N, k]
-                     const std::optional<Tensor>& grad_nll,  // [N]
-                     const Tensor& logits,                   // [N, C]
-                     const Tensor& target,                   // [N]
-                     const Tensor& index,                    // [N, k]
-                     const Tensor& normalizer);              // [N, 2]
+// dlogits = (grad_nll + grad_uniform) (softmax - e_target) + grad_phi (e_target - q)
+//           + grad_uniform (e_target - 1 / M) + sum_j grad_gap_j (e_index_j - e_target)
+Tensor                                                           // [N, C]  dtype of logits
+competitors_backward(const std::optional<Tensor>& grad_gap,      // [N, k]
+                     const std::optional<Tensor>& grad_nll,      // [N]
+                     const std::optional<Tensor>& grad_phi,      // [N]
+                     const std::optional<Tensor>& grad_uniform,  // [N]
+                     const Tensor& logits,                       // [N, C]
+                     const Tensor& target,                       // [N]
+                     const Tensor& index,                        // [N, k]
+                     const Tensor& normalizer);                  // [N, 3]
 
 // norms[..., l] = || gradients[l][..., :] ||_q
 Tensor                           // [N, k, L] (batch_dims = 2) or [N, L] (batch_dims = 1)  acc
@@ -58,22 +68,24 @@ row_distance_backward(const Tensor& grad,  // [N, k]
                       double p);
 
 // distance = -gap / (eps + norm); loss = over_l over_j min(max(gamma_l - distance, 0), cap_l)
+// left out, with term and slope 0: pairs with gap = -inf or norm <= min_norm_l
 // over l: "sum" = sum_l weight_l t_l, "mean" = sum_l weight_l t_l / sum_l weight_l
-std::tuple<Tensor,                                 // loss     [N]        acc
-           Tensor>                                 // distance [N, k, L]  acc, no gradient
-margin_hinge(const Tensor& gap,                    // [N, k]
-             const Tensor& norm,                   // [N, k, L]
-             const Tensor& gamma,                  // [L]
-             const std::optional<Tensor>& cap,     // [L], infinity by default
-             const std::optional<Tensor>& weight,  // [L], 1 by default
+std::tuple<Tensor,                                   // loss     [N]        acc
+           Tensor>                                   // distance [N, k, L]  acc, no gradient
+margin_hinge(const Tensor& gap,                      // [N, k]
+             const Tensor& norm,                     // [N, k, L]
+             const Tensor& gamma,                    // [L]
+             const std::optional<Tensor>& cap,       // [L], infinity by default
+             const std::optional<Tensor>& weight,    // [L], 1 by default
+             const std::optional<Tensor>& min_norm,  // [L], none by default
              double eps, std::string_view aggregation, std::string_view layer_reduction);
 
 std::tuple<Tensor,                         // grad of gap   [N, k]
            Tensor>                         // grad of norm  [N, k, L], or empty [0] unless norm_grad
 margin_hinge_backward(const Tensor& grad,  // [N]
                       const Tensor& gap, const Tensor& norm, const Tensor& gamma, const std::optional<Tensor>& cap,
-                      const std::optional<Tensor>& weight, double eps, std::string_view aggregation,
-                      std::string_view layer_reduction, bool norm_grad);
+                      const std::optional<Tensor>& weight, const std::optional<Tensor>& min_norm, double eps,
+                      std::string_view aggregation, std::string_view layer_reduction, bool norm_grad);
 
 // A_c = logsumexp over j with y_j != c of max(z[j, c], -delta), + delta for bound = "positive"
 // loss_i = softplus(A_{y_i} - a_i), a_i = min(z[i, y_i], delta); with cross_entropy logaddexp(A_{y_i}, lse_i) - a_i

@@ -16,6 +16,7 @@ from .reference.margin_hinge import AGGREGATIONS
 from .reference.one_to_n import BOUNDS
 from .tracing import tracing
 
+Layerwise = float | Sequence[float] | Tensor
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,22 +52,24 @@ def check_labelled_logits(logits: Tensor, target: Tensor) -> None:
         _value(f"logits must have at least 2 classes, got {classes}")
 
 
-def check_classes(name: str, values: Tensor, classes: int) -> None:
-    """Every entry of values [N] or [N, k] in [0, classes), where they lie on the CPU."""
+def check_classes(name: str, values: Tensor, classes: int, ignored: int | None = None) -> None:
+    """Every entry of values [N] or [N, k] in [0, classes), or equal to `ignored`, where they lie on the CPU."""
     if values.device.type != "cpu" or not _readable(values):
         return
     outside = (values < 0) | (values >= classes)
+    if ignored is not None:
+        outside = outside & (values != ignored)
     if bool(outside.any()):
         where = outside.nonzero()[0].tolist()
         _value(f"{name} must be in [0, {classes}), got {int(values[tuple(where)])} at row {where[0]}")
 
 
-def check_competitors(logits: Tensor, target: Tensor, k: int) -> None:
+def check_competitors(logits: Tensor, target: Tensor, k: int, ignore_index: int) -> None:
     check_labelled_logits(logits, target)
     classes = logits.shape[1]
-    if not 1 <= k <= classes - 1:
-        _value(f"k must be in [1, {classes - 1}] for {classes} classes, got {k}")
-    check_classes("target", target, classes)
+    if not 0 <= k <= classes - 1:
+        _value(f"k must be in [0, {classes - 1}] for {classes} classes, got {k}")
+    check_classes("target", target, classes, ignore_index)
 
 
 def check_dual_norm(gradients: Sequence[Tensor], p: float, batch_dims: int) -> None:
@@ -89,6 +92,15 @@ def check_dual_norm(gradients: Sequence[Tensor], p: float, batch_dims: int) -> N
             _value(f"gradients[{i}] must be on the device of gradients[0] ({first.device}), got {g.device}")
 
 
+def exponent(p: float | str) -> float:
+    """p as a number: "inf" is infinity, as in a configuration file."""
+    if isinstance(p, str):
+        if p != "inf":
+            _value(f"p must be >= 1 (or inf), got {p}")
+        return math.inf
+    return float(p)
+
+
 def check_p(p: float) -> None:
     if not p >= 1:
         _value(f"p must be >= 1 (or inf), got {p:g}")
@@ -100,6 +112,7 @@ def check_margin_hinge(
     gamma: Tensor,
     cap: Tensor | None,
     weight: Tensor | None,
+    min_norm: Tensor | None,
     eps: float,
     aggregation: str,
     layer_reduction: str,
@@ -113,7 +126,7 @@ def check_margin_hinge(
     if norm.device != gap.device:
         _value(f"norm must be on the device of gap ({gap.device}), got {norm.device}")
     layers = norm.shape[2]
-    for name, tensor in (("gamma", gamma), ("cap", cap), ("weight", weight)):
+    for name, tensor in (("gamma", gamma), ("cap", cap), ("weight", weight), ("min_norm", min_norm)):
         if tensor is None:
             continue
         check_floating(name, tensor)
@@ -129,6 +142,30 @@ def check_margin_hinge(
         _value(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation}")
     if layer_reduction not in ("mean", "sum"):
         _value(f"layer_reduction must be one of mean, sum, got {layer_reduction}")
+
+
+def check_layerwise(name: str, value: Layerwise | None) -> None:
+    """A bound of margin_hinge is >= 0. One that lies on a device is not read: there the loss is NaN instead."""
+    for number in _numbers(value):
+        if not number >= 0:
+            _value(f"{name} must be >= 0, got {number:g}")
+
+
+def check_layer_weights(value: Layerwise | None, layer_reduction: str) -> None:
+    check_layerwise("layer_weights", value)
+    numbers = _numbers(value)
+    if layer_reduction == "mean" and numbers and not any(numbers):
+        _value(f"layer_weights must not all be 0 with layer_reduction=mean, got {numbers}")
+
+
+def _numbers(value: Layerwise | None) -> list[float]:
+    """The value as numbers; none where it is a tensor on a device, or one that a compiler traces."""
+    if isinstance(value, Tensor):
+        readable = value.device.type == "cpu" and _readable(value) and value.dim() <= 1
+        return torch.atleast_1d(value.detach()).tolist() if readable else []
+    if value is None or isinstance(value, (int, float)):
+        return [] if value is None else [float(value)]
+    return [float(number) for number in value]
 
 
 def check_row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float) -> None:

@@ -15,46 +15,74 @@ from torch import Tensor
 
 from . import checks
 from .backends import choose
+from .checks import Layerwise
 
 _COMPILED = ("cpu", "cuda")
-Layerwise = float | Sequence[float] | Tensor
 
 
 class Competitors(NamedTuple):
-    """What `competitors` returns: index [N, k] int64, gap [N, k], nll [N]."""
+    """What `competitors` returns, by name: index [N, k] int64, the other [N, k] and [N], valid [N] bool."""
 
     index: Tensor  # type: ignore[assignment]  # tuple.index is a method
     gap: Tensor
     nll: Tensor
+    phi: Tensor
+    uniform: Tensor | None
+    valid: Tensor
 
 
-def competitors(logits: Tensor, target: Tensor, k: int = 1, backend: str = "auto") -> Competitors:
-    """The k strongest classes other than the label, their gaps to it, and the cross-entropy, from one read.
+def competitors(
+    logits: Tensor,
+    target: Tensor,
+    k: int = 1,
+    ignore_index: int = -100,
+    uniform: bool = False,
+    backend: str = "auto",
+) -> Competitors:
+    """The k strongest classes other than the label, their gaps, cross-entropy and log-odds, from one read.
 
         index[n] = the k largest z[n, i] with i != y[n], in decreasing order, equal logits: lowest class first
         gap      = z[n, index] - z[n, y[n]]
         nll      = logsumexp_i z[n, i] - z[n, y[n]]
+        phi      = z[n, y[n]] - logsumexp_{i != y[n]} z[n, i]               nll = softplus(-phi)
+        uniform  = mean over the classes c with finite z[n, c] of -log p_c  p = softmax(z[n])
+
+    nll and phi are right to float32 rounding for any confidence: the sum over the rivals never meets the label's 1.
 
     Args:
-        logits: [N, C], C >= 2.
-        target: [N] int64 in [0, C).
-        k: number of competitors, 1 <= k <= C - 1.
+        logits: [N, C], C >= 2. A class with logit -inf is masked: probability 0, gradient 0.
+        target: [N] int64 in [0, C), or ignore_index.
+        k: number of competitors, 0 <= k <= C - 1.
+        ignore_index: rows with this target are left out; it may be the number of a class.
+        uniform: also return `uniform`, the term of label smoothing.
 
     Returns:
-        Competitors(index [N, k] int64, gap [N, k], nll [N]); gap and nll are differentiable in the logits. A row that
-        holds NaN or infinity gives gap = nll = NaN and a NaN gradient. On a GPU so does a target outside [0, C).
+        Competitors(index [N, k] int64, gap [N, k], nll [N], phi [N], uniform [N] or None, valid [N] bool = target !=
+        ignore_index); gap, nll, phi and uniform are differentiable twice in the logits.
+
+        row                        index                       gap        nll   phi   gradient
+        masked class               not among the k while finite rivals are left       0 in that class
+        fewer than k finite rivals then the masked, in order   -inf                   0 from that gap
+        no finite rival            masked classes              -inf       0     inf   0
+        masked label               k largest rivals            inf        inf   -inf  nll: p - e_y; gap, phi: 0
+        target == ignore_index     first k classes             0          0     0     0
+        NaN or +inf, target out    first k without the label   NaN        NaN   NaN   NaN
+
+        `uniform` counts finite classes only and is 0 where target == ignore_index. A row without any finite logit is
+        NaN. A target outside [0, C) gives NaN on a GPU and is an error on the CPU.
 
     Raises:
         ValueError, TypeError: wrong shapes, dtypes, devices or k; on the CPU also a target outside [0, C).
         BackendError: a backend named by the caller cannot run.
     """
     name, op = choose("competitors", (logits,), backend)
-    if name in _COMPILED:
-        gap, nll, index, _ = op(logits, target, k)
+    if name not in _COMPILED:
+        checks.check_competitors(logits, target, k, ignore_index)
+        gap, nll, phi, smoothing, index = op(logits, target, k, ignore_index, uniform)
+        valid = target != ignore_index
     else:
-        checks.check_competitors(logits, target, k)
-        index, gap, nll = op(logits, target, k)
-    return Competitors(index, gap, nll)
+        gap, nll, phi, smoothing, index, _, valid = op(logits, target, k, ignore_index, uniform)
+    return Competitors(index, gap, nll, phi, smoothing if uniform else None, valid)
 
 
 class DeepFoolStep(NamedTuple):
@@ -65,20 +93,22 @@ class DeepFoolStep(NamedTuple):
     distance: Tensor
 
 
-def dual_norm(gradients: Sequence[Tensor], p: float = 2, batch_dims: int = 2, backend: str = "auto") -> Tensor:
+def dual_norm(gradients: Sequence[Tensor], p: float | str = 2, batch_dims: int = 2, backend: str = "auto") -> Tensor:
     """Dual norms of the rows of several layers' gradients in one launch.
 
         norms[..., l] = || gradients[l][..., :] ||_q      q = p / (p - 1);  p = 1: maximum, p = inf: sum of magnitudes
 
     Args:
         gradients: a list of L tensors [N, k, *] (batch_dims=2) or [N, *] (batch_dims=1) with equal leading dimensions.
-        p: the norm in which distances are measured, in [1, inf].
+        p: the norm in which distances are measured, in [1, inf]; "inf" is infinity.
         batch_dims: how many leading dimensions index rows; the others are flattened into the row.
 
     Returns:
         [N, k, L] or [N, L]. Neither overflows nor flushes to zero where the norm itself is representable.
         Gradient sign(G) |G|^(q-1) / norm^(q-1): 0 where the norm is 0, split evenly over the maxima for p = 1.
-        Not-a-number entries give NaN. Bitwise repeatable; a row's result does not depend on the other rows.
+        A norm beyond the range of its type is infinite, with gradient 0 (sign(G) for p = inf); an infinite entry makes
+        the norm infinite and, but for p = 1 and p = inf, its own gradient NaN. NaN entries give NaN.
+        Bitwise repeatable; a row's result does not depend on the other rows.
 
     Raises:
         ValueError, TypeError: an empty list, unequal leading dimensions or devices, p < 1, integer tensors.
@@ -88,13 +118,14 @@ def dual_norm(gradients: Sequence[Tensor], p: float = 2, batch_dims: int = 2, ba
         raise TypeError("gradients must be a list of tensors, one per layer, got a single tensor: wrap it in a list")
     if len(gradients) == 0:
         raise ValueError("gradients must hold at least one tensor, got an empty list")
+    p = checks.exponent(p)
     name, op = choose("dual_norm", gradients, backend)
     if name not in _COMPILED:
         checks.check_dual_norm(gradients, p, batch_dims)
     return op(gradients, p, batch_dims)
 
 
-def row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float = 2, backend: str = "auto") -> Tensor:
+def row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float | str = 2, backend: str = "auto") -> Tensor:
     """Dual norms of the differences of gathered rows: the closed-form margin of a last layer z = W h + b.
 
         norm[n, j] = || rows[index[n, j]] - rows[target[n]] ||_q      q = p / (p - 1)
@@ -103,7 +134,7 @@ def row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float = 2, back
         rows: [C, D], the weight of the last layer.
         index: [N, k] int64 in [0, C): competitors.
         target: [N] int64 in [0, C).
-        p: the norm in which distances are measured, in [1, inf].
+        p: the norm in which distances are measured, in [1, inf]; "inf" is infinity.
 
     Returns:
         [N, k]. 0 with gradient 0 where index == target. Nothing of size [N, k, D] is allocated by the compiled
@@ -115,6 +146,7 @@ def row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float = 2, back
 
     Source: Elsayed et al., Large Margin Deep Networks for Classification, NeurIPS 2018, eq. 7, for the last layer.
     """
+    p = checks.exponent(p)
     name, op = choose("row_distance", (rows,), backend)
     if name not in _COMPILED:
         checks.check_row_distance(rows, index, target, p)
@@ -132,6 +164,7 @@ def margin_hinge(
     reduction: str = "mean",
     layer_weights: Layerwise | None = None,
     backend: str = "auto",
+    min_norm: Layerwise | None = None,
 ) -> Tensor:
     """Hinge on the signed distance to the decision boundaries, clipped, aggregated over classes and layers.
 
@@ -144,20 +177,33 @@ def margin_hinge(
     Args:
         gap: [N, k], from `competitors`.
         norm: [N, k, L], from `dual_norm`. Detach it for the first-order gradient of the paper.
-        gamma, cap, layer_weights: one number, L numbers, or a tensor [L]. gamma and cap in units of distance.
+        gamma, cap, layer_weights, min_norm: one number, L numbers, or a tensor [L], each >= 0. gamma and cap in units
+            of distance, min_norm in units of norm.
         eps: added to the norm, >= 0.
+        min_norm: a pair whose norm is at most min_norm_l is left out: its distance means nothing. None: no pair is.
 
     Returns:
         the loss, [] or [N] for reduction="none". Equal distances: the competitor with the lowest j takes the gradient.
 
+        pair                        distance  term and slope
+        gap = -inf (masked rival)   inf       left out
+        norm <= min_norm_l          formula   left out
+        gap = +inf (masked label)   -inf      cap (inf without cap), slope 0
+        norm = +inf                 0         gamma, slope 0
+        NaN                         NaN       NaN, NaN
+        Left out: 0 in "sum" and "mean", whose denominator stays k; no candidate of "max"; not in the mean of
+        "mean_distance". Where all are left out the term is 0.
+
     Raises:
-        ValueError, TypeError: shapes, devices, negative eps, unknown names.
+        ValueError, TypeError: shapes, devices, unknown names, negative or NaN eps, gamma, cap, layer_weights or
+            min_norm, and layer_weights that are all 0 with layer_reduction="mean". A tensor on a GPU is not read: there
+            the loss is NaN instead.
         BackendError: a backend named by the caller cannot run.
 
     Source: Elsayed et al., Large Margin Deep Networks for Classification, NeurIPS 2018, eq. 7 and section 4.1.
     """
     loss, _ = margin_hinge_with_distance(
-        gap, norm, gamma, cap, eps, aggregation, layer_reduction, reduction, layer_weights, backend
+        gap, norm, gamma, cap, eps, aggregation, layer_reduction, reduction, layer_weights, backend, min_norm
     )
     return loss
 
@@ -173,19 +219,25 @@ def margin_hinge_with_distance(
     reduction: str = "mean",
     layer_weights: Layerwise | None = None,
     backend: str = "auto",
+    min_norm: Layerwise | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`margin_hinge` and the signed distances [N, k, L] that it computed on the way, without gradient."""
     if norm.dim() != 3:
         raise ValueError(f"norm must have shape [N, k, L], got {list(norm.shape)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be one of mean, sum, none, got {reduction}")
-    gamma = per_layer(gamma, norm)
-    cap = None if cap is None else per_layer(cap, norm)
-    weight = None if layer_weights is None else per_layer(layer_weights, norm)
+    for argument, value in (("gamma", gamma), ("cap", cap), ("min_norm", min_norm)):
+        checks.check_layerwise(argument, value)
+    checks.check_layer_weights(layer_weights, layer_reduction)
+    wide = torch.float64 if torch.float64 in (gap.dtype, norm.dtype) else torch.float32
+    gamma = per_layer(gamma, norm, wide)
+    cap, weight, least = (
+        None if value is None else per_layer(value, norm, wide) for value in (cap, layer_weights, min_norm)
+    )
     name, op = choose("margin_hinge", (gap, norm), backend)
     if name not in _COMPILED:
-        checks.check_margin_hinge(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction)
-    loss, distance = op(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction)
+        checks.check_margin_hinge(gap, norm, gamma, cap, weight, least, eps, aggregation, layer_reduction)
+    loss, distance = op(gap, norm, gamma, cap, weight, least, eps, aggregation, layer_reduction)
     loss = reduced(loss, reduction)
     return loss, distance
 
@@ -216,8 +268,10 @@ def one_to_n(
 
     Returns:
         the loss, [] or [N] for reduction="none". A batch of one class has no negatives: loss and gradient 0 (what
-        remains with cross_entropy is logsumexp_k z[i, k] - a_i). A non-finite logit gives NaN in every loss that it
-        enters; on a GPU a target outside [0, C) makes its row of logits NaN.
+        remains with cross_entropy is logsumexp_k z[i, k] - a_i). A logit of -inf is a masked class: -delta as a
+        negative, probability 0 in the softmax, and the loss is infinity where it is the label's (its slope stays
+        finite). NaN or +inf gives NaN in every loss that it enters; on a GPU a target
+        outside [0, C) makes its row of logits NaN.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, delta, unknown names; on the CPU also a target outside [0, C).
@@ -237,7 +291,7 @@ def one_to_n(
 
 
 def deepfool_step(
-    gap: Tensor, gradients: Tensor, active: Tensor | None = None, p: float = 2, backend: str = "auto"
+    gap: Tensor, gradients: Tensor, active: Tensor | None = None, p: float | str = 2, backend: str = "auto"
 ) -> DeepFoolStep:
     """The step to the nearest linearised decision boundary: norms, choice of the boundary and step on the device.
 
@@ -249,13 +303,14 @@ def deepfool_step(
         gap: [N, k], k >= 1: scores of the candidates minus that of the reference class.
         gradients: [N, k, *], the gradient of each gap in the input.
         active: [N] bool or None for all. Where False: step, choice, distance and gradients 0.
-        p: the norm in which distances are measured, in [1, inf]. p = 1: the whole step goes on the first of the
-            largest |w_i|.
+        p: the norm in which distances are measured, in [1, inf]; "inf" is infinity. p = 1: the whole step goes on
+            the first of the largest |w_i|.
 
     Returns:
         DeepFoolStep(step [N, *] of the dtype of gradients, choice [N] int64, distance [N]); step and distance are
-        differentiable twice in gap and gradients, through the chosen candidate. All w_j = 0: step 0, distance
-        infinity, choice 0. NaN or infinity in an active sample: step and distance NaN, choice 0.
+        differentiable twice in gap and gradients, through the chosen candidate. An infinite gap is that of a masked
+        class: distance infinity, never chosen while a finite one is left. All distances infinite: step 0, choice 0.
+        NaN in an active sample, or infinity in its gradients: step and distance NaN, choice 0.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, p < 1.
@@ -263,6 +318,7 @@ def deepfool_step(
 
     Source: Moosavi-Dezfooli, Fawzi, Frossard, DeepFool, CVPR 2016, eq. 8; Yan et al. 2019 (TPAMI) for any p.
     """
+    p = checks.exponent(p)
     name, op = choose("deepfool_step", (gap, gradients), backend)
     if name in _COMPILED:
         step, distance, choice, _ = op(gap, gradients, active, p)
@@ -279,13 +335,15 @@ def reduced(per_sample: Tensor, reduction: str) -> Tensor:
     return per_sample.mean() if reduction == "mean" else per_sample.sum()
 
 
-def per_layer(value: Layerwise, norm: Tensor) -> Tensor:
+def per_layer(value: Layerwise, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """[L] on the device of norm [N, k, L]: a tensor [L] as it is, a number for all layers, or L numbers."""
     if isinstance(value, Tensor) and value.dim() == 1:
         return value
-    dtype = torch.float64 if norm.dtype == torch.float64 else torch.float32
     if isinstance(value, Tensor):
         return value.to(dtype).expand(norm.shape[2])
     if isinstance(value, (int, float)):
         return torch.full((norm.shape[2],), float(value), dtype=dtype, device=norm.device)
-    return torch.tensor(value, dtype=dtype, device=norm.device)
+    if not norm.is_cuda:
+        return torch.tensor(value, dtype=dtype, device=norm.device)
+    # Each number travels as an argument of a kernel. A copy of the list from pageable memory would wait for the device.
+    return torch.stack([torch.full((), float(number), dtype=dtype, device=norm.device) for number in value])

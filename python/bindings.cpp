@@ -4,9 +4,11 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "../csrc/cpu/simd_types.h"
-#include "../csrc/cut_gradients.h"
+#include "../csrc/graph/cut_gradients.h"
+#include "../csrc/graph/gradient_edge.h"
+#include "../csrc/graph/node_hooks.h"
+#include "../csrc/graph/redirected_edges.h"
 #include "../csrc/ops.h"
-#include "../csrc/redirected_edges.h"
 #include "../csrc/thin_convolution.h"
 
 namespace py = pybind11;
@@ -31,12 +33,30 @@ py::dict build_info() {
   return info;
 }
 
+py::list node_hooks(const at::Tensor& root) {
+  py::list found;
+  for (const auto& [index, others, dicts] : margin_kernels::node_hooks(root)) {
+    py::list callables;
+    for (void* dict : dicts) {
+      const auto hooks = py::reinterpret_borrow<py::object>(static_cast<PyObject*>(dict));
+      if (!py::isinstance<py::dict>(hooks)) {
+        callables.append(hooks);
+        continue;
+      }
+      for (const auto& entry : py::reinterpret_borrow<py::dict>(hooks)) callables.append(entry.second);
+    }
+    found.append(py::make_tuple(index, callables, others));
+  }
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled ops of margin_kernels.";
   m.def("build_info", &build_info, "What this extension was built for and which instruction set it uses here.");
-  m.def("competitors", &margin_kernels::competitors, py::arg("logits"), py::arg("target"), py::arg("k"));
+  m.def("competitors", &margin_kernels::competitors, py::arg("logits"), py::arg("target"), py::arg("k"),
+        py::arg("ignore_index") = -100, py::arg("uniform") = false);
   m.def(
       "dual_norm",
       [](const std::vector<at::Tensor>& gradients, double p, int64_t batch_dims) {
@@ -44,7 +64,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("gradients"), py::arg("p"), py::arg("batch_dims") = 2);
   m.def("margin_hinge", &margin_kernels::margin_hinge, py::arg("gap"), py::arg("norm"), py::arg("gamma"),
-        py::arg("cap"), py::arg("weight"), py::arg("eps"), py::arg("aggregation"), py::arg("layer_reduction"));
+        py::arg("cap"), py::arg("weight"), py::arg("min_norm"), py::arg("eps"), py::arg("aggregation"),
+        py::arg("layer_reduction"));
   m.def("row_distance", &margin_kernels::row_distance, py::arg("rows"), py::arg("index"), py::arg("target"),
         py::arg("p"));
   m.def("one_to_n", &margin_kernels::one_to_n, py::arg("logits"), py::arg("target"), py::arg("delta"), py::arg("bound"),
@@ -58,4 +79,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&>(), py::arg("root"),
            py::arg("places"))
       .def("restore", &margin_kernels::RedirectedEdges::restore);
+  m.def("at_gradient_edge", &margin_kernels::at_gradient_edge, py::arg("root"), py::arg("index"), py::arg("output"),
+        py::arg("like"));
+  m.def("node_hooks", &node_hooks, py::arg("root"),
+        "(place of the node, its Python hooks, number of its other hooks) for each node that has hooks");
+  py::class_<margin_kernels::SilencedHooks>(m, "SilencedHooks")
+      .def(py::init<const at::Tensor&, const std::vector<int64_t>&>(), py::arg("root"), py::arg("nodes"))
+      .def("restore", &margin_kernels::SilencedHooks::restore);
 }

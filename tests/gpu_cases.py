@@ -56,8 +56,8 @@ def _competitors(n: int, count: int, k: int, dtype: torch.dtype) -> Case:
     target = classes(n, count)
 
     def run(leaves: list[Tensor], backend: str) -> list[Tensor]:
-        result = functional.competitors(leaves[0], target, k, backend=backend)
-        return [result.gap, result.nll]
+        result = functional.competitors(leaves[0], target, k, uniform=True, backend=backend)
+        return [result.gap, result.nll, result.phi, result.uniform]
 
     return Case("competitors", f"{n}x{count} k={k} {dtype}", [normal(n, count, dtype=dtype)], run)
 

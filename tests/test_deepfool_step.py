@@ -212,7 +212,8 @@ def test_a_sample_that_is_not_active_gives_zeros_whatever_it_holds(backend, p):
 def test_what_is_not_finite_gives_nan_and_leaves_the_other_samples_alone(backend, p, bad):
     gap, gradients = sample(4, 3, 19)
     clean = functional.deepfool_step(gap, gradients, None, p, backend=backend)
-    gap[1, 2], gradients[3, 1, 18] = bad, bad
+    # An infinite gap is that of a masked class: the next test.
+    gap[1, 2], gradients[3, 1, 18] = math.nan, bad
     leaves = gap.requires_grad_(), gradients.requires_grad_()
     result = functional.deepfool_step(*leaves, None, p, backend=backend)
     assert result.step[[1, 3]].isnan().all() and result.distance[[1, 3]].isnan().all()
@@ -222,6 +223,29 @@ def test_what_is_not_finite_gives_nan_and_leaves_the_other_samples_alone(backend
     grads = torch.autograd.grad(result.step.sum() + result.distance.sum(), leaves)
     for g in grads:
         assert g[[1, 3], 0].isnan().all() and g[[1, 3], 1:].eq(0).all() and g[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("masked", [math.inf, -math.inf])
+def test_a_masked_class_is_never_chosen_while_another_is_left(backend, p, masked):
+    gap, gradients = sample(4, 3, 19, dtype=torch.float64)
+    gap[1, 0] = masked
+    gap[2, 1:] = masked
+    gap[3] = masked
+    leaves = gap.requires_grad_(), gradients.requires_grad_()
+    result = functional.deepfool_step(*leaves, None, p, backend=backend)
+    one = functional.deepfool_step(gap[1:2, 1:], gradients[1:2, 1:], None, p, backend=backend)
+    two = functional.deepfool_step(gap[2:3, :1], gradients[2:3, :1], None, p, backend=backend)
+    assert result.choice[1] == one.choice + 1 and result.choice[2] == 0
+    assert torch.equal(result.step[1], one.step[0]) and torch.equal(result.distance[2], two.distance[0])
+    # Nothing left: step 0, distance infinity, choice 0.
+    assert result.step[3].eq(0).all() and result.distance[3] == math.inf and result.choice[3] == 0
+    outputs = result.step.square().sum() + result.distance[:3].sum() + result.distance[3]
+    firsts = torch.autograd.grad(outputs, leaves, create_graph=True)
+    seconds = torch.autograd.grad(sum((g * g.detach()).sum() for g in firsts), leaves)
+    for g in (*firsts, *seconds):
+        assert g.isfinite().all() and g[3].eq(0).all() and g[1, 0].eq(0).all() and g[2, 1:].eq(0).all()
+    assert all(g[1:3].abs().sum() > 0 for g in firsts)
 
 
 @pytest.mark.parametrize("p", P)

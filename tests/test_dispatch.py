@@ -20,12 +20,12 @@ def op_samples():
     """(name, arguments) of every compiled op, forward and backward, away from kinks."""
     logits, target = sample_logits(4, 7)
     logits.requires_grad_()
-    gap, nll, index, normalizer = torch.ops.margin_kernels.competitors(logits, target, 2)
+    gap, nll, phi, uniform, index, normalizer, _ = torch.ops.margin_kernels.competitors(logits, target, 2, 3, True)
     layers = [sample_gradients(3, 2, 5).requires_grad_(), sample_gradients(3, 2, 2, 2, seed=1).requires_grad_()]
     norms = torch.ops.margin_kernels.dual_norm(layers, 3.0, 2).detach()
     gaps, sizes = torch.randn(3, 2, requires_grad=True), (0.5 + torch.rand(3, 2, 2)).requires_grad_()
     gamma, cap = torch.tensor([0.5, 1.0]), torch.tensor([0.7, 0.9])
-    hinge = (gaps, sizes, gamma, cap, None, 1e-6, "max", "mean")
+    hinge = (gaps, sizes, gamma, cap, None, torch.tensor([0.6, 0.0]), 1e-6, "max", "mean")
     rows, index = sample_gradients(7, 5, seed=2).requires_grad_(), (target[:, None] + torch.tensor([1, 3])) % 7
     pair_norms = torch.ops.margin_kernels.row_distance(rows, index, target, 3.0).detach()
     bounds = (1.0, "positive", True)
@@ -37,11 +37,14 @@ def op_samples():
     step_grads = torch.randn_like(step).requires_grad_(), torch.randn_like(distance).requires_grad_()
     return [
         ("competitors", (logits, target, 2)),
+        ("competitors", (logits, target, 2, 3, True)),
         (
             "competitors_backward",
             (
                 torch.randn_like(gap).requires_grad_(),
                 torch.randn_like(nll).requires_grad_(),
+                torch.randn_like(phi).requires_grad_(),
+                torch.randn_like(uniform).requires_grad_(),
                 logits,
                 target,
                 index,
@@ -68,7 +71,7 @@ def op_samples():
 
 
 @needs_extension
-@pytest.mark.parametrize("which", range(12))
+@pytest.mark.parametrize("which", range(13))
 def test_opcheck(which):
     name, arguments = op_samples()[which]
     results = opcheck(getattr(torch.ops.margin_kernels, name).default, arguments)
@@ -82,10 +85,11 @@ def test_every_schema_is_checked():
 
 
 def margin_loss(logits, target, layers, backend="auto"):
-    result = functional.competitors(logits, target, 2, backend=backend)
+    result = functional.competitors(logits, target, 2, uniform=True, backend=backend)
     norm = functional.dual_norm(layers, 2, backend=backend)
     step = functional.deepfool_step(result.gap, layers[-1], None, 3, backend=backend)
     total = functional.margin_hinge(result.gap, norm, 1.0, backend=backend) + result.nll.mean()
+    total = total + 0.5 * result.phi.mean() + result.uniform.mean()
     total = total + functional.row_distance(logits.t(), result.index[:, :1], target, 3, backend=backend).mean()
     return total + functional.one_to_n(logits, target, backend=backend) + step.distance.mean() + step.step.mean()
 
@@ -121,12 +125,12 @@ def test_torch_func_transforms_run_on_the_reference():
 
     def nll_and_gap(z, y):
         result = functional.competitors(z[None], y[None], 2, backend="reference")
-        return result.nll[0] + result.gap.sum()
+        return result.nll[0] + result.gap.sum() + 2 * result.phi[0]
 
     per_sample = torch.func.vmap(torch.func.grad(nll_and_gap))(logits, target)
     logits.requires_grad_()
     result = functional.competitors(logits, target, 2, backend="reference")
-    (whole,) = torch.autograd.grad(result.nll.sum() + result.gap.sum(), logits)
+    (whole,) = torch.autograd.grad(result.nll.sum() + result.gap.sum() + 2 * result.phi.sum(), logits)
     assert torch.allclose(per_sample, whole)
 
 
@@ -157,7 +161,7 @@ def test_the_environment_changes_auto_only(monkeypatch):
 def test_the_pybind_functions_are_differentiable():
     logits, target = sample_logits(3, 5)
     logits.requires_grad_()
-    gap, nll, _, _ = backends.EXTENSION.competitors(logits, target, 2)
+    gap, nll, *_ = backends.EXTENSION.competitors(logits, target, 2)
     (grad,) = torch.autograd.grad(gap.sum() + nll.sum(), logits)
     result = functional.competitors(logits, target, 2, backend="reference")
     assert torch.allclose(grad, torch.autograd.grad(result.gap.sum() + result.nll.sum(), logits)[0], atol=1e-6)
@@ -207,12 +211,13 @@ def test_results_are_the_same_for_every_instruction_set():
     """MARGIN_KERNELS_ISA asks for less than the processor has; only the last digits may differ."""
     code = (
         "import torch, margin_kernels as mk; from margin_kernels.testing import *; "
-        "z, y = sample_logits(5, 333); r = mk.functional.competitors(z, y, 3, backend='cpu'); "
+        "z, y = sample_logits(5, 333); r = mk.functional.competitors(z, y, 3, uniform=True, backend='cpu'); "
         "g = sample_gradients(2, 2, 5001); n = mk.functional.dual_norm([g], 3, backend='cpu'); "
         "l = mk.functional.one_to_n(z, y, reduction='none', backend='cpu'); "
         "d = mk.functional.row_distance(z, y[:, None] % 5, y % 4, 3, backend='cpu'); "
         "s = mk.functional.deepfool_step(r.gap[:2, :2], g, None, 3, backend='cpu'); "
-        "print([*r.index.flatten().tolist(), *r.gap.flatten().tolist(), *r.nll.tolist(), *n.flatten().tolist(), "
+        "print([*r.index.flatten().tolist(), *r.gap.flatten().tolist(), *r.nll.tolist(), "
+        "*r.phi.tolist(), *r.uniform.tolist(), *n.flatten().tolist(), "
         "*l.tolist(), *d.flatten().tolist(), *s.distance.tolist(), *s.step[:, :40].flatten().tolist()])"
     )
     first, *others = (eval(run_python(code, MARGIN_KERNELS_ISA=isa)) for isa in ("", "avx2", "baseline"))

@@ -132,6 +132,67 @@ def test_slope_of_the_maximum_is_split_evenly_over_ties(backend):
     assert torch.allclose(slope.flatten(), torch.tensor([0.0, -1 / 3, 1 / 3, 0.0, 1 / 3]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [1 + 1e-9, 1 + 1e-7, 1 + 1e-5, 1.001, 1.05, 1e3, 1e9, 1e15])
+def test_p_very_near_one_and_very_large(backend, dtype, p):
+    """q from 1e9 down to 1 + 1e-15: value and slope against float64, with ties and near ties at the maximum."""
+    g = sample_gradients(2, 2, 33, dtype=dtype)
+    g[0, 0, 3] = g[0, 0, 7] = 5.0
+    g[0, 1, 5], g[0, 1, 6] = 4.0, 4.0 * (1 - 2 * torch.finfo(dtype).eps)
+    g.requires_grad_()
+    norms = functional.dual_norm([g], p, backend=backend)
+    (slope,) = torch.autograd.grad(norms.sum(), g)
+    q = p / (p - 1)
+    wide = g.detach().double()
+    largest = wide.abs().amax(-1, keepdim=True)
+    # log of the ratio from the difference, which is exact: the q-th power of a rounded ratio is not.
+    logs = torch.log1p((wide.abs() - largest) / largest)
+    total = (q * logs).exp().sum(-1, keepdim=True)
+    truth = largest * (total.log() / q).exp()
+    assert relative_error(norms, truth) < (1e-12 if dtype == torch.float64 else 3e-6)
+    exact = wide.sign() * ((q - 1) * logs - total.log() * (q - 1) / q).exp()
+    assert slope.isfinite().all()
+    assert_gradients_agree(slope, exact, max(GRADIENT_FLOOR[dtype], 4e-16 * q))
+
+
+@pytest.mark.parametrize("p", [1.05, 2, 3, 4, 1e9])
+def test_a_norm_beyond_float32_is_infinite_with_slope_zero(backend, p):
+    g = torch.tensor([[[3e38, -3e38, 1.0]], [[3.0, -4.0, 1.0]]], requires_grad=True)
+    norms = functional.dual_norm([g], p, backend=backend)
+    (slope,) = torch.autograd.grad(norms.sum(), g, create_graph=True)
+    expected = math.inf if p != 1.05 else norm64(g, p)[0].item()
+    assert norms[0].item() == pytest.approx(expected) and norms[1].isfinite().all()
+    assert (slope[0] == 0).all() if expected == math.inf else slope[0].isfinite().all()
+    assert slope[1].abs().sum() > 0
+
+
+def test_a_sum_beyond_float32_is_infinite_with_slope_one(backend):
+    g = torch.tensor([[[3e38, -3e38, 1.0]]], requires_grad=True)
+    norms = functional.dual_norm([g], math.inf, backend=backend)
+    assert norms.item() == math.inf
+    assert torch.autograd.grad(norms.sum(), g)[0].flatten().tolist() == [1.0, -1.0, 1.0]
+
+
+@pytest.mark.parametrize("p", P)
+def test_rows_that_overlap(backend, p):
+    g = sample_gradients(20).unfold(0, 9, 1).detach().requires_grad_()
+    assert g.stride() == (1, 1)
+    plain = g.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    slopes = [
+        torch.autograd.grad(functional.dual_norm([rows], p, 1, backend=backend).square().sum(), rows)[0]
+        for rows in (g, plain)
+    ]
+    assert torch.equal(slopes[0], slopes[1]) and slopes[0].abs().sum() > 0
+
+
+def test_infinity_may_be_spelled(backend):
+    g = sample_gradients(2, 3, 7)
+    named = functional.dual_norm([g], "inf", backend=backend)
+    assert torch.equal(named, functional.dual_norm([g], math.inf, backend=backend)) and named.min() > 0
+    with pytest.raises(ValueError, match=r"p must be >= 1 \(or inf\), got two"):
+        functional.dual_norm([g], "two", backend=backend)
+
+
 @pytest.mark.parametrize("p", [1.5, 3])
 def test_second_derivative_at_a_zero_entry_is_zero_and_not_nan(backend, p):
     g = torch.tensor([[[0.0, -2.0, 1.0]]], dtype=torch.float64, requires_grad=True)

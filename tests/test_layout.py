@@ -61,7 +61,7 @@ def test_every_op_has_triton_kernels():
 
 def test_both_build_files_glob_the_same_folders():
     setup, cmake = (ROOT / "setup.py").read_text(), (ROOT / "CMakeLists.txt").read_text()
-    for pattern in ("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu"):
+    for pattern in ("csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "csrc/graph/*.cpp", "csrc/cuda/*.cu"):
         assert pattern in setup and pattern in cmake
     assert "python/*.cpp" in setup and "python/*.cpp" not in cmake  # the library knows no Python
 

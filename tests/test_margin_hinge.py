@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from margin_kernels import functional
+from margin_kernels import backends, functional
 from margin_kernels.testing import interpreted, seeded
 
 AGGREGATIONS = ["max", "sum", "mean", "mean_distance"]
@@ -149,6 +149,140 @@ def test_nan_shows_in_value_and_gradient_of_its_row_only(backend, aggregation):
     assert grad[[0, 2]].isfinite().all() and grad[[0, 2]].abs().max() > 0
 
 
+# What a pair is: gap, norm; and whether it is left out under min_norm = 0.25.
+KINDS = {
+    "ordinary": (-0.5, 1.0, False),
+    "wrong side": (0.75, 0.5, False),
+    "masked competitor": (-math.inf, 1.0, True),
+    "masked competitor, infinite norm": (-math.inf, math.inf, True),
+    "masked label": (math.inf, 1.0, False),
+    "no gradient": (0.3, 0.0, True),
+    "norm at the bound": (0.3, 0.25, True),
+    "infinite norm": (0.5, math.inf, False),
+    "nan gap": (math.nan, 1.0, False),
+    "nan norm": (0.5, math.nan, False),
+}
+
+
+def pair(gap, norm, eps, gamma, cap):
+    """(distance, term, d term / d gap, d term / d norm) of one pair that counts."""
+    if math.isinf(gap):
+        d = -gap
+    elif math.isinf(norm):
+        d = 0.0
+    else:
+        d = -gap / (eps + norm)
+    shortfall = gamma - d
+    if shortfall <= 0 or shortfall >= cap:
+        return d, min(max(shortfall, 0.0), cap), 0.0, 0.0
+    if math.isinf(norm):
+        return d, shortfall, 0.0, 0.0
+    return d, shortfall, 1 / (eps + norm), -gap / (eps + norm) ** 2
+
+
+def literal(kinds, aggregation, gamma, cap, eps):
+    """loss of one sample with one layer and its gradients in gap and norm, [k] each."""
+    k = len(kinds)
+    counted = [j for j in range(k) if not KINDS[kinds[j]][2]]
+    d_gap, d_norm = [0.0] * k, [0.0] * k
+    pairs = {j: pair(*KINDS[kinds[j]][:2], eps, gamma, cap) for j in counted}
+    if not counted:
+        return 0.0, d_gap, d_norm
+    if aggregation == "max":
+        j = min(counted, key=lambda j: (not math.isnan(pairs[j][0]), pairs[j][0], j))
+        d_gap[j], d_norm[j] = pairs[j][2:]
+        return pairs[j][1], d_gap, d_norm
+    if aggregation == "mean_distance":
+        mean = sum(pairs[j][0] for j in counted) / len(counted)
+        shortfall = gamma - mean
+        if shortfall <= 0 or shortfall >= cap:
+            return min(max(shortfall, 0.0), cap), d_gap, d_norm
+        for j in counted:
+            gap, norm, _ = KINDS[kinds[j]]
+            if not math.isinf(norm) and not math.isinf(gap):
+                d_gap[j], d_norm[j] = 1 / (eps + norm) / len(counted), -gap / (eps + norm) ** 2 / len(counted)
+        return shortfall, d_gap, d_norm
+    share = 1 if aggregation == "sum" else 1 / k
+    for j in counted:
+        d_gap[j], d_norm[j] = (share * slope for slope in pairs[j][2:])
+    return share * sum(pairs[j][1] for j in counted), d_gap, d_norm
+
+
+@pytest.mark.parametrize("cap", [None, 1.25])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_pairs_that_are_left_out_infinite_or_nan(backend, aggregation, cap):
+    """Every pair of kinds, and all of one kind, against literal loops: value, first derivatives; second ones finite."""
+    names = list(KINDS)
+    rows = [(a, b) for a in names for b in names]
+    gap = torch.tensor([[KINDS[name][0] for name in row] for row in rows], dtype=torch.float64)
+    norm = torch.tensor([[[KINDS[name][1]] for name in row] for row in rows], dtype=torch.float64)
+    leaves = gap.requires_grad_(), norm.requires_grad_()
+    loss = functional.margin_hinge(
+        *leaves, 1.0, cap, 0.5, aggregation, reduction="none", backend=backend, min_norm=0.25
+    )
+    truth = [literal(row, aggregation, 1.0, math.inf if cap is None else cap, 0.5) for row in rows]
+    torch.testing.assert_close(loss, torch.tensor([t[0] for t in truth], dtype=torch.float64), equal_nan=True)
+    firsts = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
+    for ours, which in zip(firsts, (1, 2), strict=True):
+        expected = torch.tensor([t[which] for t in truth], dtype=torch.float64).view(ours.shape)
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+    usable = torch.tensor([not any("nan" in name for name in row) for row in rows])
+    seconds = torch.autograd.grad([g[usable].square().sum() for g in firsts], leaves)
+    assert all(second[usable].isfinite().all() for second in seconds) and seconds[1][usable].abs().sum() > 0
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_derivatives_with_pairs_left_out(backend, aggregation):
+    gap, norm = sample(3, 3, 2)
+    least = norm.flatten().sort().values[4:6].mean().item()  # five of eighteen, none at the bound itself
+    gap, norm = gap.requires_grad_(), norm.requires_grad_()
+
+    def f(gap, norm):
+        return functional.margin_hinge(
+            gap, norm, 1.5, aggregation=aggregation, reduction="none", backend=backend, min_norm=[least, least / 2]
+        )
+
+    assert torch.autograd.gradcheck(f, (gap, norm))
+    assert torch.autograd.gradgradcheck(f, (gap, norm))
+
+
+@pytest.mark.parametrize("types", [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_mixed_types_are_computed_in_float64(backend, types, aggregation):
+    gap, norm = sample(5, 3, 2)
+    gap, norm = gap.to(types[0]).requires_grad_(), norm.to(types[1]).requires_grad_()
+    bounds = ([0.7, 1.1], 0.9, 1e-3, aggregation, "mean", "none", [0.3, 0.1])
+    loss = functional.margin_hinge(gap, norm, *bounds, backend=backend, min_norm=0.6)
+    wide = gap.detach().double().requires_grad_(), norm.detach().double().requires_grad_()
+    truth = functional.margin_hinge(*wide, *bounds, backend="reference", min_norm=0.6)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, truth, rtol=1e-13, atol=1e-14)
+    ours = torch.autograd.grad(loss.sum(), (gap, norm), create_graph=True)
+    exact = torch.autograd.grad(truth.sum(), wide, create_graph=True)
+    for a, b, dtype in zip(ours, exact, types, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b.to(dtype), rtol=1e-6, atol=1e-9)
+    again = torch.autograd.grad(sum(g.double().square().sum() for g in ours), (gap, norm))
+    exact = torch.autograd.grad(sum(g.square().sum() for g in exact), wide)
+    for a, b, dtype in zip(again, exact, types, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b.to(dtype), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("change", [dict(gamma=-1.0), dict(cap=math.nan), dict(weight=-0.5), dict(min_norm=-1.0)])
+def test_a_wrong_bound_that_nobody_reads_makes_the_loss_nan(backend, change):
+    """As a tensor on a GPU is: below the checks of `functional`."""
+    gap, norm = sample(3, 2, 2)
+    bounds = {"gamma": 1.0, "cap": 2.0, "weight": 1.0, "min_norm": 0.1}
+    gamma, cap, weight, least = (torch.tensor([value, change.get(name, value)]) for name, value in bounds.items())
+    _, op = backends.choose("margin_hinge", (gap, norm), backend)
+    for aggregation in AGGREGATIONS:
+        loss, _ = op(gap, norm, gamma, cap, weight, least, 1e-6, aggregation, "sum")
+        assert loss.isnan().all()
+        loss, _ = op(gap, norm, gamma[:1].expand(2), None, torch.zeros(2), None, 1e-6, aggregation, "mean")
+        assert loss.isnan().all()
+
+
 def test_a_large_gamma_keeps_its_digits_in_half_precision(backend):
     """relu(gamma - d) with gamma = 1e4 in bfloat16 would round the distance away."""
     gap = torch.tensor([[-1.5]], dtype=torch.bfloat16)
@@ -197,6 +331,15 @@ WRONG = [
     (dict(aggregation="median"), ValueError, "aggregation must be one of max, sum, mean, mean_distance, got median"),
     (dict(layer_reduction="max"), ValueError, "layer_reduction must be one of mean, sum, got max"),
     (dict(reduction="max"), ValueError, "reduction must be one of mean, sum, none, got max"),
+    (dict(gamma=-1.0), ValueError, "gamma must be >= 0, got -1"),
+    (dict(gamma=[1.0, math.nan]), ValueError, "gamma must be >= 0, got nan"),
+    (dict(gamma=torch.tensor([1.0, -2.0])), ValueError, "gamma must be >= 0, got -2"),
+    (dict(cap=-0.5), ValueError, "cap must be >= 0, got -0.5"),
+    (dict(cap=[math.nan, 1.0]), ValueError, "cap must be >= 0, got nan"),
+    (dict(layer_weights=[1.0, -1.0]), ValueError, "layer_weights must be >= 0, got -1"),
+    (dict(layer_weights=[0.0, 0.0]), ValueError, "layer_weights must not all be 0 with layer_reduction=mean"),
+    (dict(min_norm=-1.0), ValueError, "min_norm must be >= 0, got -1"),
+    (dict(min_norm=[1.0]), ValueError, "min_norm must have shape [2], one entry per layer, got [1]"),
     (dict(gap=torch.zeros(4, 3).long()), TypeError, "gap must be float64, float32, bfloat16 or float16, got int64"),
     (dict(gamma=torch.ones(2, requires_grad=True)), ValueError, "gamma must not require grad: it is a hyper-parameter"),
 ]

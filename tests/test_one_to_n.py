@@ -166,7 +166,7 @@ def test_reductions(backend):
 
 
 @pytest.mark.parametrize("ce", [False, True])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("n,classes", [(6, 4), (20, 40)])
 def test_a_non_finite_logit_gives_nan_in_every_loss_that_it_enters(backend, bad, n, classes, ce):
     logits, target = sample_logits(n, classes)
@@ -192,7 +192,7 @@ def test_a_non_finite_logit_gives_nan_in_every_loss_that_it_enters(backend, bad,
 
 def test_all_gradients_agree_with_the_reference_around_a_nan(backend):
     logits, target = sample_logits(20, 18)
-    logits[3, 5], logits[4, int(target[4])], logits[6, 17] = math.nan, math.inf, -math.inf
+    logits[3, 5], logits[4, int(target[4])], logits[6, 17] = math.nan, math.inf, math.nan
     for bound, ce in FORMS:
         grads = []
         for name in (backend, "reference"):
@@ -201,6 +201,44 @@ def test_all_gradients_agree_with_the_reference_around_a_nan(backend):
             grads.append(torch.autograd.grad(loss.sum(), z)[0])
         assert torch.equal(grads[0].isnan(), grads[1].isnan()) and grads[0].isnan().any()
         assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("bound,ce", FORMS)
+@pytest.mark.parametrize("n,classes", [(6, 4), (20, 40)])
+def test_a_masked_negative_counts_as_one_far_below_the_bound(backend, n, classes, bound, ce):
+    """max(-inf, -delta) = -delta; in a softmax its probability is 0, as it is at -1e4."""
+    logits, target = sample_logits(n, classes, torch.float64)
+    target[:4] = torch.tensor([0, 1, 1, 2])
+    results = []
+    for low in (-math.inf, -1e4):
+        z = logits.clone()
+        z[0, 1], z[3, 3], z[3, 0] = low, low, low
+        z.requires_grad_()
+        loss = functional.one_to_n(z, target, 1.0, bound, ce, "none", backend=backend)
+        (first,) = torch.autograd.grad(loss.square().sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), z)
+        results.append((loss, first, second))
+    for masked, far in zip(*results, strict=True):
+        assert masked.isfinite().all() and masked.abs().sum() > 0
+        torch.testing.assert_close(masked, far, rtol=1e-10, atol=1e-12)
+    assert results[0][1][0, 1] == 0 and results[0][2][3, 3] == 0
+
+
+@pytest.mark.parametrize("ce", [False, True])
+def test_a_masked_label_has_loss_infinity_and_a_finite_gradient(backend, ce):
+    """L = softplus(A - a) with a = -inf: s = 1; with cross-entropy the label's slope is -1 as well."""
+    logits, target = sample_logits(6, 4, torch.float64)
+    target[:4] = torch.tensor([0, 1, 1, 2])
+    logits[1, 1] = -math.inf
+    logits[3] = -math.inf  # the label and all the others
+    logits.requires_grad_()
+    loss = functional.one_to_n(logits, target, 1.0, "symmetric", ce, "none", backend=backend)
+    assert loss.isinf().tolist() == [False, True, False, True, False, False] and (loss > 0).all()
+    (first,) = torch.autograd.grad(loss[[1, 3]].sum(), logits, create_graph=True)
+    assert first.isfinite().all() and first[1, 1] == first[3, 2] == -1
+    assert first[3, [0, 1, 3]].eq(0).all()
+    (second,) = torch.autograd.grad(first.square().sum(), logits)
+    assert second.isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [1e20, 1e-23, 50.0])

@@ -91,9 +91,10 @@ def test_a_target_outside_the_classes_gives_nan():
     logits, target = sample_logits(4, 100)
     target[1], target[2] = 100, -1
     logits.requires_grad_()
-    index, gap, nll = ops.competitors(logits, target, 2)
+    gap, nll, phi, _, index = ops.competitors(logits, target, 2)
     bad = torch.tensor([False, True, True, False])
     assert torch.equal(nll.isnan(), bad) and torch.equal(gap.isnan().all(1), bad)
+    assert torch.equal(phi.isnan(), bad)
     assert index[1].tolist() == index[2].tolist() == [1, 2]  # legal, and those of the reference
     (grad,) = torch.autograd.grad(nll.sum() + gap.sum(), logits, create_graph=True)
     assert torch.equal(grad.isnan().all(1), bad) and grad[~bad].isfinite().all()
@@ -155,11 +156,21 @@ def op_samples():
     library = torch.ops.margin_kernels_triton
     logits, target = sample_logits(3, 5)
     logits.requires_grad_()
-    gap, nll, index, normalizer = library.competitors(logits, target, 2)
+    gap, nll, phi, uniform, index, normalizer = library.competitors(logits, target, 2, 3, True)
     layers = [sample_gradients(2, 2, 5).requires_grad_(), sample_gradients(2, 2, 2, 2, seed=1).requires_grad_()]
     norms = library.dual_norm(layers, 3.0, 2).detach()
     gaps, sizes = torch.randn(3, 2, requires_grad=True), (0.5 + torch.rand(3, 2, 2)).requires_grad_()
-    hinge = (gaps, sizes, torch.tensor([0.5, 1.0]), torch.tensor([0.7, 0.9]), None, 1e-6, "max", "mean")
+    hinge = (
+        gaps,
+        sizes,
+        torch.tensor([0.5, 1.0]),
+        torch.tensor([0.7, 0.9]),
+        None,
+        torch.tensor([0.6, 0.0]),
+        1e-6,
+        "max",
+        "mean",
+    )
     rows = sample_gradients(5, 4).requires_grad_()
     distances = library.row_distance(rows, index, target, 3.0).detach()
     _, column, row_sums = library.one_to_n(logits, target, 1.4567, "positive", True)
@@ -170,8 +181,12 @@ def op_samples():
         return torch.randn_like(tensor).requires_grad_()
 
     return [
-        ("competitors", (logits, target, 2)),
-        ("competitors_backward", (like(gap), like(nll), logits, target, index, normalizer.detach())),
+        ("competitors", (logits, target, 2, -100, False)),
+        ("competitors", (logits, target, 2, 3, True)),
+        (
+            "competitors_backward",
+            (like(gap), like(nll), like(phi), like(uniform), logits, target, index, normalizer.detach()),
+        ),
         ("dual_norm", (layers, 3.0, 2)),
         ("dual_norm_backward", (like(norms), layers, norms, 3.0, 2)),
         ("row_distance", (rows, index, target, 3.0)),
@@ -192,7 +207,7 @@ def op_samples():
 
 
 @interpreter
-@pytest.mark.parametrize("which", range(2 * len(triton_backend.OPS)))
+@pytest.mark.parametrize("which", range(2 * len(triton_backend.OPS) + 1))
 def test_opcheck(which):
     name, arguments = op_samples()[which]
     results = opcheck(getattr(torch.ops.margin_kernels_triton, name).default, arguments)

@@ -51,6 +51,10 @@ class ChosenRow {
     sizes.push_back(length);
     gap = chosen(gap_.to(type).unsqueeze(-1));
     w_ = chosen(gradients.to(type).reshape_symint(sizes));
+    // Saved norm 0: flat, not active, or of a masked class, whose gap is infinite.
+    const Tensor still = (norm == 0).unsqueeze(1);
+    w_ = at::where(still, at::zeros_like(w_), w_);
+    gap = at::where(still, at::zeros_like(gap), gap);
     if (active.defined()) w_ = at::where(active.unsqueeze(1), w_, at::zeros_like(w_));
     const Tensor factor = at::where(norm.isnan(), norm, at::ones_like(norm)).unsqueeze(1);
     gap = gap * factor;

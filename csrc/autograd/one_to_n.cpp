@@ -4,7 +4,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full_like.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/logical_not.h>
 #include <ATen/ops/logsumexp.h>
@@ -72,7 +71,8 @@ struct OneToNBackwardFunction : Function<OneToNBackwardFunction> {
     const auto fill = [&](double value) { return at::full_like(z, value); };
 
     const Tensor own = saved[2].unsqueeze(1) == at::arange(z.sym_size(1), saved[2].options());
-    const Tensor usable = at::logical_and(at::isfinite(z), own.any(1, /*keepdim=*/true));
+    const double infinity = std::numeric_limits<double>::infinity();
+    const Tensor usable = at::logical_and(z < infinity, own.any(1, /*keepdim=*/true));  // -inf is a masked class
     z = at::where(usable, z, fill(std::numeric_limits<double>::quiet_NaN()));
     const auto of_label = [&](const Tensor& t) { return at::where(own, t, zeros).sum(1); };  // [N, C] or [C] -> [N]
     const auto of_class = [&](const Tensor& t) {                                             // [N] -> [C]
@@ -92,12 +92,14 @@ struct OneToNBackwardFunction : Function<OneToNBackwardFunction> {
 
     const Tensor d_column = (slope * v).sum(0), d_against = of_label(d_column);
     const Tensor d_label = at::where(label_open, v, zeros).sum(1);
-    const Tensor positive =
-        cross_entropy ? z.logsumexp(1) : at::where(z_label >= delta, fill(delta).select(1, 0), z_label);
+    // A row whose classes are all masked has no softmax.
+    const Tensor empty = z.eq(-infinity).all(1), rows = z.masked_fill(empty.unsqueeze(1), 0);
+    const Tensor positive = cross_entropy ? rows.logsumexp(1).masked_fill(empty, -infinity)
+                                          : at::where(z_label >= delta, fill(delta).select(1, 0), z_label);
     const Tensor s = at::where(some, at::sigmoid(against - positive), zeros.select(1, 0));
     Tensor d_grad, d_positive, softmax;
     if (cross_entropy) {
-      softmax = at::softmax(z, 1);
+      softmax = at::softmax(rows, 1).masked_fill(empty.unsqueeze(1), 0);
       d_positive = (softmax * v).sum(1);
       d_grad = (1 - s) * d_positive + s * d_against - d_label;
     } else {

@@ -3,8 +3,8 @@
 #include "../math/competitors.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -28,11 +28,22 @@ struct CompetitorsForward {
   const scalar_t* logits;  // [N, C]
   int64_t row_stride, classes, k;
   const int64_t* target;  // [N]
-  int64_t target_stride;
+  int64_t target_stride, ignore_index;
   int64_t* index;   // [N, k]
   acc* gap;         // [N, k]
   acc* nll;         // [N]
-  acc* normalizer;  // [N, 2]
+  acc* phi;         // [N]
+  acc* uniform;     // [N] or null
+  acc* normalizer;  // [N, 3]
+  bool* valid;      // [N]
+};
+
+// A gradient [N]: null where nothing depends on the output.
+template <class acc>
+struct PerSample {
+  const acc* data;
+  int64_t stride;
+  acc operator[](int64_t n) const { return data ? data[n * stride] : acc(0); }
 };
 
 template <class scalar_t>
@@ -43,12 +54,11 @@ struct CompetitorsBackward {
   const int64_t* target;  // [N]
   int64_t target_stride;
   const int64_t* index;   // [N, k]
-  const acc* normalizer;  // [N, 2]
+  const acc* normalizer;  // [N, 3]
   const acc* grad_gap;    // [N, k] or null
   int64_t gap_strides[2];
-  const acc* grad_nll;  // [N] or null
-  int64_t nll_stride;
-  scalar_t* dlogits;  // [N, C] contiguous
+  PerSample<acc> grad_nll, grad_phi, grad_uniform;  // [N]
+  scalar_t* dlogits;                                // [N, C] contiguous
 };
 
 }  // namespace margin_kernels
@@ -62,13 +72,19 @@ namespace {
 // Rows per task: about 32k logits each, so that small problems stay on one thread.
 int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / classes); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits, const Tensor& target, int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits,
+                                                                                   const Tensor& target, int64_t k,
+                                                                                   int64_t ignore_index, bool uniform) {
   check::competitors(logits, target, k);
   const int64_t n = logits.size(0), classes = logits.size(1);
   const Tensor z = unit_stride_rows(logits);
   const auto options = logits.options().dtype(check::accumulate_type(logits.scalar_type()));
-  Tensor index = at::empty({n, k}, target.options()), gap = at::empty({n, k}, options);
-  Tensor nll = at::empty({n}, options), normalizer = at::empty({n, 2}, options);
+  // Seven of them: at::empty would send each through the dispatcher.
+  Tensor index = at::detail::empty_cpu({n, k}, target.options()), gap = at::detail::empty_cpu({n, k}, options);
+  Tensor nll = at::detail::empty_cpu({n}, options), phi = at::detail::empty_cpu({n}, options),
+         normalizer = at::detail::empty_cpu({n, 3}, options);
+  Tensor uniform_loss = at::detail::empty_cpu({uniform ? n : 0}, options),
+         valid = at::detail::empty_cpu({n}, options.dtype(at::kBool));
   std::atomic<int64_t> bad{-1};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, z.scalar_type(), "competitors", [&] {
     using acc = typename CompetitorsForward<scalar_t>::acc;
@@ -78,10 +94,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits,
                                           k,
                                           target.const_data_ptr<int64_t>(),
                                           target.stride(0),
+                                          ignore_index,
                                           index.data_ptr<int64_t>(),
                                           gap.data_ptr<acc>(),
                                           nll.data_ptr<acc>(),
-                                          normalizer.data_ptr<acc>()};
+                                          phi.data_ptr<acc>(),
+                                          uniform ? uniform_loss.data_ptr<acc>() : nullptr,
+                                          normalizer.data_ptr<acc>(),
+                                          valid.data_ptr<bool>()};
     at::parallel_for(0, n, grain(classes),
                      [&](int64_t begin, int64_t end) { MK_DISPATCH(forward_rows<scalar_t>(at, begin, end, &bad)); });
   });
@@ -89,10 +109,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits,
     TORCH_CHECK_VALUE(false, "target must be in [0, ", classes, "), got ",
                       target.const_data_ptr<int64_t>()[row * target.stride(0)], " at row ", row);
   }
-  return {gap, nll, index, normalizer};
+  return {gap, nll, phi, uniform_loss, index, normalizer, valid};
 }
 
 Tensor competitors_backward_cpu(const std::optional<Tensor>& grad_gap, const std::optional<Tensor>& grad_nll,
+                                const std::optional<Tensor>& grad_phi, const std::optional<Tensor>& grad_uniform,
                                 const Tensor& logits, const Tensor& target, const Tensor& index,
                                 const Tensor& normalizer) {
   const int64_t n = logits.size(0), classes = logits.size(1);
@@ -102,10 +123,14 @@ Tensor competitors_backward_cpu(const std::optional<Tensor>& grad_gap, const std
   const auto as_acc = [&](const std::optional<Tensor>& t) {
     return t && t->defined() ? t->to(normalizer.scalar_type()) : Tensor();
   };
-  const Tensor from_gap = as_acc(grad_gap), from_nll = as_acc(grad_nll);
+  const Tensor from_gap = as_acc(grad_gap), from_nll = as_acc(grad_nll), from_phi = as_acc(grad_phi),
+               from_uniform = as_acc(grad_uniform);
   const Tensor places = index.contiguous(), scale = normalizer.contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, z.scalar_type(), "competitors_backward", [&] {
     using acc = typename CompetitorsForward<scalar_t>::acc;
+    const auto per_sample = [](const Tensor& t) {
+      return t.defined() ? PerSample<acc>{t.const_data_ptr<acc>(), t.stride(0)} : PerSample<acc>{nullptr, 0};
+    };
     CompetitorsBackward<scalar_t> at{};
     at.logits = z.const_data_ptr<scalar_t>();
     at.row_stride = z.stride(0);
@@ -120,10 +145,9 @@ Tensor competitors_backward_cpu(const std::optional<Tensor>& grad_gap, const std
       at.gap_strides[0] = from_gap.stride(0);
       at.gap_strides[1] = from_gap.stride(1);
     }
-    if (from_nll.defined()) {
-      at.grad_nll = from_nll.const_data_ptr<acc>();
-      at.nll_stride = from_nll.stride(0);
-    }
+    at.grad_nll = per_sample(from_nll);
+    at.grad_phi = per_sample(from_phi);
+    at.grad_uniform = per_sample(from_uniform);
     at.dlogits = dlogits.data_ptr<scalar_t>();
     at::parallel_for(0, n, grain(classes),
                      [&](int64_t begin, int64_t end) { MK_DISPATCH(backward_rows<scalar_t>(at, begin, end)); });

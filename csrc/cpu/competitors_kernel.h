@@ -3,8 +3,6 @@
 // Forward reads the row twice while it lies in the cache: once for the competitors, once for the sum of exponentials.
 // Backward reads it once and writes the gradient once.
 
-#include "sum_exp.h"
-
 namespace margin_kernels::MK_ISA {
 
 // Beyond this many competitors a partial sort of all classes is cheaper than keeping a sorted list.
@@ -132,110 +130,325 @@ MK_FN void scan_list(const scalar_t* z, int64_t begin, int64_t end, int64_t k, t
   }
 }
 
+// Lane i of the vector that begins at class `begin` is set to `value` where begin + i is the label.
+template <class L>
+MK_FN typename L::vector replace_label(typename L::vector v, int64_t begin, int64_t y, typename L::acc value) {
+  using integers = typename L::integers;
+  using integer = std::remove_reference_t<decltype(integers{}[0])>;
+  integers lane{};
+  for (int64_t i = 0; i < L::width; ++i) lane[i] = static_cast<integer>(i);
+  return lane == static_cast<integer>(y - begin) ? typename L::vector{} + value : v;
+}
+
+// The list best[0, k) of the largest rivals in a row of at most one vector (best[0] for k = 0 too), and S of the row;
+// `poison` is NaN if a class, the label too, is not finite.
+template <class scalar_t>
+MK_FN double scan_short_row(const scalar_t* z, int64_t classes, int64_t y, int64_t k,
+                            Best<typename Lane<scalar_t>::acc>* best, typename Lane<scalar_t>::acc& poison) {
+  using L = Lane<scalar_t>;
+  using vector = typename L::vector;
+  using acc = typename L::acc;
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
+  const vector zero{}, one = zero + acc(1), v = load_part(z, classes, lowest);
+  const vector rivals = replace_label<L>(v, 0, y, lowest);
+  const uint32_t used = (1u << classes) - 1;
+  if (lanes_above(v * acc(0) == zero ? zero : one, acc(0)) & used) poison = std::numeric_limits<acc>::quiet_NaN();
+  vector left = rivals;
+  for (int64_t j = 0; j < std::max<int64_t>(k, 1); ++j) {
+    const acc max = largest_lane(left);
+    const uint32_t where = lanes_above(left == zero + max ? one : zero, acc(0));
+    if (!(max > lowest) || where == 0) break;  // only masked classes are left, or the row holds NaN
+    best[j] = {max, __builtin_ctz(where)};
+    if (j + 1 < k) left = replace_label<L>(left, 0, best[j].index, lowest);
+  }
+  return best[0].value > lowest ? sum(fold(exp_nonpositive(rivals - best[0].value))) : 0;
+}
+
+// S = sum over the rivals of exp(z_j - max): the vector that holds the label first, then the others in order.
+template <class scalar_t>
+MK_FN double sum_exp_of_rivals(const scalar_t* z, int64_t classes, int64_t y, typename Lane<scalar_t>::acc max) {
+  using L = Lane<scalar_t>;
+  using vector = typename L::vector;
+  using acc = typename L::acc;
+  constexpr int64_t W = L::width;
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
+  const int64_t rest = classes / W * W, with_label = y / W * W;
+  // Lanes are added in float64 after every block: 1000 additions in float32 would show in the seventh digit.
+  constexpr int64_t block = 128 * W;
+  int64_t room = block;
+  f64x8 total{};
+  vector a{}, b{};
+  if (with_label < rest) {
+    a += exp_nonpositive(replace_label<L>(load(z + with_label), with_label, y, lowest) - max);
+  }
+  for (int part = 0; part < 2; ++part) {
+    int64_t i = part == 0 ? 0 : with_label + W;
+    const int64_t end = part == 0 ? with_label : rest;
+    while (i < end) {
+      const int64_t begin = i, block_end = end - i < room ? end : i + room;
+      for (; i + 2 * W <= block_end; i += 2 * W) {
+        a += exp_nonpositive(load(z + i) - max);
+        b += exp_nonpositive(load(z + i + W) - max);
+      }
+      if (i + W <= block_end) {
+        a += exp_nonpositive(load(z + i) - max);
+        i += W;
+      }
+      room -= i - begin;
+      if (room == 0) {
+        total += fold(a) + fold(b);
+        a = b = vector{};
+        room = block;
+      }
+    }
+  }
+  if (rest < classes) {
+    const vector last = load_part(z + rest, classes - rest, lowest);
+    b += exp_nonpositive(replace_label<L>(last, rest, y, lowest) - max);
+  }
+  return sum(total + (fold(a) + fold(b)));
+}
+
+template <class acc>
+struct Spread {
+  double deficit;  // sum over the finite rivals of max - z_j
+  acc count;       // finite rivals
+};
+
+template <class scalar_t>
+MK_FN Spread<typename Lane<scalar_t>::acc> spread_of_rivals(const scalar_t* z, int64_t classes, int64_t y,
+                                                            typename Lane<scalar_t>::acc max) {
+  using L = Lane<scalar_t>;
+  using vector = typename L::vector;
+  using acc = typename L::acc;
+  constexpr int64_t W = L::width;
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
+  f64x8 deficit{}, count{};
+  const auto add = [&](vector v) MK_TARGET {
+    const auto finite = v > vector{} + lowest;
+    deficit += fold(finite ? max - v : vector{});
+    count += fold(finite ? vector{} + acc(1) : vector{});
+  };
+  int64_t i = 0;
+  for (; i + W <= classes; i += W) add(load(z + i));
+  if (i < classes) add(load_part(z + i, classes - i, lowest));
+  const acc label = static_cast<acc>(z[y]);
+  const bool finite = label > lowest;
+  return {sum(deficit) - (finite ? double(max) - double(label) : 0), static_cast<acc>(sum(count) - (finite ? 1 : 0))};
+}
+
+// math::row_losses for several rows at once, which wait here until there are enough of them. They are computed in
+// float64 whatever the others are, so a row's losses do not depend on the rows beside it.
+template <class acc>
+struct PendingLosses;
+
+template <>
+struct PendingLosses<double> {
+  double *nll, *phi;
+  MK_FN void add(int64_t n, double z_label, double max, double sum) {
+    const math::RowLosses<double> losses = math::row_losses(z_label, max, sum);
+    nll[n] = losses.nll;
+    phi[n] = losses.phi;
+  }
+  MK_FN void finish() {}
+};
+
+template <>
+struct PendingLosses<float> {
+  float *nll, *phi;
+  int64_t waiting = 0, rows[8];
+  double leads[8] = {}, sums[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+
+  // sum = 0 (no rival) and a masked label, whose lead is not finite, are the business of math::row_losses alone.
+  MK_FN void add(int64_t n, float z_label, float max, float total) {
+    if (total == 0 || math::is_masked(z_label)) {
+      const math::RowLosses<float> losses = math::row_losses(z_label, max, total);
+      nll[n] = losses.nll;
+      phi[n] = losses.phi;
+      return;
+    }
+    rows[waiting] = n;
+    leads[waiting] = double(z_label) - double(max);
+    sums[waiting] = total;
+    if (++waiting == 8) finish();
+  }
+  // sum lies in [1, C], and so do the arguments of both logarithms but for 1.
+  MK_FN void finish() {
+    const f64x8 lead = load(leads), sum = load(sums), e = simd_exp2(abs(lead) * -1.44269504088896341);
+    const auto ahead = lead >= 0.0;
+    const f64x8 s = sum * e, log = simd_log(ahead ? s + 1.0 : sum + e);
+    const f64x8 small = s * (1.0 - s * (0.5 - s * (1.0 / 3)));  // log1p(s); 1 + s has lost its digits
+    const f64x8 from_phi = lead - simd_log(sum), from_nll = ahead ? (s < 1e-5 ? small : log) : log - lead;
+    for (int64_t i = 0; i < waiting; ++i) {
+      nll[rows[i]] = static_cast<float>(from_nll[i]);
+      phi[rows[i]] = static_cast<float>(from_phi[i]);
+    }
+    waiting = 0;
+  }
+};
+
+// Does the row hold NaN or +inf? (-inf is a masked class.)
+template <class scalar_t>
+MK_FN bool holds_nan_or_infinity(const scalar_t* z, int64_t classes) {
+  using acc = typename Lane<scalar_t>::acc;
+  bool found = false;
+  for (int64_t i = 0; i < classes; ++i) found |= !(static_cast<acc>(z[i]) < std::numeric_limits<acc>::infinity());
+  return found;
+}
+
 template <class scalar_t>
 MK_TARGET void forward_rows(const CompetitorsForward<scalar_t>& at, int64_t begin, int64_t end,
                             std::atomic<int64_t>* bad) {
   using acc = typename Lane<scalar_t>::acc;
   constexpr acc lowest = -std::numeric_limits<acc>::infinity(), nan = std::numeric_limits<acc>::quiet_NaN();
   const int64_t classes = at.classes, k = at.k;
-  std::vector<Best<acc>> list(k > kListed ? 0 : k);
+  std::vector<Best<acc>> list(k > kListed ? 1 : std::max<int64_t>(k, 1));
   std::vector<int64_t> order(k > kListed ? classes : 0);
+  PendingLosses<acc> losses{at.nll, at.phi};
   for (int64_t n = begin; n < end; ++n) {
     const scalar_t* z = at.logits + n * at.row_stride;
     const int64_t y = at.target[n * at.target_stride];
     int64_t* index = at.index + n * k;
-    acc *gap = at.gap + n * k, poison = 0, max;
+    acc *gap = at.gap + n * k, *normalizer = at.normalizer + 3 * n, poison = 0;
+    at.valid[n] = y != at.ignore_index;
+    if (y == at.ignore_index) {
+      std::iota(index, index + k, int64_t{0});
+      std::fill_n(gap, k, acc(0));
+      std::fill_n(normalizer, 3, acc(0));
+      at.nll[n] = at.phi[n] = 0;
+      if (at.uniform) at.uniform[n] = 0;
+      continue;
+    }
     if (y < 0 || y >= classes) {
       bad->store(n);
       return;
     }
     const acc z_label = static_cast<acc>(z[y]);
     poison += z_label * acc(0);
-    if (k > kListed) {
-      for (int64_t i = 0; i < classes; ++i) poison += static_cast<acc>(z[i]) * acc(0);
-      if (poison == 0) {
-        std::iota(order.begin(), order.end(), int64_t{0});
-        order.erase(order.begin() + y);
-        std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t i, int64_t j) {
-          return math::comes_before(static_cast<acc>(z[i]), i, static_cast<acc>(z[j]), j);
-        });
-        std::copy_n(order.begin(), k, index);
-        order.resize(classes);
-      }
+    std::fill(list.begin(), list.end(), Best<acc>{lowest, classes});
+    double total = 0;
+    const bool is_short = classes <= Lane<scalar_t>::width;
+    if (is_short) {
+      total = scan_short_row(z, classes, y, k, list.data(), poison);
+    } else if (k <= 1 || k > kListed) {
+      scan_largest(z, 0, y, list[0], poison);
+      scan_largest(z, y + 1, classes, list[0], poison);
     } else {
-      std::fill(list.begin(), list.end(), Best<acc>{lowest, classes});
-      if (k == 1) {
-        scan_largest(z, 0, y, list[0], poison);
-        scan_largest(z, y + 1, classes, list[0], poison);
-      } else {
-        // Two reads of a row that lies in the cache: the first finds a bound that all but a few classes stay below, so
-        // that the second seldom leaves its vector loop.
-        typename Lane<scalar_t>::vector lanes[2] = {load_part(z, 0, lowest), load_part(z, 0, lowest)};
-        scan_lanes(z, 0, y, lanes, poison);
-        scan_lanes(z, y + 1, classes, lanes, poison);
-        const acc bound = std::nextafter(kth_largest(lanes, k, lowest), lowest);
-        scan_list(z, 0, y, k, bound, list.data());
-        scan_list(z, y + 1, classes, k, bound, list.data());
-      }
-      for (int64_t j = 0; j < k; ++j) index[j] = list[j].index;
+      // Two reads of a row that lies in the cache: the first finds a bound that all but a few classes stay below, so
+      // that the second seldom leaves its vector loop.
+      typename Lane<scalar_t>::vector lanes[2] = {load_part(z, 0, lowest), load_part(z, 0, lowest)};
+      scan_lanes(z, 0, y, lanes, poison);
+      scan_lanes(z, y + 1, classes, lanes, poison);
+      const acc bound = std::nextafter(kth_largest(lanes, k, lowest), lowest);
+      scan_list(z, 0, y, k, bound, list.data());
+      scan_list(z, y + 1, classes, k, bound, list.data());
     }
-    if (!(poison == 0)) {
+    const acc max = list[0].value;
+    // Some logit is not finite: is it only masked?
+    if (!(poison == 0) && (holds_nan_or_infinity(z, classes) || (max == lowest && z_label == lowest))) {
       for (int64_t j = 0; j < k; ++j) {
         index[j] = j < y ? j : j + 1;
         gap[j] = nan;
       }
-      at.nll[n] = at.normalizer[2 * n] = at.normalizer[2 * n + 1] = nan;
+      std::fill_n(normalizer, 3, nan);
+      at.nll[n] = at.phi[n] = nan;
+      if (at.uniform) at.uniform[n] = nan;
       continue;
     }
-    for (int64_t j = 0; j < k; ++j) gap[j] = static_cast<acc>(z[index[j]]) - z_label;
-    const acc strongest = static_cast<acc>(z[index[0]]);
-    max = z_label > strongest ? z_label : strongest;
-    const acc log_sum = static_cast<acc>(std::log(sum_exp(z, classes, max)));
-    at.normalizer[2 * n] = max;
-    at.normalizer[2 * n + 1] = log_sum;
-    at.nll[n] = math::negative_log_likelihood(z_label, max, log_sum);
+    if (k > kListed) {
+      std::iota(order.begin(), order.end(), int64_t{0});
+      order.erase(order.begin() + y);
+      std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t i, int64_t j) {
+        return math::comes_before(static_cast<acc>(z[i]), i, static_cast<acc>(z[j]), j);
+      });
+      std::copy_n(order.begin(), k, index);
+      order.resize(classes);
+    } else {
+      // Where the list is not full, masked classes follow, in their order.
+      for (int64_t j = 0, masked = 0; j < k; ++j) {
+        if (list[j].index == classes) {
+          while (masked == y || static_cast<acc>(z[masked]) > lowest) ++masked;
+          list[j].index = masked++;
+        }
+        index[j] = list[j].index;
+      }
+    }
+    for (int64_t j = 0; j < k; ++j) gap[j] = math::gap(static_cast<acc>(z[index[j]]), z_label);
+    if (!is_short && max > lowest) total = sum_exp_of_rivals(z, classes, y, max);
+    const acc sum = static_cast<acc>(total);
+    losses.add(n, z_label, max, sum);
+    normalizer[0] = max;
+    normalizer[1] = sum;
+    normalizer[2] = 0;
+    if (at.uniform) {
+      const auto spread = max > lowest ? spread_of_rivals(z, classes, y, max) : Spread<acc>{0, 0};
+      at.uniform[n] = math::uniform_loss(z_label, max, sum, static_cast<acc>(spread.deficit), spread.count);
+      normalizer[2] = spread.count + (z_label > lowest ? acc(1) : acc(0));
+    }
   }
+  losses.finish();
 }
 
-// dz = grad_nll softmax everywhere, then the k + 1 entries of label and competitors again from float32
+// The rivals' entries of a whole row from one read; then those of label and competitors, again from float32 where
+// dlogits are narrower.
 template <class scalar_t>
 MK_TARGET void backward_rows(const CompetitorsBackward<scalar_t>& at, int64_t begin, int64_t end) {
   using L = Lane<scalar_t>;
   using vector = typename L::vector;
   using acc = typename L::acc;
   constexpr int64_t W = L::width;
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
   const int64_t classes = at.classes, k = at.k;
   for (int64_t n = begin; n < end; ++n) {
     const scalar_t* z = at.logits + n * at.row_stride;
     scalar_t* dz = at.dlogits + n * classes;
     const int64_t y = at.target[n * at.target_stride];
     const int64_t* index = at.index + n * k;
-    const acc max = at.normalizer[2 * n], log_sum = at.normalizer[2 * n + 1];
-    const acc grad_nll = at.grad_nll ? at.grad_nll[n * at.nll_stride] : acc(0);
-    if (std::isnan(log_sum)) {
-      std::fill_n(dz, classes, static_cast<scalar_t>(log_sum));
+    const acc max = at.normalizer[3 * n], sum = at.normalizer[3 * n + 1], count = at.normalizer[3 * n + 2];
+    if (!(sum > 0)) {  // no rival, or ignored: 0; or NaN
+      std::fill_n(dz, classes, static_cast<scalar_t>(sum));
       continue;
     }
-    if (grad_nll == 0) {
+    // The next row's label lies anywhere in it, and its weights depend on it: a miss of the caches at every row.
+    if (classes > 1024 && n + 1 < end) {
+      const int64_t next = at.target[(n + 1) * at.target_stride];
+      if (next >= 0 && next < classes) __builtin_prefetch(z + at.row_stride + next);
+    }
+    const acc z_label = static_cast<acc>(z[y]);
+    const math::RowWeights<acc> row(at.grad_nll[n], at.grad_phi[n], at.grad_uniform[n], z_label, max, sum, count);
+    const acc factor = row.of_rivals / sum;
+    if (row.is_zero()) {
       std::memset(static_cast<void*>(dz), 0, classes * sizeof(scalar_t));
-    } else {
-      // exp(z - max - log_sum) = exp(z - max) / sum: the argument stays <= 0 without rounding
-      const acc factor = grad_nll * std::exp(-log_sum);
+    } else if (row.share == 0) {
       int64_t i = 0;
       for (; i + W <= classes; i += W) store(dz + i, vector(exp_nonpositive(load(z + i) - max) * factor));
       if (i < classes) {
         store_part(dz + i, vector(exp_nonpositive(load_part(z + i, classes - i, max) - max) * factor), classes - i);
       }
+    } else {
+      const auto entries = [&](vector v) MK_TARGET {
+        const vector share = v > vector{} + lowest ? vector{} + row.share : vector{};
+        return vector(exp_nonpositive(v - max) * factor - share);
+      };
+      int64_t i = 0;
+      for (; i + W <= classes; i += W) store(dz + i, entries(load(z + i)));
+      if (i < classes) store_part(dz + i, entries(load_part(z + i, classes - i, max)), classes - i);
     }
     acc total = 0;
-    for (int64_t j = 0; j < k && at.grad_gap; ++j) {
+    const bool label_is_masked = math::is_masked(z_label);
+    for (int64_t j = 0; j < k && at.grad_gap && !label_is_masked; ++j) {
+      const acc z_rival = static_cast<acc>(z[index[j]]);
+      if (math::is_masked(z_rival)) continue;
       const acc grad_gap = at.grad_gap[n * at.gap_strides[0] + j * at.gap_strides[1]];
-      const acc p = grad_nll == 0 ? acc(0) : math::softmax(static_cast<acc>(z[index[j]]), max, log_sum);
-      dz[index[j]] = static_cast<scalar_t>(math::competitor_gradient(p, grad_nll, grad_gap));
+      if (std::is_same_v<scalar_t, acc> && row.share == 0) {
+        dz[index[j]] += static_cast<scalar_t>(grad_gap);
+      } else {
+        const acc q = row.of_rivals == 0 ? acc(0) : std::exp(z_rival - max) / sum;
+        dz[index[j]] = static_cast<scalar_t>(row.rival(q, false) + grad_gap);
+      }
       total += grad_gap;
     }
-    const acc p = grad_nll == 0 ? acc(0) : math::softmax(static_cast<acc>(z[y]), max, log_sum);
-    dz[y] = static_cast<scalar_t>(math::label_gradient(p, grad_nll, total));
+    dz[y] = static_cast<scalar_t>(row.label(label_is_masked) - total);
   }
 }
 

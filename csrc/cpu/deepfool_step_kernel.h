@@ -49,11 +49,11 @@ MK_TARGET void step_rows(const DeepFoolForward<scalar_t>& at, int64_t begin, int
     for (int64_t j = 0; j < at.k && usable; ++j) {
       const acc gap = at.gap[n * at.k + j];
       // A norm beyond the range of its type can come from finite entries: only then each is looked at.
-      usable = std::isfinite(gap) && (std::isfinite(sizes[j]) || all_finite(at.row(n, j), at.length));
+      usable = !std::isnan(gap) && (std::isfinite(sizes[j]) || all_finite(at.row(n, j), at.length));
       const acc value = static_cast<acc>(sizes[j]), d = math::boundary_distance(gap, value);
       if (j == 0 || d < distance) {
         distance = d;
-        chosen = value;
+        chosen = math::is_masked_gap(gap) ? acc(0) : value;  // norm 0: no step and no derivative
         choice = j;
       }
     }

@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -41,6 +42,9 @@ int64_t grain(int64_t length) { return std::max<int64_t>(1, 32768 / std::max<int
 
 Tensor dual_norm_cpu(TensorList gradients, double p, int64_t batch_dims) {
   check::dual_norm(gradients, p, batch_dims);
+  if (math::needs_float64(p) && check::accumulate_type(gradients) == at::kFloat) {
+    return dual_norm_cpu(in_float64(gradients), p, batch_dims).to(at::kFloat);
+  }
   const auto layers = static_cast<int64_t>(gradients.size());
   const auto type = check::accumulate_type(gradients);
   auto sizes = gradients[0].sizes().slice(0, batch_dims).vec();
@@ -68,6 +72,13 @@ Tensor dual_norm_cpu(TensorList gradients, double p, int64_t batch_dims) {
 
 std::vector<Tensor> dual_norm_backward_cpu(const Tensor& grad, TensorList gradients, const Tensor& norms, double p,
                                            int64_t batch_dims) {
+  if (math::needs_float64(p) && norms.scalar_type() == at::kFloat) {
+    const auto wide = in_float64(gradients);
+    const Tensor exact = dual_norm_cpu(wide, p, batch_dims);
+    // A norm beyond float32 stays infinite, and the derivative 0.
+    const Tensor values = at::where(norms.isinf(), norms.to(at::kDouble), exact);
+    return restored(dual_norm_backward_cpu(grad.to(at::kDouble), wide, values, p, batch_dims), gradients);
+  }
   const auto layers = static_cast<int64_t>(gradients.size());
   const Tensor grads = grad.to(norms.scalar_type()).contiguous(), values = norms.contiguous();
   const double q = math::dual_exponent(p);

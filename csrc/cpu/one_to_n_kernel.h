@@ -36,7 +36,8 @@ MK_FN void add_tile(const scalar_t* const* z, int64_t column, int64_t rows, int6
   for (int64_t r = 0; r < (Whole ? kTileRows : rows); ++r) {
     v[r] = Whole ? load(z[r] + column) : load_part(z[r] + column, width, -delta);
     if (!Whole) v[r] = own(r) ? floor : v[r];
-    poison += v[r] - v[r];  // NaN if any is not finite
+    const vector bounded = v[r] < floor ? floor : v[r];
+    poison += bounded - bounded;  // NaN if any is NaN or +inf
     top = larger(v[r], top);
   }
   for (int64_t r = 0; r < (Whole ? kTileRows : rows); ++r) {
@@ -82,7 +83,7 @@ MK_TARGET void column_sums(const OneToNLogits<scalar_t>& at, int64_t row_begin, 
   }
 }
 
-// logsumexp of the rows [begin, end), NaN where a logit is not finite
+// logsumexp of the rows [begin, end), NaN where a logit is NaN or +inf, -inf where all are -inf
 template <class scalar_t>
 MK_TARGET void row_logsumexp(const OneToNLogits<scalar_t>& at, int64_t begin, int64_t end,
                              typename Lane<scalar_t>::acc* out) {
@@ -93,21 +94,27 @@ MK_TARGET void row_logsumexp(const OneToNLogits<scalar_t>& at, int64_t begin, in
   for (int64_t n = begin; n < end; ++n) {
     const scalar_t* z = at.logits + n * at.row_stride;
     const vector low = splat(-std::numeric_limits<acc>::infinity());
+    const vector lowest = splat(std::numeric_limits<acc>::lowest());
     vector top = low, poison{};
     int64_t i = 0;
     for (; i + W <= at.classes; i += W) {
       const vector v = load(z + i);
       top = larger(v, top);
-      poison += v - v;
+      const vector bounded = v < lowest ? lowest : v;
+      poison += bounded - bounded;
     }
     acc max = largest_lane(top), bad = 0;
     for (int64_t lane = 0; lane < W; ++lane) bad += poison[lane];
     for (; i < at.classes; ++i) {
       const acc v = static_cast<acc>(z[i]);
       max = v > max ? v : max;
-      bad += v - v;
+      if (!math::is_masked_logit(v)) bad += v - v;
     }
-    out[n] = bad == 0 ? max + static_cast<acc>(std::log(sum_exp(z, at.classes, max))) : bad;
+    if (bad == 0 && math::is_masked_logit(max)) {
+      out[n] = max;
+    } else {
+      out[n] = bad == 0 ? max + static_cast<acc>(std::log(sum_exp(z, at.classes, max))) : bad;
+    }
   }
 }
 
@@ -127,7 +134,7 @@ MK_TARGET void gradient_rows(const OneToNBackward<scalar_t>& at, int64_t begin, 
     const acc grad = at.grad[n], share = at.share[n];
     const auto negative = [&](vector v, int64_t i) MK_TARGET {
       const vector e = exp_nonpositive(v - load(at.shift + i)) * load(at.total + i);
-      return v <= floor ? v - v : e;
+      return v <= floor ? vector{} : e;
     };
     int64_t i = 0;
     if (at.normalizer == nullptr) {
@@ -136,7 +143,8 @@ MK_TARGET void gradient_rows(const OneToNBackward<scalar_t>& at, int64_t begin, 
       dz[y] = static_cast<scalar_t>(math::label_part(static_cast<acc>(z[y]), at.in.delta, grad, share));
       continue;
     }
-    const acc row = at.normalizer[n];
+    // A row whose classes are all masked has no softmax: 0 in its place, as exp(-inf).
+    const acc row = math::is_masked_logit(at.normalizer[n]) ? acc(0) : at.normalizer[n];
     // NaN by itself, not by way of the exponential of NaN.
     const acc weight = std::isnan(row) ? row : grad * (acc(1) - share);
     const auto both = [&](vector v, int64_t i) MK_TARGET { return negative(v, i) + exp_nonpositive(v - row) * weight; };

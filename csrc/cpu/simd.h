@@ -219,17 +219,20 @@ MK_FN f64x8 exp_nonpositive(f64x8 x) {
   return x;
 }
 
-// x^q for x in [0, 1], q > 0, relative error about 1e-12 (|q log2 x| < 1000; 0 below): 2^(q log2 x) in double
-// precision.
-MK_FN f64x8 simd_power(f64x8 x, double q) {
+// log2(x) for finite x > 0, not subnormal: the mantissa m in [sqrt(1/2), sqrt(2)) by the series of artanh((m-1)/(m+1)).
+MK_FN f64x8 simd_log2(f64x8 x) {
   const i64x8 bits = (i64x8)x;
-  i64x8 exponent = (bits - 0x3fe6a09e667f3bcdll) >> 52;  // so that the mantissa lies in [sqrt(1/2), sqrt(2))
+  i64x8 exponent = (bits - 0x3fe6a09e667f3bcdll) >> 52;
   const f64x8 m = (f64x8)((u64x8)bits - ((u64x8)exponent << 52));
   const f64x8 s = (m - 1.0) / (m + 1.0), s2 = s * s;
   f64x8 series = splat(1.0 / 19);
   for (int k = 17; k >= 1; k -= 2) series = series * s2 + 1.0 / k;
-  const f64x8 log2 = __builtin_convertvector(exponent, f64x8) + series * s * 2.88539008177792681;
-  const f64x8 y = log2 * q;
+  return __builtin_convertvector(exponent, f64x8) + series * s * 2.88539008177792681;
+}
+MK_FN f64x8 simd_log(f64x8 x) { return simd_log2(x) * 0.693147180559945309; }
+
+// 2^y for y < 1000; 0 where y <= -1000.
+MK_FN f64x8 simd_exp2(f64x8 y) {
   const f64x8 shift = splat(6755399441055744.0);
   const f64x8 t = y + shift;
   const u64x8 n = (u64x8)t - (u64x8)shift;
@@ -237,7 +240,13 @@ MK_FN f64x8 simd_power(f64x8 x, double q) {
   f64x8 e = splat(1.0);
   for (int k = 12; k >= 1; --k) e = e * r * (1.0 / k) + 1.0;
   const f64x8 result = (f64x8)((u64x8)e + (n << 52));
-  return (y > -1000.0) & (x > 0.0) ? result : f64x8{};
+  return y > -1000.0 ? result : f64x8{};
+}
+
+// x^q for x in [0, 1], q > 0, relative error about 1e-12 (|q log2 x| < 1000; 0 below), in double precision.
+MK_FN f64x8 simd_power(f64x8 x, double q) {
+  const f64x8 result = simd_exp2(simd_log2(x) * q);
+  return x > 0.0 ? result : f64x8{};
 }
 
 }  // namespace margin_kernels::MK_ISA

@@ -22,7 +22,10 @@ void check_size(const Tensor& logits) {
                     "logits are too large for one launch: ", logits.sizes());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cuda(const Tensor& logits, const Tensor& target, int64_t k) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors_cuda(const Tensor& logits,
+                                                                                    const Tensor& target, int64_t k,
+                                                                                    int64_t ignore_index,
+                                                                                    bool uniform) {
   check::competitors(logits, target, k);
   check_size(logits);
   const cuda::OnDevice device(logits);
@@ -30,33 +33,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> competitors_cuda(const Tensor& logits
   const Tensor z = unit_stride_rows(logits);
   const auto options = logits.options().dtype(check::accumulate_type(logits.scalar_type()));
   Tensor index = at::empty({n, k}, target.options()), gap = at::empty({n, k}, options);
-  Tensor nll = at::empty({n}, options), normalizer = at::empty({n, 2}, options);
+  Tensor nll = at::empty({n}, options), phi = at::empty({n}, options), normalizer = at::empty({n, 3}, options);
+  Tensor uniform_loss = at::empty({uniform ? n : 0}, options);
   const auto [lists, sums] = cuda::competitors_workspace(n, static_cast<int>(classes), static_cast<int>(k));
   const Tensor values = at::empty({lists}, options), indices = at::empty({lists}, options.dtype(at::kInt));
-  const Tensor totals = at::empty({3 * sums}, options);
+  const Tensor totals = at::empty({5 * sums}, options);
   cuda::with_type(z.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc = cuda::acc_t<T>;
-    static_assert(sizeof(cuda::SumExp<acc>) == 3 * sizeof(acc));
+    static_assert(sizeof(cuda::SumExp<acc>) == 5 * sizeof(acc));
     const cuda::CompetitorsIn<T> arguments{in<T>(z),
                                            z.stride(0),
                                            in<int64_t>(target),
                                            target.stride(0),
+                                           ignore_index,
                                            n,
                                            static_cast<int>(classes),
                                            static_cast<int>(k),
+                                           out<int64_t>(index),
                                            out<acc>(gap),
                                            out<acc>(nll),
-                                           out<int64_t>(index),
+                                           out<acc>(phi),
+                                           uniform ? out<acc>(uniform_loss) : nullptr,
                                            out<acc>(normalizer)};
     cuda::competitors_forward(device.launch, arguments,
                               {out<acc>(values), out<int>(indices), out<cuda::SumExp<acc>>(totals)});
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {gap, nll, index, normalizer};
+  return {gap, nll, phi, uniform_loss, index, normalizer, target.ne(ignore_index)};
 }
 
 Tensor competitors_backward_cuda(const std::optional<Tensor>& grad_gap, const std::optional<Tensor>& grad_nll,
+                                 const std::optional<Tensor>& grad_phi, const std::optional<Tensor>& grad_uniform,
                                  const Tensor& logits, const Tensor& target, const Tensor& index,
                                  const Tensor& normalizer) {
   check_size(logits);
@@ -66,7 +74,8 @@ Tensor competitors_backward_cuda(const std::optional<Tensor>& grad_gap, const st
   const auto as_acc = [&](const std::optional<Tensor>& t) {
     return t && t->defined() ? t->to(normalizer.scalar_type()) : Tensor();
   };
-  const Tensor from_gap = as_acc(grad_gap), from_nll = as_acc(grad_nll);
+  const Tensor from_gap = as_acc(grad_gap), from_nll = as_acc(grad_nll), from_phi = as_acc(grad_phi),
+               from_uniform = as_acc(grad_uniform);
   const Tensor places = index.contiguous(), scale = normalizer.contiguous();
   cuda::with_type(z.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -86,10 +95,12 @@ Tensor competitors_backward_cuda(const std::optional<Tensor>& grad_gap, const st
       arguments.gap_strides[0] = from_gap.stride(0);
       arguments.gap_strides[1] = from_gap.stride(1);
     }
-    if (from_nll.defined()) {
-      arguments.grad_nll = in<acc>(from_nll);
-      arguments.nll_stride = from_nll.stride(0);
-    }
+    const auto per_sample = [](const Tensor& t) {
+      return t.defined() ? cuda::PerSample<acc>{in<acc>(t), t.stride(0)} : cuda::PerSample<acc>{nullptr, 0};
+    };
+    arguments.grad_nll = per_sample(from_nll);
+    arguments.grad_phi = per_sample(from_phi);
+    arguments.grad_uniform = per_sample(from_uniform);
     arguments.dlogits = out<T>(dlogits);
     cuda::competitors_backward(device.launch, arguments);
   });

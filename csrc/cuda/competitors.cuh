@@ -9,10 +9,11 @@
 // Rows of more than 128 classes are read in 16-byte words, several of them under way per thread. A warp keeps its k
 // best as a sorted list, one entry per lane; a class is looked at more closely only where it beats the last of them,
 // which happens about k log(C / k) times per row. The order is that of comparisons of the logits themselves, equal ones
-// by class, so ties are exact in every type. The sum of exponentials is taken in the same read, relative to the largest
-// logit so far. k > 32 reads the row again for every further 32 competitors, from the cache.
+// by class, so ties are exact in every type. The sum of exponentials over the rivals is taken in the same read,
+// relative to the largest rival so far. k > 32 reads the row again for every further 32 competitors, from the cache; so
+// does a row with fewer than k finite rivals, to name its masked classes.
 //
-// Forward moves N C logits in and N (2 k + 3) numbers out; backward N C in and N C out, both once.
+// Forward moves N C logits in and N (2 k + 5) numbers out; backward N C in and N C out, both once.
 #pragma once
 
 #include <algorithm>
@@ -37,13 +38,15 @@ struct CompetitorsIn {
   const T* logits;  // [N, C]
   int64_t row_stride;
   const int64_t* target;  // [N]
-  int64_t target_stride;
+  int64_t target_stride, ignore_index;
   int64_t rows;
   int classes, k;
+  int64_t* index;   // [N, k]
   acc* gap;         // [N, k]
   acc* nll;         // [N]
-  int64_t* index;   // [N, k]
-  acc* normalizer;  // [N, 2]: max_i z_i, log sum_i exp(z_i - max)
+  acc* phi;         // [N]
+  acc* uniform;     // [N] or null
+  acc* normalizer;  // [N, 3]: R, S of math/competitors.h and, with uniform, the number of finite classes
 
   __device__ const T* row(int64_t n) const { return logits + n * row_stride; }
 };
@@ -57,59 +60,110 @@ __device__ constexpr acc infinite() {
   return static_cast<acc>(HUGE_VAL);
 }
 
-// The label of a row; a target outside the classes counts as class 0 in a row that is NaN.
+// The label of a row. A target outside the classes counts as class 0, in a row that is NaN or ignored.
 struct Label {
   int y;
-  bool valid;
-  __device__ Label(int64_t target, int classes) : y(static_cast<int>(target)), valid(target >= 0 && target < classes) {
-    MK_DEVICE_ASSERT(valid);
+  bool valid, ignored;
+  __device__ Label(int64_t target, int classes, int64_t ignore_index)
+      : y(static_cast<int>(target)), valid(target >= 0 && target < classes), ignored(target == ignore_index) {
+    MK_DEVICE_ASSERT(valid || ignored);
     if (!valid) y = 0;
   }
 };
 
-// sum_i exp(z_i - max), and z * 0 added up: NaN where a logit is not finite.
+// Over the rivals of a row: sum_i exp(z_i - max), how many are finite, and sum of (max - z_i) over the finite ones.
+// poison > 0 where a logit, the label's too, is NaN or +inf.
 template <class acc>
 struct SumExp {
-  acc max = -infinite<acc>(), sum = 0, poison = 0;
+  acc max = -infinite<acc>(), sum = 0, count = 0, deficit = 0, poison = 0;
 
   __device__ __forceinline__ void raise(acc other) {
     if (other > max) {
       sum *= exp_nonpositive(max - other);
+      if (count > acc(0)) deficit += count * (other - max);
       max = other;
     }
   }
   __device__ __forceinline__ void merge(SumExp other) {
     raise(other.max);
-    if (other.sum != acc(0)) sum += other.sum * exp_nonpositive(other.max - max);
+    if (other.count != acc(0)) {
+      sum += other.sum * exp_nonpositive(other.max - max);
+      deficit += other.deficit + other.count * (max - other.max);
+      count += other.count;
+    }
     poison += other.poison;
+  }
+  // Adds a rival whose logit is not above max.
+  __device__ __forceinline__ void add(acc z, bool with_deficit) {
+    if (z > -infinite<acc>()) {
+      count += acc(1);
+      if (with_deficit) deficit += max - z;
+    }
   }
   // Over the lanes of a row, in a fixed order.
   __device__ __forceinline__ void reduce(int width) {
     raise(reduce_lanes(max, width, [](acc a, acc b) { return a > b ? a : b; }));
     sum = sum_lanes(sum, width);
+    count = sum_lanes(count, width);
+    deficit = sum_lanes(deficit, width);
     poison = sum_lanes(poison, width);
   }
 };
 
-// What a row without a NaN gets from its sum; the list is written by whoever holds it.
-template <class T>
-__device__ __forceinline__ void write_nll(const CompetitorsIn<T>& in, int64_t n, bool usable, SumExp<acc_t<T>> total,
-                                          acc_t<T> z_label) {
-  using acc = acc_t<T>;
-  const acc nan = infinite<acc>() - infinite<acc>();
-  const acc log_sum = usable ? static_cast<acc>(log(total.sum)) : nan;
-  in.normalizer[2 * n] = usable ? total.max : nan;
-  in.normalizer[2 * n + 1] = log_sum;
-  in.nll[n] = usable ? math::negative_log_likelihood(z_label, total.max, log_sum) : nan;
+// Without NaN, +inf and an invalid target; some logit must be finite.
+template <class acc>
+__device__ __forceinline__ bool is_usable(const Label& label, const SumExp<acc>& total, acc z_label) {
+  return label.valid && total.poison == acc(0) && (total.count > acc(0) || !math::is_masked(z_label));
 }
 
-// Entry j of the list. A row with NaN names the first k classes other than the label, so that a gather stays legal.
+// The losses of row n; the list is written by whoever holds it.
 template <class T>
-__device__ __forceinline__ void write_competitor(const CompetitorsIn<T>& in, int64_t n, int j, bool usable, int y,
-                                                 acc_t<T> value, int index, acc_t<T> z_label) {
+__device__ __forceinline__ void write_losses(const CompetitorsIn<T>& in, int64_t n, const Label& label, bool usable,
+                                             const SumExp<acc_t<T>>& total, acc_t<T> z_label) {
   using acc = acc_t<T>;
-  in.index[n * in.k + j] = usable ? index : (j < y ? j : j + 1);
-  in.gap[n * in.k + j] = usable ? value - z_label : infinite<acc>() - infinite<acc>();
+  // What a row has that is ignored, and what one with NaN has.
+  const acc constant = label.ignored ? acc(0) : infinite<acc>() - infinite<acc>();
+  math::RowLosses<acc> losses{constant, constant};
+  acc uniform = constant, max = constant, sum = constant, count = constant;
+  if (usable && !label.ignored) {
+    max = total.max;
+    sum = total.count > acc(0) ? total.sum : acc(0);
+    losses = math::row_losses(z_label, max, sum);
+    uniform = in.uniform ? math::uniform_loss(z_label, max, sum, total.deficit, total.count) : acc(0);
+    count = in.uniform ? total.count + (math::is_masked(z_label) ? acc(0) : acc(1)) : acc(0);
+  }
+  in.normalizer[3 * n] = max;
+  in.normalizer[3 * n + 1] = sum;
+  in.normalizer[3 * n + 2] = count;
+  in.nll[n] = losses.nll;
+  in.phi[n] = losses.phi;
+  if (in.uniform) in.uniform[n] = uniform;
+}
+
+// Entry j of the list. An ignored row names the first k classes, one with NaN the first k other than the label, so that
+// a gather stays legal. Behind the finite rivals come the masked ones, in their order.
+template <class T>
+__device__ __forceinline__ void write_competitor(const CompetitorsIn<T>& in, int64_t n, int j, const Label& label,
+                                                 bool usable, acc_t<T> finite, acc_t<T> value, int index,
+                                                 acc_t<T> z_label) {
+  using acc = acc_t<T>;
+  acc gap = math::gap(value, z_label);
+  if (label.ignored) {
+    index = j;
+    gap = 0;
+  } else if (!usable) {
+    index = j < label.y ? j : j + 1;
+    gap = infinite<acc>() - infinite<acc>();
+  } else if (index == kNoClass) {
+    int behind = j - static_cast<int>(finite);
+    index = 0;
+    for (;; ++index) {
+      if (index == label.y || !math::is_masked<acc>(widen(in.row(n)[index]))) continue;
+      if (behind-- == 0) break;
+    }
+  }
+  in.index[n * in.k + j] = index;
+  in.gap[n * in.k + j] = gap;
 }
 
 // ---------------------------------------------------------------------------------------------------- short rows
@@ -123,7 +177,7 @@ __global__ void __launch_bounds__(kRowThreads) competitors_short_kernel(Competit
   const bool beyond = n >= in.rows;
   if (beyond) n = in.rows - 1;
   const T* row = in.row(n);
-  const Label label(in.target[n * in.target_stride], in.classes);
+  const Label label(in.target[n * in.target_stride], in.classes, in.ignore_index);
   const acc z_label = widen(row[label.y]);
 
   acc z[kShortLogits];
@@ -132,20 +186,24 @@ __global__ void __launch_bounds__(kRowThreads) competitors_short_kernel(Competit
   for (int e = 0; e < kShortLogits; ++e) {
     const int i = lane + e * width;
     z[e] = i < in.classes ? widen(row[i]) : -infinite<acc>();
-    if (i < in.classes) total.poison += z[e] * acc(0);
+    if (!(z[e] < infinite<acc>())) total.poison += acc(1);
+    if (i == label.y) z[e] = -infinite<acc>();
     if (z[e] > total.max) total.max = z[e];
   }
   total.max = reduce_lanes(total.max, width, [](acc a, acc b) { return a > b ? a : b; });
+  // Rivals that are all masked have the sum 0: nothing is subtracted from -inf.
+  const acc max = total.max > -infinite<acc>() ? total.max : acc(0);
   MK_UNROLL
   for (int e = 0; e < kShortLogits; ++e) {
-    const int i = lane + e * width;
-    if (i < in.classes) total.sum += exp_nonpositive(z[e] - total.max);
-    if (i == label.y) z[e] = -infinite<acc>();
+    total.sum += exp_nonpositive(z[e] - max);
+    total.add(z[e], in.uniform != nullptr);
   }
   total.sum = sum_lanes(total.sum, width);
+  total.count = sum_lanes(total.count, width);
+  total.deficit = sum_lanes(total.deficit, width);
   total.poison = sum_lanes(total.poison, width);
-  const bool usable = label.valid && total.poison == acc(0);
-  if (lane == 0 && !beyond) write_nll(in, n, usable, total, z_label);
+  const bool usable = is_usable(label, total, z_label);
+  if (lane == 0 && !beyond) write_losses(in, n, label, usable, total, z_label);
 
   for (int j = 0; j < in.k; ++j) {
     acc best = -infinite<acc>();
@@ -169,7 +227,9 @@ __global__ void __launch_bounds__(kRowThreads) competitors_short_kernel(Competit
     for (int e = 0; e < kShortLogits; ++e) {
       if (index == lane + e * width) z[e] = -infinite<acc>();
     }
-    if (lane == j % width && !beyond) write_competitor(in, n, j, usable, label.y, best, index, z_label);
+    if (lane == j % width && !beyond) {
+      write_competitor(in, n, j, label, usable, total.count, best, index, z_label);
+    }
   }
 }
 
@@ -214,10 +274,11 @@ struct List {
 };
 
 // Classes [begin, end) of a row, shared by `threads` threads, whole warps. begin is a multiple of a pack. With `first`
-// takes the sum of exponentials too; else only classes that come after (bound, bound_index).
+// takes the sums of SumExp too, the deficit if it is asked for; else only classes that come after (bound, bound_index).
 template <bool first, class T>
 __device__ __forceinline__ void scan(const T* row, int begin, int end, int thread, int threads, int y, acc_t<T> bound,
-                                     int bound_index, List<acc_t<T>>& list, SumExp<acc_t<T>>& total) {
+                                     int bound_index, List<acc_t<T>>& list, SumExp<acc_t<T>>& total,
+                                     bool with_deficit) {
   using acc = acc_t<T>;
   constexpr int size = Pack<T>::size, loads = kRowLoads<T>;
   const int word = word_of(row), stride = threads * size;
@@ -238,14 +299,11 @@ __device__ __forceinline__ void scan(const T* row, int begin, int end, int threa
       for (int j = 0; j < size; ++j) {
         if (whole) {
           z[l][j] = widen(packs[l].data[j]);
-          total.poison += z[l][j] * acc(0);
         } else {
-          z[l][j] = -infinite<acc>();
-          if (i + j < end) {
-            z[l][j] = widen(row[i + j]);
-            total.poison += z[l][j] * acc(0);
-          }
+          z[l][j] = i + j < end ? widen(row[i + j]) : -infinite<acc>();
         }
+        if (!(z[l][j] < infinite<acc>())) total.poison += acc(1);
+        if (i + j == y) z[l][j] = -infinite<acc>();
         if (z[l][j] > largest[l]) largest[l] = z[l][j];
       }
     }
@@ -260,7 +318,10 @@ __device__ __forceinline__ void scan(const T* row, int begin, int end, int threa
         for (int l = 0; l < loads; ++l) {
           sums[l] = 0;
           MK_UNROLL
-          for (int j = 0; j < size; ++j) sums[l] += exp_nonpositive(z[l][j] - total.max);
+          for (int j = 0; j < size; ++j) {
+            sums[l] += exp_nonpositive(z[l][j] - total.max);
+            total.add(z[l][j], with_deficit);
+          }
         }
         MK_UNROLL
         for (int l = 0; l < loads; ++l) total.sum += sums[l];
@@ -268,14 +329,14 @@ __device__ __forceinline__ void scan(const T* row, int begin, int end, int threa
     }
     MK_UNROLL
     for (int l = 0; l < loads; ++l) {
-      if (!__any_sync(kWarp, largest[l] >= list.last && largest[l] > -infinite<acc>())) continue;
+      if (list.k == 0 || !__any_sync(kWarp, largest[l] >= list.last && largest[l] > -infinite<acc>())) continue;
       // Rarely here: read again, one class per lane at a time.
       MK_ROLLED
       for (int j = 0; j < size; ++j) {
         const int i = base + l * stride + thread * size + j;
         const acc v = i < end ? widen(row[i]) : -infinite<acc>();
         const bool after = first || math::comes_before(bound, bound_index, v, i);
-        list.offer(v, i, i < end && i != y && after);
+        list.offer(v, i, i < end && i != y && after && v > -infinite<acc>());
       }
     }
   }
@@ -288,22 +349,25 @@ __global__ void __launch_bounds__(kRowThreads, 2) competitors_warp_kernel(Compet
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
   if (n >= in.rows) return;  // a whole warp; no barrier follows
   const T* row = in.row(n);
-  const Label label(in.target[n * in.target_stride], in.classes);
+  const Label label(in.target[n * in.target_stride], in.classes, in.ignore_index);
   const acc z_label = widen(row[label.y]);
   SumExp<acc> total;
   List<acc> list(in.k < kListed ? in.k : kListed);
-  scan<true>(row, 0, in.classes, lane, 32, label.y, acc(0), 0, list, total);
+  scan<true>(row, 0, in.classes, lane, 32, label.y, acc(0), 0, list, total, in.uniform != nullptr);
   total.reduce(32);
-  const bool usable = label.valid && total.poison == acc(0);
-  if (lane == 0) write_nll(in, n, usable, total, z_label);
+  const acc finite = total.count;
+  const bool usable = is_usable(label, total, z_label);
+  if (lane == 0) write_losses(in, n, label, usable, total, z_label);
   for (int done = 0;;) {
-    if (lane < list.k) write_competitor(in, n, done + lane, usable, label.y, list.value, list.index, z_label);
+    if (lane < list.k) {
+      write_competitor(in, n, done + lane, label, usable, finite, list.value, list.index, z_label);
+    }
     done += list.k;
     if (done == in.k) return;
     const acc bound = list.last;
     const int bound_index = list.last_index;
     list = List<acc>(in.k - done < kListed ? in.k - done : kListed);
-    if (usable) scan<false>(row, 0, in.classes, lane, 32, label.y, bound, bound_index, list, total);
+    if (usable) scan<false>(row, 0, in.classes, lane, 32, label.y, bound, bound_index, list, total, false);
   }
 }
 
@@ -321,7 +385,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   using acc = acc_t<T>;
   __shared__ acc values[kRowWarps][kListed];
   __shared__ int indices[kRowWarps][kListed];
-  __shared__ acc maxima[kRowWarps], sums[kRowWarps], poisons[kRowWarps], bound;
+  __shared__ acc maxima[kRowWarps], sums[kRowWarps], counts[kRowWarps], deficits[kRowWarps], poisons[kRowWarps];
+  __shared__ acc bound;
   __shared__ int bound_index;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t n = blockIdx.x / parts;
@@ -329,25 +394,30 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int begin = part * part_length;
   const int end = in.classes - begin < part_length ? in.classes : begin + part_length;
   const T* row = in.row(n);
-  const Label label(in.target[n * in.target_stride], in.classes);
+  const Label label(in.target[n * in.target_stride], in.classes, in.ignore_index);
   const acc z_label = widen(row[label.y]);
 
   SumExp<acc> total;
+  acc finite = 0;
   bool usable = true;  // only warp 0 knows better
-  for (int done = 0; done < in.k;) {
+  int done = 0;
+  do {  // once for k = 0 too
     const int count = in.k - done < kListed ? in.k - done : kListed;
     List<acc> list(count);
     if (done == 0) {
-      scan<true>(row, begin, end, static_cast<int>(threadIdx.x), kRowThreads, label.y, acc(0), 0, list, total);
+      scan<true>(row, begin, end, static_cast<int>(threadIdx.x), kRowThreads, label.y, acc(0), 0, list, total,
+                 in.uniform != nullptr);
       total.reduce(32);
       if (lane == 0) {
         maxima[warp] = total.max;
         sums[warp] = total.sum;
+        counts[warp] = total.count;
+        deficits[warp] = total.deficit;
         poisons[warp] = total.poison;
       }
     } else {
-      scan<false>(row, begin, end, static_cast<int>(threadIdx.x), kRowThreads, label.y, bound, bound_index, list,
-                  total);
+      scan<false>(row, begin, end, static_cast<int>(threadIdx.x), kRowThreads, label.y, bound, bound_index, list, total,
+                  false);
     }
     values[warp][lane] = list.value;
     indices[warp][lane] = list.index;
@@ -363,14 +433,19 @@ __global__ void __launch_bounds__(kRowThreads, 2)
         if (lane < kRowWarps) {
           total.max = maxima[lane];
           total.sum = sums[lane];
+          total.count = counts[lane];
+          total.deficit = deficits[lane];
           total.poison = poisons[lane];
         }
         total.reduce(32);
-        usable = label.valid && total.poison == acc(0);
+        finite = total.count;
+        usable = is_usable(label, total, z_label);
       }
       if (parts == 1) {
-        if (done == 0 && lane == 0) write_nll(in, n, usable, total, z_label);
-        if (lane < count) write_competitor(in, n, done + lane, usable, label.y, list.value, list.index, z_label);
+        if (done == 0 && lane == 0) write_losses(in, n, label, usable, total, z_label);
+        if (lane < count) {
+          write_competitor(in, n, done + lane, label, usable, finite, list.value, list.index, z_label);
+        }
       } else {  // k <= kListed here
         const int64_t place = n * parts + part;
         if (lane == 0) to.sums[place] = total;
@@ -386,7 +461,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     }
     done += count;
     __syncthreads();
-  }
+  } while (done < in.k);
 }
 
 // The second stage of rows with several parts: a warp per row.
@@ -397,7 +472,7 @@ __global__ void __launch_bounds__(kRowThreads)
   const int lane = threadIdx.x % 32;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
   if (n >= in.rows) return;
-  const Label label(in.target[n * in.target_stride], in.classes);
+  const Label label(in.target[n * in.target_stride], in.classes, in.ignore_index);
   const acc z_label = widen(in.row(n)[label.y]);
   SumExp<acc> total;
   List<acc> list(in.k);
@@ -409,12 +484,20 @@ __global__ void __launch_bounds__(kRowThreads)
   }
   for (int part = lane; part < parts; part += 32) total.merge(from.sums[n * parts + part]);
   total.reduce(32);
-  const bool usable = label.valid && total.poison == acc(0);
-  if (lane == 0) write_nll(in, n, usable, total, z_label);
-  if (lane < in.k) write_competitor(in, n, lane, usable, label.y, list.value, list.index, z_label);
+  const bool usable = is_usable(label, total, z_label);
+  if (lane == 0) write_losses(in, n, label, usable, total, z_label);
+  if (lane < in.k) write_competitor(in, n, lane, label, usable, total.count, list.value, list.index, z_label);
 }
 
 // ------------------------------------------------------------------------------------------------------ backward
+
+// A gradient [N]: null where nothing depends on the output.
+template <class acc>
+struct PerSample {
+  const acc* data;
+  int64_t stride;
+  __device__ acc operator[](int64_t n) const { return data ? data[n * stride] : acc(0); }
+};
 
 template <class T>
 struct CompetitorsBackwardIn {
@@ -426,15 +509,14 @@ struct CompetitorsBackwardIn {
   int64_t rows;
   int classes, k;
   const int64_t* index;   // [N, k]
-  const acc* normalizer;  // [N, 2]
+  const acc* normalizer;  // [N, 3]
   const acc* grad_gap;    // [N, k] or null
   int64_t gap_strides[2];
-  const acc* grad_nll;  // [N] or null
-  int64_t nll_stride;
-  T* dlogits;  // [N, C] contiguous
+  PerSample<acc> grad_nll, grad_phi, grad_uniform;  // [N]
+  T* dlogits;                                       // [N, C] contiguous
 };
 
-// dz = grad_nll softmax, and the entries of label and competitors. One row, or [begin, end) of it.
+// The rivals' entries, and those of label and competitors. One row, or [begin, end) of it.
 template <class T>
 struct RowGradient {
   using acc = acc_t<T>;
@@ -442,43 +524,58 @@ struct RowGradient {
   int64_t n;
   const T* z;
   T* dz;
-  acc max, log_sum, grad_nll, factor;
+  acc max, sum, z_label;
+  int64_t y;
+  math::RowWeights<acc> weights;
+  acc factor;
 
+  // sum = 0: a row that is ignored, or without a rival, has no gradient; its target may be no class. NaN: all NaN.
   __device__ RowGradient(const CompetitorsBackwardIn<T>& in_, int64_t n_)
       : in(in_),
         n(n_),
         z(in_.logits + n_ * in_.row_stride),
         dz(in_.dlogits + n_ * in_.classes),
-        max(in_.normalizer[2 * n_]),
-        log_sum(in_.normalizer[2 * n_ + 1]),
-        grad_nll(in_.grad_nll ? in_.grad_nll[n_ * in_.nll_stride] : acc(0)),
-        // exp(z - max - log_sum) = exp(z - max) / sum: the argument stays <= 0 without rounding
-        factor(grad_nll * exp(-log_sum)) {}
+        max(in_.normalizer[3 * n_]),
+        sum(in_.normalizer[3 * n_ + 1]),
+        z_label(0),
+        y(in_.target[n_ * in_.target_stride]),
+        weights(0, 0, 0, 0, 0, 0, 0),
+        factor(0) {
+    if (!(sum > acc(0))) return;
+    z_label = widen(z[y]);
+    weights = math::RowWeights<acc>(in_.grad_nll[n_], in_.grad_phi[n_], in_.grad_uniform[n_], z_label, max, sum,
+                                    in_.normalizer[3 * n_ + 2]);
+    factor = weights.of_rivals / sum;
+  }
 
-  __device__ bool is_nan() const { return log_sum != log_sum; }
-  // Without a gradient of nll the row is zero, and logits are not read; a row with NaN is NaN.
-  __device__ bool is_constant() const { return is_nan() || grad_nll == acc(0); }
-  __device__ acc constant() const { return is_nan() ? log_sum : acc(0); }
+  __device__ bool is_nan() const { return sum != sum; }
+  __device__ bool is_constant() const { return !(sum > acc(0)) || weights.is_zero(); }
+  __device__ acc constant() const { return is_nan() ? sum : acc(0); }
   __device__ __forceinline__ T entry(T logit) const {
-    return narrow<T>(static_cast<acc>(exp(widen(logit) - max)) * factor);
+    const acc v = widen(logit);
+    acc share = weights.share;
+    if (share != acc(0) && math::is_masked(v)) share = 0;
+    // The label's own argument may be positive; its entry is written again.
+    return narrow<T>(static_cast<acc>(exp(v < max ? v - max : acc(0))) * factor - share);
   }
 
   // Called when the row is written, by `width` lanes of one warp: label and competitors again, from float32.
   __device__ void special_entries(int begin, int end, int lane, int width) const {
+    const bool silent = !(sum > acc(0)), label_is_masked = math::is_masked(z_label);
     acc total = 0;
-    for (int j = lane; j < in.k && in.grad_gap; j += width) {
+    for (int j = lane; j < in.k && in.grad_gap && !silent && !label_is_masked; j += width) {
+      const int64_t i = in.index[n * in.k + j];
+      const acc z_rival = widen(z[i]);
+      if (math::is_masked(z_rival)) continue;
       const acc grad_gap = in.grad_gap[n * in.gap_strides[0] + j * in.gap_strides[1]];
       total += grad_gap;
-      const int64_t i = in.index[n * in.k + j];
-      if (is_nan() || i < begin || i >= end) continue;
-      const acc p = grad_nll == acc(0) ? acc(0) : math::softmax<acc>(widen(z[i]), max, log_sum);
-      dz[i] = narrow<T>(math::competitor_gradient(p, grad_nll, grad_gap));
+      if (i < begin || i >= end) continue;
+      const acc q = weights.of_rivals == acc(0) ? acc(0) : static_cast<acc>(exp(z_rival - max)) / sum;
+      dz[i] = narrow<T>(weights.rival(q, false) + grad_gap);
     }
     total = sum_lanes(total, width);
-    const int64_t y = in.target[n * in.target_stride];
-    if (lane != 0 || is_nan() || y < begin || y >= end) return;
-    const acc p = grad_nll == acc(0) ? acc(0) : math::softmax<acc>(widen(z[y]), max, log_sum);
-    dz[y] = narrow<T>(math::label_gradient(p, grad_nll, total));
+    if (lane != 0 || silent || y < begin || y >= end) return;
+    dz[y] = narrow<T>(weights.label(label_is_masked) - total);
   }
 };
 
@@ -500,9 +597,15 @@ __global__ void __launch_bounds__(kRowThreads)
   row.special_entries(0, beyond ? 0 : in.classes, lane, width);
 }
 
+// Blocks per multiprocessor: a word under way per thread needs many of them; float64 has registers for few.
+template <class T>
+constexpr int kBackwardBlocks = sizeof(T) == 8   ? 1
+                                : sizeof(T) == 4 ? 5
+                                                 : 4;
+
 // `threads` = 32: a warp per row; 256: a block for every part of a row.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kBackwardBlocks<T>)
     competitors_backward_kernel(CompetitorsBackwardIn<T> in, int threads, int parts, int part_length) {
   constexpr int size = Pack<T>::size;
   const int thread = threadIdx.x % threads, per_block = kRowThreads / threads;

@@ -46,7 +46,7 @@ __device__ __forceinline__ Boundary<acc_t<T>> nearest_boundary(const DeepFool<T>
     int64_t choice = in.k;
     for (int64_t j = threadIdx.x; j < in.k; j += 32) {
       const acc gap = in.gap[n * in.k + j], norm = in.norms[n * in.k + j];
-      poison += (gap - gap) + (norm - norm);
+      poison += (math::is_masked_gap(gap) ? acc(0) : gap - gap) + (norm - norm);
       const acc distance = math::boundary_distance(gap, norm);
       if (distance < smallest || choice == in.k) {
         smallest = distance;
@@ -68,7 +68,9 @@ __device__ __forceinline__ Boundary<acc_t<T>> nearest_boundary(const DeepFool<T>
       } else if (poison != poison) {
         found = {poison, poison, 0};
       } else {
-        found = {smallest, in.norms[n * in.k + choice], choice};
+        // Norm 0 for a masked class, chosen where all are: no step and no derivative.
+        const bool masked = math::is_masked_gap(in.gap[n * in.k + choice]);
+        found = {smallest, masked ? acc(0) : in.norms[n * in.k + choice], choice};
       }
     }
   }

@@ -1,6 +1,7 @@
 // Launcher of dual_norm.cuh: one launch for all layers of one type, plus a small one where rows have several parts.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -55,6 +56,9 @@ void for_each_type(const std::vector<Tensor>& tensors, const std::vector<NormLay
 
 Tensor dual_norm_cuda(TensorList gradients, double p, int64_t batch_dims) {
   check::dual_norm(gradients, p, batch_dims);
+  if (math::needs_float64(p) && check::accumulate_type(gradients) == at::kFloat) {
+    return dual_norm_cuda(in_float64(gradients), p, batch_dims).to(at::kFloat);
+  }
   const cuda::OnDevice device(gradients[0]);
   const auto type = check::accumulate_type(gradients);
   auto sizes = gradients[0].sizes().slice(0, batch_dims).vec();
@@ -77,6 +81,13 @@ Tensor dual_norm_cuda(TensorList gradients, double p, int64_t batch_dims) {
 
 std::vector<Tensor> dual_norm_backward_cuda(const Tensor& grad, TensorList gradients, const Tensor& norms, double p,
                                             int64_t batch_dims) {
+  if (math::needs_float64(p) && norms.scalar_type() == at::kFloat) {
+    const auto wide = in_float64(gradients);
+    const Tensor exact = dual_norm_cuda(wide, p, batch_dims);
+    // A norm beyond float32 stays infinite, and the derivative 0.
+    const Tensor values = at::where(norms.isinf(), norms.to(at::kDouble), exact);
+    return restored(dual_norm_backward_cuda(grad.to(at::kDouble), wide, values, p, batch_dims), gradients);
+  }
   const cuda::OnDevice device(norms);
   const Tensor grads = grad.to(norms.scalar_type()).contiguous(), values = norms.contiguous();
   std::vector<Tensor> result, tensors, slopes;

@@ -14,11 +14,12 @@ using math::Aggregation;
 
 template <class T>
 struct MarginHinge {
-  const T* gap;     // [N, k]
-  const T* norm;    // [N, k, L]
-  const T* gamma;   // [L]
-  const T* cap;     // [L] or null: infinity
-  const T* weight;  // [L] or null: 1
+  const T* gap;       // [N, k]
+  const T* norm;      // [N, k, L]
+  const T* gamma;     // [L]
+  const T* cap;       // [L] or null: infinity
+  const T* weight;    // [L] or null: 1
+  const T* min_norm;  // [L] or null: none
   int64_t rows;
   int k, layers;
   T eps;
@@ -56,14 +57,25 @@ struct Sample {
     return true;
   }
 
-  __device__ T weight(int l) const { return in.weight ? in.weight[l] * scale : scale; }
   __device__ T cap(int l) const { return in.cap ? in.cap[l] : static_cast<T>(HUGE_VAL); }
+  __device__ T weight(int l) const {
+    const T own = in.weight ? in.weight[l] : T(1);
+    const bool legal = math::legal(in.gamma[l], cap(l), own) && (in.min_norm == nullptr || in.min_norm[l] >= T(0));
+    return legal ? own * scale : static_cast<T>(NAN);
+  }
   __device__ int64_t place(int j, int l) const { return (n * in.k + j) * in.layers + l; }
   __device__ T distance(int j, int l) const {
     return math::signed_distance(in.gap[n * in.k + j], in.norm[place(j, l)], in.eps);
   }
 
-  // The competitor with the smallest distance, the first of equals; the first NaN where there is one.
+  __device__ bool left_out(int j, int l) const {
+    // No norm is below -inf.
+    const T least = in.min_norm ? in.min_norm[l] : -static_cast<T>(HUGE_VAL);
+    return math::left_out(in.gap[n * in.k + j], in.norm[place(j, l)], least);
+  }
+
+  // The competitor with the smallest distance, the first of equals; the first NaN where there is one; k where all are
+  // left out.
   __device__ int nearest(int l, T& smallest) const {
     const auto comes_first = [](T a, int i, T b, int j) {
       if (a != a || b != b) return a != a && (b == b || i < j);
@@ -72,6 +84,7 @@ struct Sample {
     smallest = static_cast<T>(HUGE_VAL);
     int best = in.k;
     for (int j = lane; j < in.k; j += width) {
+      if (left_out(j, l)) continue;
       const T d = distance(j, l);
       if (comes_first(d, j, smallest, best)) {
         smallest = d;
@@ -89,10 +102,18 @@ struct Sample {
     return best;
   }
 
-  __device__ T mean_distance(int l) const {
+  // Over the pairs that are not left out; `count` of them.
+  __device__ T mean_distance(int l, int& count) const {
     T total = 0;
-    for (int j = lane; j < in.k; j += width) total += distance(j, l);
-    return sum_lanes(total, width) / in.k;
+    count = 0;
+    for (int j = lane; j < in.k; j += width) {
+      if (left_out(j, l)) continue;
+      total += distance(j, l);
+      ++count;
+    }
+    total = sum_lanes(total, width);
+    count = sum_lanes(count, width);
+    return count > 0 ? total / count : T(0);
   }
 
   __device__ T term(T distance, int l) const { return math::term(distance, in.gamma[l], cap(l)); }
@@ -101,12 +122,17 @@ struct Sample {
   __device__ T layer_term(int l) const {
     if (in.aggregation == Aggregation::MAX) {
       T smallest;
-      nearest(l, smallest);
-      return term(smallest, l);
+      return nearest(l, smallest) == in.k ? T(0) : term(smallest, l);
     }
-    if (in.aggregation == Aggregation::MEAN_DISTANCE) return term(mean_distance(l), l);
+    if (in.aggregation == Aggregation::MEAN_DISTANCE) {
+      int count;
+      const T mean = mean_distance(l, count);
+      return count == 0 ? T(0) : term(mean, l);
+    }
     T total = 0;
-    for (int j = lane; j < in.k; j += width) total += term(distance(j, l), l);
+    for (int j = lane; j < in.k; j += width) {
+      if (!left_out(j, l)) total += term(distance(j, l), l);
+    }
     total = sum_lanes(total, width);
     return in.aggregation == Aggregation::SUM ? total : total / in.k;
   }
@@ -137,16 +163,19 @@ __global__ void __launch_bounds__(kMarginHingeThreads, 1) margin_hinge_backward_
   const bool beyond = sample.beyond();
   const T g = grad[sample.n];
   for (int l = 0; l < in.layers; ++l) {
-    const T weight = sample.weight(l),
-            share = in.aggregation == Aggregation::MAX || in.aggregation == Aggregation::SUM ? weight : weight / in.k;
+    const T weight = sample.weight(l);
+    T share = in.aggregation == Aggregation::MAX || in.aggregation == Aggregation::SUM ? weight : weight / in.k;
     int only = -1;       // the one competitor with a slope, for the maximum
-    bool every = false;  // all have one, for the mean distance
+    bool every = false;  // all that are not left out have one, for the mean distance
     if (in.aggregation == Aggregation::MAX) {
       T smallest;
       const int j = sample.nearest(l, smallest);
-      if (sample.active(smallest, l)) only = j;
+      if (j < in.k && sample.active(smallest, l)) only = j;
     } else if (in.aggregation == Aggregation::MEAN_DISTANCE) {
-      every = sample.active(sample.mean_distance(l), l);
+      int count;
+      const T mean = sample.mean_distance(l, count);
+      every = count > 0 && sample.active(mean, l);
+      if (every) share = weight / count;
     }
     if (beyond) continue;
     for (int j = sample.lane; j < in.k; j += width) {
@@ -155,7 +184,8 @@ __global__ void __launch_bounds__(kMarginHingeThreads, 1) margin_hinge_backward_
         active = sample.active(sample.distance(j, l), l);
       }
       // An inactive term has slope 0 even where the norm is 0 or NaN, and so has one of weight 0.
-      active = active && share != T(0);
+      active = active && share != T(0) && !sample.left_out(j, l);
+      if (std::fabs(in.gap[sample.n * in.k + j]) == static_cast<T>(HUGE_VAL)) active = false;
       const int64_t row = sample.n * in.k + j;
       const T norm = in.norm[sample.place(j, l)], coefficient = g * share;
       const T slope = active ? math::gap_slope(coefficient, norm, in.eps) : T(0);

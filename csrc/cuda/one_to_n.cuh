@@ -152,6 +152,7 @@ __global__ void __launch_bounds__(kOneToNThreads) one_to_n_rows_kernel(OneToN<T>
       values[j] = i + j < in.classes ? math::finite_or_nan(widen(pack.data[j])) : static_cast<acc>(-HUGE_VAL);
       max = values[j] > max || values[j] != values[j] ? values[j] : max;
     }
+    if (math::is_masked_logit(max)) continue;  // nothing but masked classes so far
     acc sum = mine.sum * exp_of(mine.max - max);
     MK_UNROLL
     for (int j = 0; j < size; ++j) sum += exp_of(values[j] - max);

@@ -8,10 +8,16 @@
 
 namespace margin_kernels::math {
 
-// |gap| / n, infinity where n = 0
+// A candidate of a masked class: its gap is infinite, and so is its distance.
+template <class T>
+MK_HOST_DEVICE bool is_masked_gap(T gap) {
+  return std::fabs(gap) == static_cast<T>(HUGE_VAL);
+}
+
+// |gap| / n, infinity where n = 0 and for a masked class
 template <class T>
 MK_HOST_DEVICE T boundary_distance(T gap, T n) {
-  return n == T(0) ? static_cast<T>(HUGE_VAL) : std::fabs(gap) / n;
+  return n == T(0) || is_masked_gap(gap) ? static_cast<T>(HUGE_VAL) : std::fabs(gap) / n;
 }
 
 // -1, 0 or 1; keeps NaN

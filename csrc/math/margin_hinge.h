@@ -16,9 +16,24 @@ inline Aggregation aggregation_of(std::string_view name) {
   return name == "mean" ? Aggregation::MEAN : Aggregation::MEAN_DISTANCE;
 }
 
+// A gap of -inf (a masked competitor) is infinitely far on the right side, one of +inf (a masked label) on the wrong
+// one, whatever the norm is.
 template <class T>
 MK_HOST_DEVICE T signed_distance(T gap, T norm, T eps) {
+  if (std::fabs(gap) == static_cast<T>(HUGE_VAL)) return -gap;
   return -gap / (eps + norm);
+}
+
+// A pair that is left out: a masked competitor, or one whose norm is too small for its distance to mean anything.
+template <class T>
+MK_HOST_DEVICE bool left_out(T gap, T norm, T min_norm) {
+  return gap == -static_cast<T>(HUGE_VAL) || (norm <= min_norm && gap == gap);  // a NaN gap stays
+}
+
+// Hyper-parameters on a device are not read by the host: a wrong one makes the loss NaN, through its layer's weight.
+template <class T>
+MK_HOST_DEVICE bool legal(T gamma, T cap, T weight) {
+  return gamma >= T(0) && cap >= T(0) && weight >= T(0);
 }
 
 // Strict at both kinks; NaN counts as active, so that it stays NaN in value and gradient.
@@ -46,6 +61,7 @@ MK_HOST_DEVICE T gap_slope(T coefficient, T norm, T eps) {
 template <class T>
 MK_HOST_DEVICE T norm_slope(T coefficient, T gap, T norm, T eps) {
   const T inverse = T(1) / (eps + norm);
+  if (inverse == T(0)) return T(0);  // an infinite norm, whose product with an infinite number would be NaN
   return -coefficient * gap * inverse * inverse;
 }
 

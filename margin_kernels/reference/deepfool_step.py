@@ -1,6 +1,6 @@
 """
 norm_j     = || w_j ||_q,   q = p / (p - 1),   w_j = gradients[n, j] flattened,   g_j = gap[n, j]
-distance_j = |g_j| / norm_j, infinity where norm_j = 0
+distance_j = |g_j| / norm_j, infinity where norm_j = 0 or g_j is infinite (a masked class)
 choice     = argmin_j distance_j, the lowest j of equals                                                          [N]
 distance   = distance_choice                                                                                      [N]
 step       = distance * u,   u = d norm / d w = sign(w) (|w| / norm)^(q-1)  of the chosen j                    [N, *]
@@ -8,7 +8,8 @@ step       = distance * u,   u = d norm / d w = sign(w) (|w| / norm)^(q-1)  of t
 the smallest step in the p norm that closes the gap of the linearised boundary g + <w, step> = 0 (g < 0).
 q = inf (p = 1): u is the sign of the first of the largest |w_i|, at its place. Zero entries: u = 0, for q = 1 too.
 
-All norms 0: step 0, distance infinity, choice 0. NaN or infinity in gap or gradients: step and distance NaN, choice 0.
+All distances infinite: step 0, distance infinity, choice 0. NaN in gap, NaN or infinity in gradients: step and distance
+NaN, choice 0.
 A sample that is not active: step 0, distance 0, choice 0, gradient 0, whatever it holds.
 """
 
@@ -31,14 +32,17 @@ def deepfool_step(gap: Tensor, gradients: Tensor, active: Tensor | None, p: floa
         w = torch.where(active[:, None, None], w, 0.0)
 
     with torch.no_grad():
-        usable = torch.isfinite(g).all(dim=1) & torch.isfinite(w).flatten(1).all(dim=1)
+        masked = g.abs() == math.inf
+        usable = ~g.isnan().any(dim=1) & torch.isfinite(w).flatten(1).all(dim=1)
         norms = row_norm(w, q)
-        distances = torch.where(norms == 0, math.inf, g.abs() / norms)
+        distances = torch.where((norms == 0) | masked, math.inf, g.abs() / norms)
         choice = torch.where(usable, distances.argmin(dim=1), 0)
         # A factor, not a mask: the gradient of an unusable sample is NaN as well.
         factor = torch.where(usable, 1.0, math.nan).to(acc)
 
     sample = torch.arange(n, device=gap.device)
+    # A masked class is chosen where all are: as if its gap and gradient were 0.
+    g, w = torch.where(masked, 0.0, g), torch.where(masked[..., None], 0.0, w)
     g, w = g[sample, choice] * factor, w[sample, choice] * factor[:, None]
     norm, u = _norm_and_slope(w, q)
     flat = norm == 0

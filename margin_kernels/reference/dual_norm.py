@@ -22,8 +22,15 @@ def dual_exponent(p: float) -> float:
 
 def dual_norm(gradients: Sequence[Tensor], p: float, batch_dims: int) -> Tensor:
     q = dual_exponent(p)
-    double = any(g.dtype == torch.float64 for g in gradients)
-    return torch.stack([row_norm(_rows(g, batch_dims, double), q) for g in gradients], dim=-1)
+    wide = any(g.dtype == torch.float64 for g in gradients)
+    # The q-th power of a ratio in float32 is off by q of its roundings: in float64 where q is large.
+    double = wide or 16 < q < math.inf
+    norms = torch.stack([row_norm(_rows(g, batch_dims, double), q) for g in gradients], dim=-1)
+    if wide or not double:
+        return norms
+    # Beyond float32: infinite, with derivative 0.
+    beyond = (norms.detach().float() == math.inf) & norms.detach().isfinite()
+    return torch.where(beyond, math.inf, norms).float()
 
 
 def _rows(gradient: Tensor, batch_dims: int, double: bool) -> Tensor:
@@ -51,4 +58,7 @@ def row_norm(g: Tensor, q: float) -> Tensor:
     total = power.sum(dim=-1)
     empty = total == 0
     root = torch.where(empty, torch.ones_like(total), total).pow(1 / q)
-    return torch.where(empty, torch.zeros_like(total), root * scale.squeeze(-1))
+    norm = torch.where(empty, torch.zeros_like(total), root * scale.squeeze(-1))
+    # Finite entries whose norm leaves the range: infinite, and the derivative that of an infinite norm, 0.
+    beyond = (norm.detach() == math.inf) & (g.detach().abs().amax(dim=-1) < math.inf)
+    return torch.where(beyond, math.inf, norm)

@@ -5,7 +5,8 @@ column[c] = A_c = logsumexp over j with y_j != c of b[j, c]   (+ delta for bound
 loss[i]   = softplus(A_{y_i} - a_i),   with cross_entropy logaddexp(A_{y_i}, logsumexp_k z[i, k]) - a_i         [N]
 
 z [N, C], y [N]. Where no sample has y_j != c, A_c = -inf: the loss is 0, with cross_entropy logsumexp_k z[i, k] - a_i.
-A non-finite logit counts as NaN, in every loss that it enters. A target outside [0, C) makes its whole row NaN: whose
+A logit of +inf counts as NaN, in every loss that it enters. -inf is a masked class: b = -delta, and a label that is
+masked has loss infinity and slope -s. A target outside [0, C) makes its whole row NaN: whose
 negatives it holds is unknown.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+_INF = float("inf")
 BOUNDS = ("symmetric", "positive")
 
 
@@ -38,7 +40,7 @@ def one_to_n(
     y = target.unsqueeze(1)
     valid = (y >= 0) & (y < classes)
     # A factor, not a mask: the gradient of what is not finite is NaN as well.
-    z = z * torch.where(torch.isfinite(z) & valid, 1.0, float("nan")).to(z.dtype)
+    z = z * torch.where((z.detach() < float("inf")) & valid, 1.0, float("nan")).to(z.dtype)
     y = torch.where(valid, y, 0)
 
     own = (torch.arange(classes, device=z.device) == y) & valid
@@ -54,7 +56,13 @@ def one_to_n(
     a = torch.where(z_label >= delta, delta, z_label)
     y = y.squeeze(1)
     against = column[y]
-    positive = torch.logsumexp(z, dim=1) if cross_entropy else a
+    positive = logsumexp(z.t()) if cross_entropy else a
     # logaddexp(A, l) = l + softplus(A - l). softplus = -logsigmoid(-x): exact, and finite derivatives of every order.
     term = -logsigmoid(torch.where(has_negatives[y], positive - against, 0.0))
-    return torch.where(has_negatives[y], term, 0.0) + (positive - a if cross_entropy else 0.0)
+    term = torch.where(has_negatives[y], term, 0.0)
+    if not cross_entropy:
+        return term
+    # Every class of a row masked: logaddexp(A, -inf) = A.
+    masked = positive.detach() == float("-inf")
+    rest = torch.where(masked, 0.0, term) + torch.where(masked, torch.where(has_negatives[y], against, -_INF), positive)
+    return rest - a

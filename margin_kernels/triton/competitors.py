@@ -1,13 +1,16 @@
 """
 index = the k largest z[n, i] with i != y[n], decreasing, equal logits: lowest class first      [N, k] int64
-gap   = z[n, index] - z[n, y[n]]        nll = logsumexp_i z[n, i] - z[n, y[n]]                  [N, k], [N]
-dz    = g_nll (softmax(z) - e_y) + sum_j g_gap_j (e_index_j - e_y)                              [N, C]
+gap   = z[n, index] - z[n, y[n]]                                                                [N, k]
+R     = the largest rival,  S = sum of exp(z - R) over the rivals,  phi = z[n, y[n]] - R - log S [N]
+nll   = log1p(S exp(R - z[n, y[n]])),   uniform = mean over the finite classes of -log p        [N]
+dz    = the rivals' and the label's entries of csrc/math/competitors.h                          [N, C]
 
 Forward: one program for a tile of rows; it runs over the row once for each competitor and once for the sum of
 exponentials, of which only the first read comes from memory, the others from cache. The next competitor is the first
-class behind the last one in the order (larger logit, then lower class): nothing is marked or sorted, any k will do.
+class behind the last one in the order (larger logit, then lower class): nothing is marked or sorted, any k will do,
+and masked classes (-inf) come last by themselves.
 Rows above 65536 classes: one program for each 16384 of them, then one for each row that merges their lists.
-Reads N C elements, writes 2 N k + 3 N numbers. Backward reads and writes N C elements.
+Reads N C elements, writes 2 N k + 5 N numbers. Backward reads and writes N C elements.
 """
 
 import torch
@@ -16,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import accumulate, cdiv, kernel, launch, readable, tile_for
-from .numerics import address, narrow, whole_vectors, widen
+from .numerics import address, divide, exact_exp, log1p, narrow, whole_vectors, widen
 
 LONG = 65536
 SHORTEST_CHUNK = 16384
@@ -46,7 +49,8 @@ def _next(
             where = tl.load(places + column, mask, other=0)
         behind = (value < last[:, None]) | ((value == last[:, None]) & (where > last_place[:, None]))
         # Classes come in increasing order, so an equal one does not replace the one that a lane holds.
-        up = mask & behind & (where != y[:, None]) & (value > best)
+        # A lane that holds nothing yet takes a masked class too.
+        up = mask & behind & (where != y[:, None]) & ((value > best) | (place == _NO_CLASS))
         best = tl.where(up, value, best)
         place = tl.where(up, where, place)
     first = tl.max(best, 1)
@@ -55,24 +59,81 @@ def _next(
 
 @triton.jit
 def _sum_exp(
-    values, begin, end, inside, top,
+    values, begin, end, inside, y, top,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sum of exp(z - top) over columns [begin, end) of every row, [ROWS]; NaN where one of them is not finite."""
+    """sum of exp(z - top) over the rivals in columns [begin, end) of every row, [ROWS].
+
+    NaN where a logit, the label's too, is NaN or +inf; 0 where every rival is masked.
+    """
+    base = tl.where(top > -_INF, top, 0.0)[:, None]
     lanes = tl.zeros([ROWS, BLOCK], ACC)
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         mask = inside & (column < whole_vectors(end, VEC))
         value = widen(tl.load(address(values, column, VEC), mask, other=0.0), ACC)
-        lanes += tl.where(mask, tl.exp(value - top[:, None]) + value * 0, 0.0)
+        term = tl.where(column == y[:, None], 0.0, tl.exp(value - base))
+        lanes += tl.where(mask, tl.where(value < _INF, term, float("nan")), 0.0)
     return tl.sum(lanes, 1)
 
 
 @triton.jit
-def _put(index, gap, j, usable, value, place, y, z_label, inside):
-    """Competitor j of each row. Unusable rows hold the first classes other than the label, and NaN."""
-    tl.store(index + j, tl.where(usable, place, j + (j >= y).to(tl.int32)).to(tl.int64), inside)
-    tl.store(gap + j, tl.where(usable, value - z_label, float("nan")), inside)
+def _spread(
+    values, begin, end, inside, y, top,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(how many rivals in columns [begin, end) are finite, the sum of top - z over them), [ROWS] each."""
+    counts = tl.zeros([ROWS, BLOCK], ACC)
+    deficits = tl.zeros([ROWS, BLOCK], ACC)
+    for start in range(begin, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        mask = inside & (column < whole_vectors(end, VEC))
+        value = widen(tl.load(address(values, column, VEC), mask, other=0.0), ACC)
+        finite = mask & (column != y[:, None]) & (value > -_INF)
+        counts += tl.where(finite, 1.0, 0.0)
+        deficits += tl.where(finite, top[:, None] - value, 0.0)
+    return tl.sum(counts, 1), tl.sum(deficits, 1)
+
+
+@triton.jit
+def _put(index, gap, j, usable, ignored, value, place, y, z_label, inside):
+    """Competitor j of each row. A row with NaN holds the first classes but the label, an ignored one the first."""
+    constant = tl.where(ignored, 0.0, float("nan"))
+    first = tl.where(ignored, j, j + (j >= y).to(tl.int32))
+    difference = tl.where(value == -_INF, value, value - z_label)
+    tl.store(index + j, tl.where(usable, place, first).to(tl.int64), inside)
+    tl.store(gap + j, tl.where(usable, difference, constant), inside)
+
+
+@triton.jit
+def _put_losses(
+    nll, phi, uniform, normalizer, row, usable, ignored, z_label, top, total, count, deficit, inside,
+):  # fmt: skip
+    """nll, phi, uniform and (R, S, number of finite classes) of each row, from R, S and the rivals' spread."""
+    constant = tl.where(ignored, 0.0, float("nan"))
+    masked = z_label == -_INF
+    alone = total == 0
+    lead = tl.where(masked | alone, 0.0, z_label - top)
+    e = exact_exp(-tl.abs(lead))
+    behind = tl.log(tl.where(alone, 1.0, total + e)) - lead
+    loss = tl.where(lead >= 0, log1p(total * e), behind)
+    value = tl.where(alone, 0.0, tl.where(masked, _INF, loss))
+    log_sum = tl.log(tl.where(alone, 1.0, total))
+    odds = tl.where(alone, _INF, tl.where(masked, -_INF, lead - log_sum))
+    tl.store(nll + row, tl.where(usable, value, constant), inside)
+    tl.store(phi + row, tl.where(usable, odds, constant), inside)
+    tl.store(normalizer + row * 3, tl.where(usable, top, constant), inside)
+    tl.store(normalizer + row * 3 + 1, tl.where(usable, total, constant), inside)
+    if uniform is None:
+        tl.store(normalizer + row * 3 + 2, tl.where(usable, 0.0, constant), inside)
+    else:
+        classes = count + tl.where(masked, 0.0, 1.0)
+        # From the largest of all logits: every term is then >= 0.
+        ahead = (deficit + count * lead) / classes
+        mean = tl.where(lead >= 0, loss + ahead, loss + lead + (deficit - lead) / classes)
+        mean = tl.where(masked, log_sum + deficit / classes, mean)
+        tl.store(uniform + row, tl.where(usable, tl.where(alone, 0.0, mean), constant), inside)
+        tl.store(normalizer + row * 3 + 2, tl.where(usable, classes, constant), inside)
 
 
 @kernel
@@ -81,10 +142,13 @@ def _forward(
     row_stride,
     target,  # [N]
     target_stride,
+    ignore_index,
     index,  # [N, k];     CHUNK: classes of the chunks' competitors [N, S, k] int32
     gap,  # [N, k];       CHUNK: their logits [N, S, k]
     nll,  # [N];          CHUNK: not read
-    normalizer,  # [N, 2];CHUNK: [N, S, 2], largest logit of the chunk and sum of exp(z - largest)
+    phi,  # [N];          CHUNK: not read
+    uniform,  # [N] or None
+    normalizer,  # [N, 3];CHUNK: [N, S, 4], R and S of the chunk, number of its finite rivals and sum of R - z over them
     samples,
     classes,
     k,
@@ -103,6 +167,7 @@ def _forward(
         begin = 0
         end = classes
     y = tl.load(target + row * target_stride, inside, other=0)
+    ignored = y == ignore_index
     labelled = (y >= 0) & (y < classes)
     y = tl.where(labelled, y, 0).to(tl.int32)
     z_label = widen(tl.load(logits + row * row_stride + y, inside, other=0.0), ACC)
@@ -111,30 +176,30 @@ def _forward(
     last = tl.full([ROWS], _INF, ACC)
     place = tl.full([ROWS], -1, tl.int32)
     last, place = _next(values, None, begin, end, inside[:, None], y, last, place, ROWS, BLOCK, VEC, ACC)
+    top = last
+    total = _sum_exp(values, begin, end, inside[:, None], y, top, ROWS, BLOCK, VEC, ACC)
+    count = tl.zeros([ROWS], ACC)
+    deficit = tl.zeros([ROWS], ACC)
+    if uniform is not None:
+        count, deficit = _spread(values, begin, end, inside[:, None], y, top, ROWS, BLOCK, VEC, ACC)
     if CHUNK:
-        top = tl.where((y >= begin) & (y < end), tl.maximum(last, z_label), last)
-        total = _sum_exp(values, begin, end, inside[:, None], top, ROWS, BLOCK, VEC, ACC)
         part = row * tl.num_programs(1) + tl.program_id(1)
-        tl.store(normalizer + part * 2, top, inside)
-        tl.store(normalizer + part * 2 + 1, total, inside)
-        tl.store(index + part * k, place, inside)
-        tl.store(gap + part * k, last, inside)
-        for j in range(1, k):
-            last, place = _next(values, None, begin, end, inside[:, None], y, last, place, ROWS, BLOCK, VEC, ACC)
+        tl.store(normalizer + part * 4, top, inside)
+        tl.store(normalizer + part * 4 + 1, total, inside)
+        tl.store(normalizer + part * 4 + 2, count, inside)
+        tl.store(normalizer + part * 4 + 3, deficit, inside)
+        for j in range(k):
             tl.store(index + part * k + j, place, inside)
             tl.store(gap + part * k + j, last, inside)
+            if j + 1 < k:
+                last, place = _next(values, None, begin, end, inside[:, None], y, last, place, ROWS, BLOCK, VEC, ACC)
     else:
-        top = tl.maximum(last, z_label)
-        total = _sum_exp(values, begin, end, inside[:, None], top, ROWS, BLOCK, VEC, ACC)
-        usable = labelled & (total == total)
-        log_sum = tl.where(usable, tl.log(total), float("nan"))
-        tl.store(normalizer + row * 2, tl.where(usable, top, float("nan")), inside)
-        tl.store(normalizer + row * 2 + 1, log_sum, inside)
-        tl.store(nll + row, log_sum + (top - z_label), inside)
-        _put(index + row * k, gap + row * k, 0, usable, last, place, y, z_label, inside)
-        for j in range(1, k):
-            last, place = _next(values, None, begin, end, inside[:, None], y, last, place, ROWS, BLOCK, VEC, ACC)
-            _put(index + row * k, gap + row * k, j, usable, last, place, y, z_label, inside)
+        usable = labelled & (total == total) & ((top > -_INF) | (z_label > -_INF)) & (ignored == 0)
+        _put_losses(nll, phi, uniform, normalizer, row, usable, ignored, z_label, top, total, count, deficit, inside)
+        for j in range(k):
+            _put(index + row * k, gap + row * k, j, usable, ignored, last, place, y, z_label, inside)
+            if j + 1 < k:
+                last, place = _next(values, None, begin, end, inside[:, None], y, last, place, ROWS, BLOCK, VEC, ACC)
 
 
 @kernel
@@ -143,13 +208,16 @@ def _merge(
     row_stride,
     target,  # [N]
     target_stride,
+    ignore_index,
     places,  # [N, S, k] int32
     values,  # [N, S, k]
-    parts,  # [N, S, 2]
+    parts,  # [N, S, 4]
     index,  # [N, k]
     gap,  # [N, k]
     nll,  # [N]
-    normalizer,  # [N, 2]
+    phi,  # [N]
+    uniform,  # [N] or None
+    normalizer,  # [N, 3]
     classes,
     k,
     candidates,  # S times the length of a chunk's list
@@ -161,31 +229,47 @@ def _merge(
     ACC: tl.constexpr = gap.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     y = tl.load(target + row * target_stride)
+    ignored = y == ignore_index
     labelled = (y >= 0) & (y < classes)
     y = tl.where(labelled, y, 0).to(tl.int32)
     z_label = widen(tl.load(logits + row * row_stride + y), ACC)
 
     chunk = tl.arange(0, CHUNKS)[None, :]
-    pair = parts + (row[:, None] * chunks + chunk) * 2
-    tops = tl.load(pair, chunk < chunks, other=-_INF)
-    totals = tl.load(pair + 1, chunk < chunks, other=0.0)
+    part = parts + (row[:, None] * chunks + chunk) * 4
+    tops = tl.load(part, chunk < chunks, other=-_INF)
+    totals = tl.load(part + 1, chunk < chunks, other=0.0)
     top = tl.max(tops, 1)
-    # A chunk of NaN has a NaN total, whatever its largest logit is.
-    total = tl.sum(tl.where(chunk < chunks, totals * tl.exp(tops - top[:, None]), 0.0), 1)
-    usable = labelled & (total == total)
-    log_sum = tl.where(usable, tl.log(total), float("nan"))
-    tl.store(normalizer + row * 2, tl.where(usable, top, float("nan")))
-    tl.store(normalizer + row * 2 + 1, log_sum)
-    tl.store(nll + row, log_sum + (top - z_label))
+    # A chunk of masked classes adds nothing. One with a NaN has a NaN total, whatever its largest logit is.
+    base = tl.where(top > -_INF, top, 0.0)
+    total = tl.sum(tl.where(totals == 0, 0.0, totals * tl.exp(tops - base[:, None])), 1)
+    count = tl.zeros([1], ACC)
+    deficit = tl.zeros([1], ACC)
+    if uniform is not None:
+        counts = tl.load(part + 2, chunk < chunks, other=0.0)
+        deficits = tl.load(part + 3, chunk < chunks, other=0.0)
+        count = tl.sum(counts, 1)
+        deficit = tl.sum(tl.where(counts > 0, deficits + counts * (base[:, None] - tops), 0.0), 1)
+    usable = labelled & (total == total) & ((top > -_INF) | (z_label > -_INF)) & (ignored == 0)
+    inside = row >= 0
+    _put_losses(nll, phi, uniform, normalizer, row, usable, ignored, z_label, top, total, count, deficit, inside)
 
     values = (values + row * candidates)[:, None]
     places = (places + row * candidates)[:, None]
-    inside = row[:, None] >= 0
     last = tl.full([1], _INF, ACC)
     place = tl.full([1], -1, tl.int32)
     for j in range(k):
-        last, place = _next(values, places, 0, candidates, inside, y, last, place, 1, BLOCK, 1, ACC)
-        _put(index + row * k, gap + row * k, j, usable, last, place, y, z_label, row >= 0)
+        last, place = _next(values, places, 0, candidates, inside[:, None], y, last, place, 1, BLOCK, 1, ACC)
+        _put(index + row * k, gap + row * k, j, usable, ignored, last, place, y, z_label, inside)
+
+
+@triton.jit
+def _per_sample(grad, stride, row, inside, ROWS: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of an output [N] in each row, 0 where nothing depends on it."""
+    if grad is None:
+        g = tl.zeros([ROWS], ACC)
+    else:
+        g = widen(tl.load(grad + row * stride, inside, other=0.0), ACC)
+    return g
 
 
 @kernel
@@ -195,16 +279,21 @@ def _backward(
     gap_stride_k,
     grad_nll,  # [N] or None
     nll_stride,
-    logits,  # [N, C], rows row_stride apart; read only with grad_nll
+    grad_phi,  # [N] or None
+    phi_stride,
+    grad_uniform,  # [N] or None
+    uniform_stride,
+    logits,  # [N, C], rows row_stride apart
     row_stride,
     target,  # [N]
     target_stride,
     index,  # [N, k]
-    normalizer,  # [N, 2]
+    normalizer,  # [N, 3]
     dlogits,  # [N, C]
     samples,
     classes,
     k,
+    LOSSES: tl.constexpr,  # whether a gradient [N] arrives: only then is the whole row read
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -215,67 +304,100 @@ def _backward(
     inside = row < samples
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = inside[:, None] & (column < whole_vectors(classes, VEC))
-    is_label = column == tl.load(target + row * target_stride, inside, other=0)[:, None]
-    top = tl.load(normalizer + row * 2, inside, other=0.0)[:, None]
-    log_sum = tl.load(normalizer + row * 2 + 1, inside, other=0.0)[:, None]
+    values = logits + row * row_stride
+    y = tl.load(target + row * target_stride, inside, other=0)
+    top = tl.load(normalizer + row * 3, inside, other=0.0)
+    total = tl.load(normalizer + row * 3 + 1, inside, other=0.0)
+    # S = 0: a row that is ignored, or without a rival, has no gradient; its target may be no class. NaN: all NaN.
+    silent = (total > 0) == 0
+    y = tl.where(silent, -1, y)
+    z_label = widen(tl.load(values + y, inside & (y >= 0), other=0.0), ACC)
+    masked = z_label == -_INF
+    is_label = column == y[:, None]
     dz = tl.zeros([ROWS, BLOCK], ACC)
-    if grad_nll is not None:
-        g = widen(tl.load(grad_nll + row * nll_stride, inside, other=0.0), ACC)[:, None]
-        source = address((logits + row * row_stride)[:, None], column, VEC)
-        value = widen(tl.load(source, mask, other=0.0), ACC)
-        # exp(z - top) exp(-log_sum): the first argument stays <= 0 without rounding
-        softmax = tl.exp(tl.minimum(value - top, 0.0)) * tl.exp(-log_sum)
-        dz = g * tl.where(is_label, softmax - 1, softmax)
+    if LOSSES:
+        g_nll = _per_sample(grad_nll, nll_stride, row, inside, ROWS, ACC)
+        g_phi = tl.where(masked, 0.0, _per_sample(grad_phi, phi_stride, row, inside, ROWS, ACC))
+        g_uniform = _per_sample(grad_uniform, uniform_stride, row, inside, ROWS, ACC)
+        sum_ = tl.where(silent, 1.0, total)
+        lead = tl.where(silent, 0.0, z_label - top)
+        e = exact_exp(-tl.abs(lead))
+        label = tl.where(lead >= 0, 1.0, e)
+        rest = tl.where(lead >= 0, sum_ * e, sum_)
+        p_label = divide(label, label + rest)
+        p_rest = divide(rest, label + rest)
+        weight = g_nll * p_rest - g_phi
+        factor = divide(weight + g_uniform * p_rest, sum_)
+        value = widen(tl.load(address(values[:, None], column, VEC), mask, other=0.0), ACC)
+        base = tl.where(silent, 0.0, top)[:, None]
+        # The label's own argument may be positive; its entry is another.
+        dz = tl.where(value == -_INF, 0.0, exact_exp(tl.minimum(value - base, 0.0)) * factor[:, None])
+        dz = tl.where(is_label, (g_uniform * p_label - weight)[:, None], dz)
+        if grad_uniform is not None:
+            count = tl.load(normalizer + row * 3 + 2, inside, other=1.0)
+            share = divide(g_uniform, tl.where(silent, 1.0, count))
+            dz -= tl.where(value == -_INF, 0.0, share[:, None])
     if grad_gap is not None:
-        total = tl.zeros([ROWS, 1], ACC)
+        of_label = tl.zeros([ROWS], ACC)
         for j in range(k):
-            place = tl.load(index + row * k + j, inside, other=-1)[:, None]
-            g = widen(tl.load(grad_gap + row * gap_stride_n + j * gap_stride_k, inside, other=0.0), ACC)[:, None]
-            dz += tl.where(column == place, g, 0.0)
-            total += g
-        dz -= tl.where(is_label, total, 0.0)
-    dz = tl.where(log_sum == log_sum, dz, log_sum)  # an unusable row is NaN everywhere
+            place = tl.load(index + row * k + j, inside, other=0)
+            z_rival = widen(tl.load(values + place, inside, other=0.0), ACC)
+            g = widen(tl.load(grad_gap + row * gap_stride_n + j * gap_stride_k, inside, other=0.0), ACC)
+            g = tl.where(masked | (z_rival == -_INF), 0.0, g)
+            dz += tl.where(column == place[:, None], g[:, None], 0.0)
+            of_label += g
+        dz -= tl.where(is_label, of_label[:, None], 0.0)
+    dz = tl.where(silent[:, None], total[:, None], dz)
     destination = address((dlogits + row * classes)[:, None], column, VEC)
     tl.store(destination, narrow(dz, dlogits.dtype.element_ty), mask)
 
 
 @torch.library.custom_op("margin_kernels_triton::competitors", mutates_args=())
-def _competitors(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _competitors(
+    logits: Tensor, target: Tensor, k: int, ignore_index: int, uniform: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (n, classes), acc = logits.shape, accumulate(logits.dtype)
     tile = tile_for(classes, logits.dtype)
+    if uniform:  # two more sums for every row of the tile, or registers spill
+        tile = tile._replace(rows=max(1, tile.rows // 2))
     z = readable(logits, tile.vec)
     index = torch.empty(n, k, dtype=torch.int64, device=z.device)
-    gap, nll, normalizer = (torch.empty(*s, dtype=acc, device=z.device) for s in ((n, k), (n,), (n, 2)))
-    row = (z, z.stride(0), target, target.stride(0))
+    shapes = ((n, k), (n,), (n,), (n if uniform else 0,), (n, 3))
+    gap, nll, phi, smoothing, normalizer = (torch.empty(*s, dtype=acc, device=z.device) for s in shapes)
+    row = (z, z.stride(0), target, target.stride(0), ignore_index)
+    losses = (nll, phi, smoothing if uniform else None)
+    result = (gap, nll, phi, smoothing, index, normalizer)
     if classes <= LONG:
-        outputs = (index, gap, nll, normalizer)
+        outputs = (index, gap, *losses, normalizer)
         launch(_forward, (cdiv(n, tile.rows),), z, *row, *outputs, n, classes, k, CHUNK=0, **tile.constants)
-        return gap, nll, index, normalizer
+        return result
     # The number of chunks stays small for any number of classes, so that one tile holds what they found.
     chunk = max(SHORTEST_CHUNK, triton.next_power_of_2(cdiv(classes, 512)))
     chunks, listed = cdiv(classes, chunk), min(k, chunk)
     places = torch.empty(n, chunks, listed, dtype=torch.int32, device=z.device)
     values = torch.empty(n, chunks, listed, dtype=acc, device=z.device)
-    parts = torch.empty(n, chunks, 2, dtype=acc, device=z.device)
+    parts = torch.empty(n, chunks, 4, dtype=acc, device=z.device)
     grid = (cdiv(n, tile.rows), chunks)
-    launch(_forward, grid, z, *row, places, values, nll, parts, n, classes, listed, CHUNK=chunk, **tile.constants)
-    outputs = (index, gap, nll, normalizer)
+    launch(_forward, grid, z, *row, places, values, *losses, parts, n, classes, listed, CHUNK=chunk, **tile.constants)
+    outputs = (index, gap, *losses, normalizer)
     candidates = chunks * listed
     block = min(triton.next_power_of_2(max(candidates, 128)), 2048)
     sizes = (classes, k, candidates, chunks)
     constants = {"CHUNKS": triton.next_power_of_2(chunks), "BLOCK": block}
     launch(_merge, (n,), z, *row, places, values, parts, *outputs, *sizes, **constants)
-    return gap, nll, index, normalizer
+    return result
 
 
 @_competitors.register_fake
-def _(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, target: Tensor, k: int, ignore_index: int, uniform: bool) -> tuple[Tensor, ...]:
     n, acc = logits.shape[0], accumulate(logits.dtype)
     return (
         logits.new_empty(n, k, dtype=acc),
         logits.new_empty(n, dtype=acc),
+        logits.new_empty(n, dtype=acc),
+        logits.new_empty(n if uniform else 0, dtype=acc),
         logits.new_empty(n, k, dtype=torch.int64),
-        logits.new_empty(n, 2, dtype=acc),
+        logits.new_empty(n, 3, dtype=acc),
     )
 
 
@@ -283,6 +405,8 @@ def _(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, T
 def _competitors_backward(
     grad_gap: Tensor | None,
     grad_nll: Tensor | None,
+    grad_phi: Tensor | None,
+    grad_uniform: Tensor | None,
     logits: Tensor,
     target: Tensor,
     index: Tensor,
@@ -290,67 +414,94 @@ def _competitors_backward(
 ) -> Tensor:
     n, classes = logits.shape
     tile = tile_for(classes, logits.dtype)
+    # A thread holds what belongs to every row of its tile: half as many rows as in the forward, or registers spill.
+    tile = tile._replace(rows=max(1, tile.rows // 2))
     z = readable(logits, tile.vec)
     dlogits = torch.empty(n, classes, dtype=z.dtype, device=z.device)
-    gap_strides = (0, 0) if grad_gap is None else grad_gap.stride()
-    nll_stride = 0 if grad_nll is None else grad_nll.stride(0)
+    grads = (grad_gap, *((0, 0) if grad_gap is None else grad_gap.stride()))
+    for grad in (grad_nll, grad_phi, grad_uniform):
+        grads += (grad, 0 if grad is None else grad.stride(0))
+    losses = any(grad is not None for grad in (grad_nll, grad_phi, grad_uniform))
     grid = (cdiv(n, tile.rows), cdiv(classes, tile.block))
-    grads = (grad_gap, *gap_strides, grad_nll, nll_stride)
     row = (z, z.stride(0), target, target.stride(0))
     saved = (index.contiguous(), normalizer.contiguous())
-    launch(_backward, grid, z, *grads, *row, *saved, dlogits, n, classes, index.shape[1], **tile.constants)
+    sizes = (n, classes, index.shape[1])
+    launch(_backward, grid, z, *grads, *row, *saved, dlogits, *sizes, LOSSES=losses, **tile.constants)
     return dlogits
 
 
 @_competitors_backward.register_fake
-def _(grad_gap, grad_nll, logits, target, index, normalizer):
+def _(grad_gap, grad_nll, grad_phi, grad_uniform, logits, target, index, normalizer):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 def _save(ctx, inputs, output):
-    (logits, target, _), (_, _, index, normalizer) = inputs, output
+    (logits, target, *_), (_, _, _, smoothing, index, normalizer) = inputs, output
     ctx.save_for_backward(logits, target, index, normalizer)
-    ctx.mark_non_differentiable(index, normalizer)
+    ctx.mark_non_differentiable(*((index, normalizer) if inputs[4] else (index, normalizer, smoothing)))
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_gap, grad_nll, _index, _normalizer):
-    if grad_gap is None and grad_nll is None:
-        return None, None, None
-    return _competitors_backward(grad_gap, grad_nll, *ctx.saved_tensors), None, None
+def _differentiate(ctx, grad_gap, grad_nll, grad_phi, grad_uniform, _index, _normalizer):
+    grads = (grad_gap, grad_nll, grad_phi, grad_uniform)
+    if all(grad is None for grad in grads):
+        return (None,) * 5
+    return _competitors_backward(*grads, *ctx.saved_tensors), None, None, None, None
 
 
 _competitors.register_autograd(_differentiate, setup_context=_save)
 
 
 def _save_backward(ctx, inputs, output):
-    grad_gap, grad_nll, logits, target, index, normalizer = inputs
-    ctx.save_for_backward(grad_nll, logits, target, index, normalizer)
+    grad_gap, *rest = inputs
+    ctx.save_for_backward(*rest)
     ctx.gap_dtype = None if grad_gap is None else grad_gap.dtype
 
 
 def _differentiate_backward(ctx, v):
-    """With v what arrives at dz: d g_nll = <v, softmax - e_y>, d g_gap_j = v[I_j] - v[y],
-    dz' = g_nll softmax (v - <v, softmax>). Plain PyTorch, so it can be differentiated again."""
-    grad_nll, logits, target, index, normalizer = ctx.saved_tensors
+    """The formulas of csrc/autograd/competitors.cpp, in plain PyTorch, so it can be differentiated again."""
+    grad_nll, grad_phi, grad_uniform, logits, target, index, normalizer = ctx.saved_tensors
     acc = normalizer.dtype
-    # Unusable rows are NaN here too; a target outside [0, C) must not be gathered with.
-    v = v.to(acc) * torch.where(normalizer[:, 1:].isnan(), float("nan"), 1.0).to(acc)
+    total = normalizer[:, 1:2]
+    silent, poisoned = total == 0, total.isnan()
+    v = v.to(acc).masked_fill(silent, 0.0).masked_fill(poisoned, float("nan"))
+    # A target outside [0, C) must not be gathered with.
     y = target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-    d_gap = d_nll = d_logits = None
+    z = logits.to(acc).masked_fill(silent | poisoned, 0.0)
+    finite, v_label = z != -float("inf"), v.gather(1, y)
+    label_is_masked = ~finite.gather(1, y)
+    d_gap = d_nll = d_phi = d_uniform = d_logits = None
     if ctx.gap_dtype is not None:
-        d_gap = (v.gather(1, index) - v.gather(1, y)).to(ctx.gap_dtype)
-    if grad_nll is not None:
-        softmax = torch.softmax(logits.to(acc), 1)
-        mean = (v * softmax).sum(1, keepdim=True)
-        d_nll = (mean - v.gather(1, y)).squeeze(1).to(grad_nll.dtype)
-        d_logits = (grad_nll.to(acc).unsqueeze(1) * softmax * (v - mean)).to(logits.dtype)
-    return d_gap, d_nll, d_logits, None, None, None
+        unused = ~finite.gather(1, index) | label_is_masked
+        d_gap = (v.gather(1, index) - v_label).masked_fill(unused, 0.0).to(ctx.gap_dtype)
+    if grad_nll is not None or grad_phi is not None or grad_uniform is not None:
+        rivals = z.scatter(1, y, -float("inf"))
+        q = torch.softmax(rivals, 1)
+        largest = rivals.amax(1, keepdim=True).detach()
+        phi = z.gather(1, y) - largest - torch.logsumexp(rivals - largest, 1, keepdim=True)
+        rest, label = torch.sigmoid(-phi), torch.zeros_like(z).scatter(1, y, 1.0)
+        v_rivals = (v * q).sum(1, keepdim=True)
+        t = v_rivals - v_label
+        both = sum(g.to(acc).unsqueeze(1) for g in (grad_nll, grad_uniform) if g is not None)
+        weight = both * rest
+        d_logits = both * torch.sigmoid(phi) * rest * t * (q - label)
+        if grad_nll is not None:
+            d_nll = (rest * t).squeeze(1).to(grad_nll.dtype)
+        if grad_uniform is not None:
+            mean = v.masked_fill(~finite, 0.0).sum(1, keepdim=True) / finite.sum(1, keepdim=True)
+            d_uniform = (rest * t + v_label - mean).squeeze(1).to(grad_uniform.dtype)
+        if grad_phi is not None:
+            d_phi = -t.masked_fill(label_is_masked, 0.0).squeeze(1).to(grad_phi.dtype)
+            weight = weight - grad_phi.to(acc).unsqueeze(1).masked_fill(label_is_masked, 0.0)
+        d_logits = (d_logits + weight * q * (v - v_rivals)).to(logits.dtype)
+    return d_gap, d_nll, d_phi, d_uniform, d_logits, None, None, None
 
 
 _competitors_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
 
 
-def competitors(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    gap, nll, index, _ = _competitors(logits, target, k)
-    return index, gap, nll
+def competitors(
+    logits: Tensor, target: Tensor, k: int, ignore_index: int = -100, uniform: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    gap, nll, phi, smoothing, index, _ = _competitors(logits, target, k, ignore_index, uniform)
+    return gap, nll, phi, smoothing if uniform else None, index

@@ -75,6 +75,7 @@ def cases() -> Iterator[tuple[str, torch.dtype, str, tuple[Any, ...]]]:
 
         for classes in (10, 1000, 50257, 128000):
             yield "competitors", dtype, f"C = {classes}", (sample(2, classes), target, 2)
+            yield "competitors", dtype, f"C = {classes}, uniform", (sample(2, classes), target, 2, -100, True)
         for p in (1, math.inf, 2, 3, 4):
             for shape in ((2, 3, 10), (2, 3, 1024), (1, 1, 9001), (1, 1, 150528)):
                 yield "dual_norm", dtype, f"D = {shape[2]}, p = {p}", ([sample(*shape)], p, 2)
@@ -84,7 +85,7 @@ def cases() -> Iterator[tuple[str, torch.dtype, str, tuple[Any, ...]]]:
                 yield "deepfool_step", dtype, f"D = {length}, p = {p}", (sample(2, 3), gradients, active, p)
         yield "dual_norm", dtype, "five layers, p = 2", ([sample(2, 3, d) for d in (784, 4096, 2048, 512, 10)], 2, 2)
         for aggregation in AGGREGATIONS:
-            bounds = (torch.ones(5), torch.ones(5), torch.ones(5))
+            bounds = (torch.ones(5), torch.ones(5), torch.ones(5), torch.ones(5))
             arguments = (sample(2, 3), sample(2, 3, 5), *bounds, 1e-6, aggregation, "mean")
             yield "margin_hinge", dtype, aggregation, arguments
         for classes in (10, 1000):
@@ -109,7 +110,8 @@ def check(chosen: str | None = None) -> Iterator[Row]:
             if chosen not in (None, op):
                 continue
             results = getattr(ops, op)(*arguments)
-            outputs = [out for out in (results if isinstance(results, tuple) else (results,)) if out.requires_grad]
+            found = results if isinstance(results, tuple) else (results,)
+            outputs = [out for out in found if out is not None and out.requires_grad]
             torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
             while launched:
                 kernel, compiled = launched.pop(0)

@@ -81,8 +81,11 @@ def _choose(
     for j in range(k):
         g = widen(tl.load(gap + sample * gap_stride_n + j * gap_stride_k, inside, other=0.0), ACC)
         n = tl.load(norms + sample * k + j, inside, other=0.0)
-        poison += (g - g) + (n - n)
-        d = tl.where(n == 0, _INF, divide(tl.abs(g), tl.where(n == 0, 1.0, n)))
+        masked = tl.abs(g) == _INF
+        poison += tl.where(masked, 0.0, g - g) + (n - n)
+        d = tl.where((n == 0) | masked, _INF, divide(tl.abs(g), tl.where(n == 0, 1.0, n)))
+        if j == 0:  # norm 0 for a masked class, chosen where all are: no step and no derivative
+            chosen_norm = tl.where(masked, 0.0, chosen_norm)
         nearer = d < best
         best = tl.where(nearer, d, best)
         chosen = tl.where(nearer, j, chosen)

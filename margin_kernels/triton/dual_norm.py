@@ -18,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Tile, accumulate, aligned, cdiv, kernel, launch, tile_for
-from .numerics import add_magnitudes, add_totals, address, dual, narrow, norm_of, slope, whole_vectors, widen
+from .numerics import (
+    add_magnitudes,
+    add_totals,
+    address,
+    dual,
+    narrow,
+    needs_float64,
+    norm_of,
+    slope,
+    whole_vectors,
+    widen,
+)
 
 LAYERS = 8  # in one launch: each has its own code, so that its tile depends on no other layer
 LONG = 65536
@@ -249,6 +260,8 @@ def _matrices(layers: list[Rows]) -> tuple[tuple[Tensor, ...], tuple[int, ...], 
 def _dual_norm(gradients: list[Tensor], p: float, batch_dims: int) -> Tensor:
     lead, device = gradients[0].shape[:batch_dims], gradients[0].device
     acc = accumulate(*(g.dtype for g in gradients))
+    if acc == torch.float32 and needs_float64(p):
+        return _dual_norm([g.double() for g in gradients], p, batch_dims).float()
     if acc == torch.float64:  # layers of other dtypes are computed in float64 too
         gradients = [g.double() for g in gradients]
     norms = torch.empty(*lead, len(gradients), dtype=acc, device=device)
@@ -282,6 +295,12 @@ def _dual_norm_backward(
     grad: Tensor, gradients: list[Tensor], norms: Tensor, p: float, batch_dims: int
 ) -> list[Tensor]:
     acc, device = norms.dtype, norms.device
+    if acc == torch.float32 and needs_float64(p):
+        doubles = [g.double() for g in gradients]
+        # A norm beyond float32 stays infinite, and the derivative 0.
+        exact = torch.where(norms.isinf(), norms.double(), _dual_norm(doubles, p, batch_dims))
+        slopes = _dual_norm_backward(grad.double(), doubles, exact, p, batch_dims)
+        return [torch.empty_like(g).copy_(s) for g, s in zip(gradients, slopes, strict=True)]
     result = [torch.empty_like(g) for g in gradients]
     lead = gradients[0].shape[:batch_dims]
     rows, inner = math.prod(lead), lead[1] if batch_dims == 2 else 1
@@ -314,7 +333,12 @@ def _output(result: Tensor, source: Rows, batch_dims: int) -> Rows:
     data = source.data
     same = result.dtype == data.dtype and result.stride()[batch_dims:] == data.stride()[batch_dims:]
     if not (same and aligned(result, source.tile.vec, batch_dims)):
-        result = torch.empty_like(data)
+        # Rows of the layout that is read, one behind the other: those that are read may overlap or be expanded.
+        lead, length = data.shape[:batch_dims], source.length
+        outer = [length * math.prod(lead[d + 1 :]) for d in range(batch_dims)]
+        result = torch.empty_strided(
+            data.shape, (*outer, *data.stride()[batch_dims:]), dtype=data.dtype, device=data.device
+        )
     return Rows(result, result.stride(0), result.stride(1) if batch_dims == 2 else 0, source.length, source.tile)
 
 

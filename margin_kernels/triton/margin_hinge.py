@@ -17,26 +17,30 @@ from .numerics import divide, narrow, widen
 TILE = 256  # samples times layers
 
 _INF = tl.constexpr(float("inf"))
+_INFINITY = float("inf")
 
 
 @triton.jit
 def _load_distance(
     gap, gap_stride_n, gap_stride_k, norm, norm_stride_n, norm_stride_k, norm_stride_l,
-    sample, j, layer, mask, eps, ACC: tl.constexpr,
+    sample, j, layer, mask, eps, least, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(distance, gap, eps + norm) of competitor j, [SAMPLES, LAYERS] each, gap [SAMPLES, 1]."""
+    """(distance, gap, eps + norm, whether the pair is left out) of competitor j, [SAMPLES, LAYERS] each."""
     g = widen(tl.load(gap + sample * gap_stride_n + j * gap_stride_k, mask, other=0.0), ACC)
     place = norm + sample * norm_stride_n + j * norm_stride_k + layer * norm_stride_l
-    e = eps + widen(tl.load(place, mask, other=1.0), ACC)
-    return divide(-g, e), g, e
+    n = widen(tl.load(place, mask, other=1.0), ACC)
+    e = eps + n
+    # A masked competitor is infinitely far on the right side, a masked label on the wrong one, whatever the norm is.
+    distance = tl.where(tl.abs(g) == _INF, -g, divide(-g, e))
+    return distance, g, e, (g == -_INF) | ((n <= least) & (g == g))
 
 
 @triton.jit
 def _load_layers(
-    gamma, gamma_stride, cap, cap_stride, weight, weight_stride, layer, layers,
+    gamma, gamma_stride, cap, cap_stride, weight, weight_stride, min_norm, min_norm_stride, layer, layers,
     MEAN_OF_LAYERS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """gamma, cap and the weight of each layer's term, [1, LAYERS] each; weight 0 behind the last layer."""
+    """gamma, cap, the weight of each layer's term and min_norm, [1, LAYERS] each; weight 0 behind the last layer."""
     inside = layer < layers
     g = widen(tl.load(gamma + layer * gamma_stride, inside, other=0.0), ACC)
     c = tl.full(layer.shape, _INF, ACC)
@@ -45,9 +49,15 @@ def _load_layers(
     w = tl.where(inside, 1.0, 0.0).to(ACC)
     if weight is not None:
         w = widen(tl.load(weight + layer * weight_stride, inside, other=0.0), ACC)
+    legal = (g >= 0) & (c >= 0) & (w >= 0)
+    least = tl.full(layer.shape, -_INF, ACC)  # no norm is below
+    if min_norm is not None:
+        least = widen(tl.load(min_norm + layer * min_norm_stride, inside, other=0.0), ACC)
+        legal = legal & (least >= 0)
     if MEAN_OF_LAYERS:
         w = divide(w, tl.zeros(layer.shape, ACC) + tl.sum(w, 1)[:, None])
-    return g, c, w
+    # The host does not read them: a wrong one makes the loss NaN.
+    return g, c, tl.where(legal, w, float("nan")), least
 
 
 @triton.jit
@@ -85,6 +95,8 @@ def _forward(
     cap_stride,
     weight,  # [L] or None
     weight_stride,
+    min_norm,  # [L] or None
+    min_norm_stride,
     loss,  # [N]
     distances,  # [N, k, L], contiguous
     samples,
@@ -102,27 +114,32 @@ def _forward(
     mask = (sample < samples)[:, None] & (layer < layers)
     eps = tl.full([1, 1], EPS, ACC)
     bounds = _load_layers(
-        gamma, gamma_stride, cap, cap_stride, weight, weight_stride, layer, layers, MEAN_OF_LAYERS, ACC
-    )
+        gamma, gamma_stride, cap, cap_stride, weight, weight_stride, min_norm, min_norm_stride, layer, layers,
+        MEAN_OF_LAYERS, ACC,
+    )  # fmt: skip
     result = tl.zeros([SAMPLES, LAYERS], ACC)
+    count = tl.zeros([SAMPLES, LAYERS], ACC)  # of the pairs that are not left out
     if AGGREGATION == "max":
         result += _INF
     for j in range(k):
-        distance, _, _ = _load_distance(
+        distance, _, _, out = _load_distance(
             gap, gap_stride_n, gap_stride_k, norm, norm_stride_n, norm_stride_k, norm_stride_l,
-            sample[:, None], j, layer, mask, eps, ACC,
+            sample[:, None], j, layer, mask, eps, bounds[3], ACC,
         )  # fmt: skip
         tl.store(distances + (sample[:, None] * k + j) * layers + layer, distance, mask)
+        count += tl.where(out, 0.0, 1.0)
         if AGGREGATION == "max":
-            result = tl.where(_nearer(distance, result), distance, result)
+            result = tl.where(_nearer(distance, result) & (out == 0), distance, result)
         elif AGGREGATION == "mean_distance":
-            result += distance
+            result += tl.where(out, 0.0, distance)
         else:
-            result += _term(distance, bounds[0], bounds[1])
-    if AGGREGATION == "mean" or AGGREGATION == "mean_distance":
+            result += tl.where(out, 0.0, _term(distance, bounds[0], bounds[1]))
+    if AGGREGATION == "mean":
         result = divide(result, tl.zeros([SAMPLES, LAYERS], ACC) + k)
+    if AGGREGATION == "mean_distance":
+        result = divide(result, tl.maximum(count, 1.0))
     if AGGREGATION == "max" or AGGREGATION == "mean_distance":
-        result = _term(result, bounds[0], bounds[1])
+        result = tl.where(count == 0, 0.0, _term(result, bounds[0], bounds[1]))
     tl.store(loss + sample, tl.sum(tl.where(mask, result * bounds[2], 0.0), 1), sample < samples)
 
 
@@ -143,6 +160,8 @@ def _backward(
     cap_stride,
     weight,  # [L] or None
     weight_stride,
+    min_norm,  # [L] or None
+    min_norm_stride,
     dgap,  # [N, k], contiguous
     dnorm,  # [N, k, L], contiguous, or None
     samples,
@@ -160,35 +179,40 @@ def _backward(
     mask = (sample < samples)[:, None] & (layer < layers)
     eps = tl.full([1, 1], EPS, ACC)
     bounds = _load_layers(
-        gamma, gamma_stride, cap, cap_stride, weight, weight_stride, layer, layers, MEAN_OF_LAYERS, ACC
-    )
+        gamma, gamma_stride, cap, cap_stride, weight, weight_stride, min_norm, min_norm_stride, layer, layers,
+        MEAN_OF_LAYERS, ACC,
+    )  # fmt: skip
     g = widen(tl.load(grad + sample * grad_stride, sample < samples, other=0.0), ACC)[:, None]
     share = g * bounds[2]
     # "max": the distance of the nearest competitor and its number; "mean_distance": the mean
     common = tl.zeros([SAMPLES, LAYERS], ACC)
-    nearest = tl.zeros([SAMPLES, LAYERS], tl.int32)
+    nearest = tl.full([SAMPLES, LAYERS], -1, tl.int32)
+    count = tl.zeros([SAMPLES, LAYERS], ACC)
     if AGGREGATION == "max":
         common += _INF
     if AGGREGATION == "max" or AGGREGATION == "mean_distance":
         for j in range(k):
-            distance, _, _ = _load_distance(
+            distance, _, _, out = _load_distance(
                 gap, gap_stride_n, gap_stride_k, norm, norm_stride_n, norm_stride_k, norm_stride_l,
-                sample[:, None], j, layer, mask, eps, ACC,
+                sample[:, None], j, layer, mask, eps, bounds[3], ACC,
             )  # fmt: skip
             if AGGREGATION == "max":
-                nearer = _nearer(distance, common)
+                nearer = _nearer(distance, common) & (out == 0)
                 common = tl.where(nearer, distance, common)
                 nearest = tl.where(nearer, j, nearest)
             else:
-                common += distance
-    if AGGREGATION == "mean" or AGGREGATION == "mean_distance":
-        count = tl.zeros([SAMPLES, LAYERS], ACC) + k
+                common += tl.where(out, 0.0, distance)
+                count += tl.where(out, 0.0, 1.0)
+    if AGGREGATION == "mean":
+        share = divide(share, tl.zeros([SAMPLES, LAYERS], ACC) + k)
+    if AGGREGATION == "mean_distance":
+        count = tl.maximum(count, 1.0)
         common = divide(common, count)
         share = divide(share, count)
     for j in range(k):
-        distance, w, e = _load_distance(
+        distance, w, e, out = _load_distance(
             gap, gap_stride_n, gap_stride_k, norm, norm_stride_n, norm_stride_k, norm_stride_l,
-            sample[:, None], j, layer, mask, eps, ACC,
+            sample[:, None], j, layer, mask, eps, bounds[3], ACC,
         )  # fmt: skip
         if AGGREGATION == "max" or AGGREGATION == "mean_distance":
             flat = _flat(common, bounds[0], bounds[1])
@@ -196,12 +220,13 @@ def _backward(
             flat = _flat(distance, bounds[0], bounds[1])
         if AGGREGATION == "max":
             flat = flat | (nearest != j)
-        c = tl.where(flat | (layer >= layers), 0.0, share)
-        slope = divide(c, e)
+        flat = flat | out | (tl.abs(w) == _INF) | (layer >= layers)
+        # Selected, not multiplied: a slope is 0 even where the gap or the norm is infinite.
+        slope = tl.where(flat, 0.0, divide(share, e))
         place = sample * k + j
         tl.store(dgap + place, narrow(tl.sum(slope, 1), dgap.dtype.element_ty), sample < samples)
         if dnorm is not None:
-            d = divide(-slope * w, e)
+            d = tl.where(flat | (e == _INF), 0.0, divide(-slope * w, e))
             tl.store(dnorm + place[:, None] * layers + layer, narrow(d, dnorm.dtype.element_ty), mask)
 
 
@@ -221,6 +246,7 @@ def _margin_hinge(
     gamma: Tensor,
     cap: Tensor | None,
     weight: Tensor | None,
+    min_norm: Tensor | None,
     eps: float,
     aggregation: str,
     layer_reduction: str,
@@ -230,7 +256,7 @@ def _margin_hinge(
     loss = torch.empty(n, dtype=acc, device=gap.device)
     distances = torch.empty(n, k, layers, dtype=acc, device=gap.device)
     inputs = (gap, *gap.stride(), norm, *norm.stride())
-    bounds = (*_with_stride(gamma), *_with_stride(cap), *_with_stride(weight))
+    bounds = (*_with_stride(gamma), *_with_stride(cap), *_with_stride(weight), *_with_stride(min_norm))
     tile = _tile(layers)
     constants = {"EPS": eps, "AGGREGATION": aggregation, "MEAN_OF_LAYERS": layer_reduction == "mean", **tile}
     grid = (cdiv(n, tile["SAMPLES"]),)
@@ -239,7 +265,7 @@ def _margin_hinge(
 
 
 @_margin_hinge.register_fake
-def _(gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction):
+def _(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction):
     acc = accumulate(gap.dtype, norm.dtype)
     return gap.new_empty(gap.shape[0], dtype=acc), gap.new_empty(norm.shape, dtype=acc)
 
@@ -252,6 +278,7 @@ def _margin_hinge_backward(
     gamma: Tensor,
     cap: Tensor | None,
     weight: Tensor | None,
+    min_norm: Tensor | None,
     eps: float,
     aggregation: str,
     layer_reduction: str,
@@ -261,7 +288,7 @@ def _margin_hinge_backward(
     dgap = torch.empty(n, k, dtype=gap.dtype, device=gap.device)
     dnorm = torch.empty(norm.shape if norm_grad else (0,), dtype=norm.dtype, device=gap.device)
     inputs = (grad, grad.stride(0), gap, *gap.stride(), norm, *norm.stride())
-    bounds = (*_with_stride(gamma), *_with_stride(cap), *_with_stride(weight))
+    bounds = (*_with_stride(gamma), *_with_stride(cap), *_with_stride(weight), *_with_stride(min_norm))
     tile = _tile(layers)
     acc = tl.float64 if accumulate(gap.dtype, norm.dtype) == torch.float64 else tl.float32
     constants = {"EPS": eps, "AGGREGATION": aggregation, "MEAN_OF_LAYERS": layer_reduction == "mean", "ACC": acc}
@@ -272,14 +299,14 @@ def _margin_hinge_backward(
 
 
 @_margin_hinge_backward.register_fake
-def _(grad, gap, norm, gamma, cap, weight, eps, aggregation, layer_reduction, norm_grad):
+def _(grad, gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction, norm_grad):
     dnorm = norm.new_empty(norm.shape if norm_grad else (0,))
     return torch.empty_like(gap, memory_format=torch.contiguous_format), dnorm
 
 
 def _save(ctx, inputs, output):
-    gap, norm, gamma, cap, weight, ctx.eps, ctx.aggregation, ctx.layer_reduction = inputs
-    ctx.save_for_backward(gap, norm, gamma, cap, weight)
+    gap, norm, gamma, cap, weight, min_norm, ctx.eps, ctx.aggregation, ctx.layer_reduction = inputs
+    ctx.save_for_backward(gap, norm, gamma, cap, weight, min_norm)
     ctx.mark_non_differentiable(output[1])
 
 
@@ -287,29 +314,36 @@ def _differentiate(ctx, grad, _distance):
     norm_grad = ctx.needs_input_grad[1]
     options = (ctx.eps, ctx.aggregation, ctx.layer_reduction)
     dgap, dnorm = _margin_hinge_backward(grad, *ctx.saved_tensors, *options, norm_grad)
-    return dgap, dnorm if norm_grad else None, None, None, None, None, None, None
+    return dgap, dnorm if norm_grad else None, *[None] * 7
 
 
 _margin_hinge.register_autograd(_differentiate, setup_context=_save)
 
 
 def _save_backward(ctx, inputs, output):
-    grad, gap, norm, gamma, cap, weight, ctx.eps, ctx.aggregation, ctx.layer_reduction, ctx.norm_grad = inputs
-    ctx.save_for_backward(grad, gap, norm, gamma, cap, weight)
+    grad, gap, norm, gamma, cap, weight, min_norm, ctx.eps, ctx.aggregation, ctx.layer_reduction, ctx.norm_grad = inputs
+    ctx.save_for_backward(grad, gap, norm, gamma, cap, weight, min_norm)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_backward(ctx, from_gap, from_norm):
     """from_gap [N, k], from_norm [N, k, L]: what arrives at dgap and dnorm. Plain PyTorch, so it can be differentiated
     again."""
-    grad, gap, norm, gamma, cap, weight = ctx.saved_tensors
+    grad, gap, norm, gamma, cap, weight, min_norm = ctx.saved_tensors
     acc = accumulate(gap.dtype, norm.dtype)
-    g, w, e, gamma = grad.to(acc)[:, None, None], gap.to(acc)[:, :, None], norm.to(acc) + ctx.eps, gamma.to(acc)
+    g, raw, norm_, gamma = grad.to(acc)[:, None, None], gap.to(acc)[:, :, None], norm.to(acc), gamma.to(acc)
+    # A gap that is infinite, a norm that is, and a pair that is left out have no slope: no 0 * infinity is formed.
+    far, endless = raw.abs() == _INFINITY, norm_ == _INFINITY
+    w, e = raw.masked_fill(far, 0.0), norm_.masked_fill(endless, 1.0) + ctx.eps
+    out = (raw == -_INFINITY).expand_as(e)
+    if min_norm is not None:
+        out = out | (norm_ <= min_norm.to(acc))
+    distance = torch.where(far, -raw, (-w / e).masked_fill(endless, 0.0)).detach()
     cap = torch.full_like(gamma, float("inf")) if cap is None else cap.to(acc)
     weight = torch.ones_like(gamma) if weight is None else weight.to(acc)
     if ctx.layer_reduction == "mean":
         weight = weight / weight.sum()
-    c = _coefficients((-w / e).detach(), gamma, cap, weight, ctx.aggregation)
+    c = _coefficients(distance, out, gamma, cap, weight, ctx.aggregation).masked_fill(endless | far, 0.0)
     d_grad = d_norm = torch.zeros_like(e)
     d_gap = None
     if from_gap is not None:
@@ -321,22 +355,27 @@ def _differentiate_backward(ctx, from_gap, from_norm):
         d_grad = d_grad - v * c * w / e.square()
         d_gap = (-v * g * c / e.square()).sum(-1).to(gap.dtype)
         d_norm = d_norm + 2 * v * g * c * w / (e * e * e)
-    return d_grad.sum((1, 2)).to(grad.dtype), d_gap, d_norm.to(norm.dtype), *[None] * 7
+    return d_grad.sum((1, 2)).to(grad.dtype), d_gap, d_norm.to(norm.dtype), *[None] * 8
 
 
-def _coefficients(distance, gamma, cap, weight, aggregation):
-    """c[n, j, l], piecewise constant: no gradient flows through it."""
+def _coefficients(distance, out, gamma, cap, weight, aggregation):
+    """c[n, j, l], piecewise constant: no gradient flows through it. 0 in the pairs that are left out."""
 
     def active(d):
         return (~((gamma - d <= 0) | (gamma - d >= cap))).to(d.dtype)
 
     k = distance.shape[1]
     if aggregation == "max":
-        nearest = distance.argmin(1, keepdim=True)  # the first of equals
-        return torch.zeros_like(distance).scatter(1, nearest, active(distance.gather(1, nearest))) * weight
-    if aggregation == "mean_distance":
-        return active(distance.mean(1, keepdim=True)).expand_as(distance) * weight / k
-    return active(distance) * (weight if aggregation == "sum" else weight / k)
+        # The first of equals. Where all are left out the first is taken, and left out below.
+        nearest = distance.masked_fill(out, _INFINITY).argmin(1, keepdim=True)
+        c = torch.zeros_like(distance).scatter(1, nearest, active(distance.gather(1, nearest))) * weight
+    elif aggregation == "mean_distance":
+        count = (~out).sum(1, keepdim=True).clamp(min=1)
+        mean = distance.masked_fill(out, 0.0).sum(1, keepdim=True) / count
+        c = (active(mean) * weight / count).expand_as(distance)
+    else:
+        c = active(distance) * (weight if aggregation == "sum" else weight / k)
+    return c.masked_fill(out, 0.0)
 
 
 _margin_hinge_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
@@ -348,8 +387,9 @@ def margin_hinge(
     gamma: Tensor,
     cap: Tensor | None,
     weight: Tensor | None,
+    min_norm: Tensor | None,
     eps: float,
     aggregation: str,
     layer_reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    return _margin_hinge(gap, norm, gamma, cap, weight, float(eps), aggregation, layer_reduction)
+    return _margin_hinge(gap, norm, gamma, cap, weight, min_norm, float(eps), aggregation, layer_reduction)

@@ -28,6 +28,12 @@ def dual(p: float) -> tuple[str, float]:
     return {2.0: "square", 3.0: "three_halves"}.get(float(p), "general"), q
 
 
+def needs_float64(p: float) -> bool:
+    """As csrc/math/dual_norm.h: the q-th power of a ratio in float32 is off by q of its roundings."""
+    kind, q = dual(p)
+    return kind == "general" and q > 16
+
+
 @triton.jit
 def divide(a, b):
     """a / b, correctly rounded (the operator is off by two units in float32, and 0 for b above 2^126)."""
@@ -48,6 +54,27 @@ def square_root(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e >= 0, right where e is tiny: the rounding of 1 + e is divided out."""
+    u = 1.0 + e
+    low = u - 1.0
+    return tl.where(low == 0, e, tl.log(u) * divide(e, tl.where(low == 0, 1.0, low)))
+
+
+@triton.jit
+def exact_exp(x):
+    """exp(x) for x <= 0, within two units of float32 for any x: tl.exp, which rounds x log2(e), is off by |x| units."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        # Below -110 the result is 0; the bound keeps -inf out of the differences.
+        x = tl.where(x > -110.0, x, tl.where(x == x, -110.0, x))
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        r = (x - n * 0.693359375) + n * 2.12194440e-4
+        return tl.exp(r) * tl.exp2(n)
 
 
 @triton.jit
@@ -142,7 +169,9 @@ def add_magnitudes(largest, total, m, KIND: tl.constexpr, Q: tl.constexpr):
             a, b = scale_down(larger)
             shrunk = total * power(largest * a * b, KIND, Q)
             total = tl.where(larger == largest, total, shrunk)
-            total += tl.sum(power(m * a[:, None] * b[:, None], KIND, Q), 1)
+            ratio = m * a[:, None] * b[:, None]
+            # Rounding may leave it above 1, which a large q would make infinite. NaN stays.
+            total += tl.sum(power(tl.where(ratio > 1, 1.0, ratio).to(m.dtype), KIND, Q), 1)
         largest = larger
     return largest, total
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from .launch import accumulate, cdiv, kernel, launch, readable, tile_for
-from .numerics import address, divide, narrow, whole_vectors, widen
+from .numerics import address, divide, log1p, narrow, whole_vectors, widen
 from .second import second_derivative
 
 COLUMNS = 128
@@ -30,11 +30,7 @@ _INF = tl.constexpr(float("inf"))
 @triton.jit
 def _softplus(x):
     """log(1 + exp(x)), exact for small exp(x) too."""
-    e = tl.exp(-tl.abs(x))
-    u = 1 + e
-    low = u - 1
-    log1p = tl.where(low == 0, e, tl.log(u) * divide(e, tl.where(low == 0, 1.0, low)))
-    return tl.where(x > 0, x, 0.0) + log1p
+    return tl.where(x > 0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -45,8 +41,8 @@ def _sigmoid(x):
 
 @triton.jit
 def _finite_or_nan(z, usable):
-    """z; NaN where it is not finite or the row's target is outside [0, C)."""
-    return tl.where(usable, z + (z - z), float("nan"))
+    """z; NaN where it is NaN or +inf or the row's target is outside [0, C). -inf is a masked class."""
+    return tl.where(usable, tl.where(z == -_INF, z, z + (z - z)), float("nan"))
 
 
 @kernel
@@ -155,16 +151,21 @@ def _losses(
             column = start + tl.arange(0, BLOCK)[None, :]
             mask = inside[:, None] & (column < whole_vectors(classes, VEC))
             largest = tl.maximum(largest, widen(tl.load(address(source, column, VEC), mask, other=-_INF), ACC))
+        # A row whose classes are all masked sums to 0, relative to 0.
         top = tl.max(largest, 1)
+        top = tl.where(top == -_INF, 0.0, top)
         lanes = tl.zeros([ROWS, BLOCK], ACC)
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
             mask = inside[:, None] & (column < whole_vectors(classes, VEC))
             z = widen(tl.load(address(source, column, VEC), mask, other=0.0), ACC)
-            lanes += tl.where(mask, tl.exp(z - top[:, None]) + (z - z), 0.0)
-        log_sum = tl.where(labelled, top + tl.log(tl.sum(lanes, 1)), float("nan"))
+            lanes += tl.where(mask & (z != -_INF), tl.exp(z - top[:, None]) + (z - z), 0.0)
+        total = tl.sum(lanes, 1)
+        log_sum = tl.where(total == 0, -_INF, top + tl.log(tl.where(total == 0, 1.0, total)))
+        log_sum = tl.where(labelled, log_sum, float("nan"))
         tl.store(normalizer + row, log_sum, inside)
         value = tl.where(against == -_INF, 0.0, _softplus(against - log_sum)) + (log_sum - a)
+        value = tl.where(log_sum == -_INF, against - a, value)
     tl.store(loss + row, value, inside)
 
 
@@ -258,11 +259,12 @@ def _backward(
     if normalizer is not None:
         at_label = -g
     # z - z is 0, or NaN where z is
-    label = tl.where(z >= delta, 0.0, (z - z) + at_label)
+    masked = z == -_INF
+    label = tl.where(z >= delta, 0.0, tl.where(masked, 0.0, z - z) + at_label)
     dz = tl.where(y == column, label, negative)
     if normalizer is not None:
         log_sum = tl.load(normalizer + row, row < samples, other=0.0)
-        dz += (g - share) * tl.exp(z - log_sum)
+        dz += tl.where(masked & (log_sum == log_sum), 0.0, (g - share) * tl.exp(z - log_sum))
     destination = address(dlogits + row * classes, column, VEC)
     tl.store(destination, narrow(dz, dlogits.dtype.element_ty), mask)
 

@@ -16,10 +16,13 @@ def second_derivative(
     in `grads` and in `inputs`, as plain PyTorch that can be differentiated again. A None among `grads` (an output that
     nothing depends on) or `arriving` counts as zero."""
 
-    def leaf(tensor: Tensor) -> Tensor:
-        return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-
     graph = torch.is_grad_enabled()
+
+    def leaf(tensor: Tensor) -> Tensor:
+        # An alias: what arrived may itself depend on the inputs (the loss squared, say), and a derivative in the inputs
+        # themselves would run through that dependence a second time.
+        return tensor.view_as(tensor) if graph and tensor.requires_grad else tensor.detach().requires_grad_()
+
     with torch.enable_grad():
         inputs = [leaf(tensor) for tensor in inputs]
         outputs = definition(*inputs)

@@ -11,8 +11,10 @@ using namespace margin_kernels::math;
 template <class T>
 __global__ void all_formulas(const T* in, T* out) {
   const T a = in[0], b = in[1], c = in[2];
-  out[0] = comes_before(a, 0, b, 1) ? negative_log_likelihood(a, b, c) : softmax(a, b, c);
-  out[1] = label_gradient(a, b, c) + competitor_gradient(a, b, c);
+  const RowLosses<T> losses = row_losses(a, b, c);
+  const RowWeights<T> weights(a, b, c, a, b, c, a);
+  out[0] = comes_before(a, 0, b, 1) ? losses.nll + losses.phi : uniform_loss(a, b, c, a, b);
+  out[1] = weights.is_zero() ? gap(a, b) : weights.rival(a, is_masked(b)) + weights.label(is_masked(c));
   out[2] =
       power<Norm::SUM>(a, b) + power<Norm::SQUARE>(a, b) + power<Norm::THREE_HALVES>(a, b) + power<Norm::GENERAL>(a, b);
   out[3] =

@@ -75,6 +75,8 @@ void agrees_with_the_cpu(const std::vector<Tensor>& gradients, const std::string
   const int64_t numel = gradients[0].numel();
   const Tensor grads = at::randn({lead[0], lead[1], static_cast<int64_t>(gradients.size())}, type_of<acc_t<T>>);
   for (const double p : ps) {
+    // Neither backend computes these norms in float32: both launch the kernels for float64.
+    if (mk::math::needs_float64(p) && type_of<T> != at::kDouble) continue;
     const std::string where = what + " p=" + std::to_string(p) + " " + c10::toString(type_of<T>);
     const Tensor expected = mk::dual_norm(gradients, p, 2);
     Tensor first;

@@ -25,11 +25,20 @@ void agrees_with_the_cpu(int64_t n, int64_t k, int64_t layers, bool optional) {
     gap[3].fill_(gap[3][0]);  // ties
     norm[3].fill_(1);
   }
-  std::optional<Tensor> cap, weight;
+  if (n > 8) {
+    gap[4][0] = -inf;
+    gap[5].fill_(-inf);
+    gap[6][k - 1] = inf;
+    gap[7][0] = -inf;
+    norm[7][0][0] = inf;
+    norm[8][k / 2].fill_(inf);
+  }
+  std::optional<Tensor> cap, weight, min_norm;
   if (optional) {
     cap = at::rand({layers}, type) + 0.2;
     weight = at::rand({layers}, type);
     (*weight)[0] = 0;
+    min_norm = at::rand({layers}, type) * 0.8;
   }
   for (int a = 0; a < 4; ++a) {
     for (const char* reduction : {"mean", "sum"}) {
@@ -40,15 +49,17 @@ void agrees_with_the_cpu(int64_t n, int64_t k, int64_t layers, bool optional) {
                               gamma.data_ptr<T>(),
                               cap ? cap->data_ptr<T>() : nullptr,
                               weight ? weight->data_ptr<T>() : nullptr,
+                              min_norm ? min_norm->data_ptr<T>() : nullptr,
                               n,
                               static_cast<int>(k),
                               static_cast<int>(layers),
                               static_cast<T>(eps),
                               static_cast<Aggregation>(a),
                               std::string(reduction) == "mean"};
-      const auto [loss, distance] = mk::margin_hinge(gap, norm, gamma, cap, weight, eps, kNames[a], reduction);
+      const auto [loss, distance] =
+          mk::margin_hinge(gap, norm, gamma, cap, weight, min_norm, eps, kNames[a], reduction);
       const auto [dgap, dnorm] =
-          mk::margin_hinge_backward(grad, gap, norm, gamma, cap, weight, eps, kNames[a], reduction, true);
+          mk::margin_hinge_backward(grad, gap, norm, gamma, cap, weight, min_norm, eps, kNames[a], reduction, true);
       cuda_on_cpu::under_every_schedule([&] {
         const cuda_on_cpu::Launch launch;
         Tensor loss_ = unwritten({n}, type), distance_ = unwritten({n, k, layers}, type);

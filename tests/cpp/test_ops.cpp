@@ -21,10 +21,12 @@ Tensor gradient(const Tensor& output, const Tensor& input, bool create_graph = f
 void competitors_select_and_differentiate() {
   const Tensor logits = at::tensor({1.0, 4.0, 2.0, 3.0}, at::kDouble).reshape({1, 4}).requires_grad_();
   const Tensor target = at::tensor({int64_t{1}});
-  const auto [gap, nll, index, normalizer] = mk::competitors(logits, target, 2);
+  const auto [gap, nll, phi, uniform, index, normalizer, valid] = mk::competitors(logits, target, 2, -100, false);
   EXPECT(index[0][0].item<int64_t>() == 3 && index[0][1].item<int64_t>() == 2);
   EXPECT_NEAR(gap[0][0].item<double>(), -1.0, 1e-15);
   EXPECT_NEAR(nll[0].item<double>(), std::log(std::exp(-3) + 1 + std::exp(-2) + std::exp(-1)), 1e-14);
+  EXPECT_NEAR(phi[0].item<double>(), 4 - std::log(std::exp(1) + std::exp(2) + std::exp(3)), 1e-14);
+  EXPECT(uniform.numel() == 0);
   const Tensor slope = gradient(nll.sum(), logits, true);
   EXPECT_NEAR(slope[0][1].item<double>(), at::softmax(logits, 1)[0][1].item<double>() - 1, 1e-13);
   // d/dz_1 of softmax_1 is softmax_1 (1 - softmax_1)
@@ -46,7 +48,7 @@ void norms_are_dual() {
 void a_hinge_on_the_distance() {
   const Tensor gap = at::tensor({-1.0}, at::kDouble).reshape({1, 1}).requires_grad_();
   const Tensor norm = at::full({1, 1, 1}, 2.0, at::kDouble), gamma = at::ones({1}, at::kDouble);
-  const auto [loss, distance] = mk::margin_hinge(gap, norm, gamma, {}, {}, 0, "max", "mean");
+  const auto [loss, distance] = mk::margin_hinge(gap, norm, gamma, {}, {}, {}, 0, "max", "mean");
   EXPECT_NEAR(distance.item<double>(), 0.5, 1e-15);
   EXPECT_NEAR(loss.item<double>(), 0.5, 1e-15);
   EXPECT_NEAR(gradient(loss.sum(), gap).item<double>(), 0.5, 1e-15);
@@ -100,11 +102,14 @@ void every_row_length_stays_inside_and_agrees_with_aten() {
       const Tensor wide = row.detach().to(at::kDouble).requires_grad_();
       const Tensor target = at::tensor({length / 2});
       for (const int64_t k : {int64_t{1}, std::min<int64_t>(3, length - 1), length - 1}) {
-        const auto [gap, nll, index, normalizer] = mk::competitors(row, target, k);
+        const auto [gap, nll, phi, uniform, index, normalizer, valid] = mk::competitors(row, target, k, -100, true);
         EXPECT_NEAR(nll.item<double>(), -at::log_softmax(wide, 1)[0][length / 2].item<double>(), tolerance * 10);
         const Tensor sorted = std::get<0>(wide.detach().index_fill(1, target, -1e30).topk(k, 1));
         EXPECT_NEAR((gap.to(at::kDouble) + wide.detach()[0][length / 2]).sub(sorted).abs().max().item<double>() + 1, 1,
                     1e-6);
+        const Tensor even = wide.detach().logsumexp(1) - wide.detach().mean(1);
+        EXPECT_NEAR(uniform.item<double>(), even.item<double>(), tolerance * 10);
+        EXPECT_NEAR(std::log1p(std::exp(-phi.item<double>())), nll.item<double>(), tolerance * 10);
         const Tensor slope = gradient(nll.sum(), row).to(at::kDouble);
         Tensor truth = at::softmax(wide.detach(), 1);
         truth[0][length / 2] -= 1;
@@ -146,7 +151,7 @@ void every_row_length_stays_inside_and_agrees_with_aten() {
 void a_target_outside_the_classes_is_named() {
   std::string words;
   try {
-    mk::competitors(at::zeros({2, 3}), at::tensor({int64_t{0}, int64_t{7}}), 1);
+    mk::competitors(at::zeros({2, 3}), at::tensor({int64_t{0}, int64_t{7}}), 1, -100, false);
   } catch (const c10::ValueError& error) {
     words = error.what_without_backtrace();
   }

@@ -1,31 +1,11 @@
 #include "redirected_edges.h"
 
-#include <torch/csrc/autograd/variable.h>
-
-#include <unordered_set>
+#include "breadth_first.h"
 
 namespace margin_kernels {
 
 using torch::autograd::Edge;
 using torch::autograd::Node;
-
-namespace {
-
-// The nodes of the graph of `root`, in the order of graph_nodes in taps.py.
-std::vector<Node*> breadth_first(const at::Tensor& root) {
-  std::vector<Node*> nodes{root.grad_fn().get()};
-  TORCH_CHECK(nodes[0] != nullptr, "root has no graph");
-  std::unordered_set<Node*> seen{nodes[0]};
-  for (size_t i = 0; i < nodes.size(); ++i) {
-    for (const Edge& edge : nodes[i]->next_edges()) {
-      Node* next = edge.function.get();
-      if (next != nullptr && seen.insert(next).second) nodes.push_back(next);
-    }
-  }
-  return nodes;
-}
-
-}  // namespace
 
 RedirectedEdges::RedirectedEdges(const at::Tensor& root, const std::vector<Place>& places) : root_(root) {
   const std::vector<Node*> nodes = breadth_first(root);
