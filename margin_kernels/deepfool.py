@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import functional
-from .passes import pair_gradient, route_from
+from .deepfool_checks import (
+    check_arguments,
+    check_logits,
+    check_search,
+    warn_of_probabilities,
+    warn_of_training_mode,
+)
+from .gradients.loop import pair_gradient, passes_to
+from .random_state import RandomState
+from .replay import untouched
 from .tracing import tracing
 
 LOG = logging.getLogger(__name__)
@@ -42,8 +52,8 @@ CUDA_CHECK_EVERY = 5
 
 
 class DeepFoolResult(NamedTuple):
-    """perturbation [N, *], its p norm [N] (NaN where the logits are), steps taken [N] int64, boundary crossed [N]
-    bool, and the class predicted at x + perturbation [N] int64."""
+    """perturbation [N, *], its p norm [N] (NaN where the logits are, inf where all rivals are masked), steps taken [N]
+    int64, boundary crossed [N] bool, and the class predicted at x + perturbation [N] int64."""
 
     perturbation: Tensor
     distance: Tensor
@@ -67,7 +77,7 @@ def deepfool(
     model: Model,
     x: Tensor,
     target: Tensor | None = None,
-    p: float = 2,
+    p: float | str = 2,
     max_iter: int = 50,
     overshoot: float = 0.02,
     overshoot_mode: str = "total",
@@ -80,20 +90,57 @@ def deepfool(
     x_next = x_0 + (1 + overshoot) * sum of steps   ("total", as foolbox's L2DeepFoolAttack)
     x_next = x + (1 + overshoot) * step             ("step", as [A])
 
-    Arguments: `model` maps [N, *] to logits [N, C], each row depending on its own sample only (eval mode is the
-    caller's to choose); `x` floating [N, *]; `target` int64 [N] or None; `p` in [1, inf]; `max_iter` >= 1;
-    `overshoot` >= 0; `candidates` the number of largest logits at x taken part in, the prediction included (2 to C;
-    larger means all); `bounds` (low, high) clips x + perturbation; `step_limit` > 0 shortens each step to that p norm
-    (0.5 in [M]). Without `target` the reference class is the prediction at x. With it, samples predicted as their
-    target are treated so too, and the others the other way round ([A], set F): they move until the target is predicted,
-    the reference being whatever is predicted meanwhile. Returns DeepFoolResult; distance is that of the perturbation as
-    applied, overshoot included. Raises ValueError for an argument out of range.
+    Args:
+        model: maps [N, *] to logits [N, C]; each row depends on its own sample only. Put it into eval mode first. Its
+            buffers and attributes are afterwards as before; its hooks see every forward pass.
+        x: floating [N, *].
+        target: int64 [N], or None: the reference class is the prediction at x. With targets, samples predicted as their
+            target are treated so too, and the others the other way round ([A], set F): they move until the target is
+            predicted, the reference being whatever is predicted meanwhile.
+        p: in [1, inf]; float("inf") or "inf".
+        max_iter: at least 1.
+        overshoot: finite, >= 0.
+        candidates: number of largest logits at x that take part, the prediction included; 2 to C, larger means all.
+        bounds: (low, high) clips x + perturbation; x must lie inside.
+        step_limit: > 0 shortens each step to that p norm (0.5 in [M]).
+
+    Returns:
+        DeepFoolResult; distance is that of the perturbation as applied, overshoot included. It works under no_grad and
+        inference_mode, and returns no graph.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+
+    Warns, if batch norm or dropout is in training mode, and if the model seems to return probabilities.
     """
-    check_search(p, max_iter, overshoot, candidates)
-    _check(x, target, overshoot_mode, bounds, step_limit)
-    options = (max_iter, overshoot, overshoot_mode, candidates, bounds, step_limit)
-    found = search(model, x, target, p, *options, together=not convolves(model))
-    return found.result
+    exponent = check_search(p, max_iter, overshoot, candidates)
+    check_arguments(model, x, target, overshoot_mode, bounds, step_limit)
+    with outside_inference_mode(), untouched(model):
+        x = differentiable(x)
+        random = RandomState.now(x)
+        with torch.no_grad():
+            logits = model(x)
+        check_logits(logits, x, target)
+        coupled = warn_of_training_mode(model, random.changed())
+        warn_of_probabilities(logits)
+        options = (max_iter, overshoot, overshoot_mode, candidates, bounds, step_limit, logits)
+        together = not convolves(model)
+        return search(model, x, target, exponent, *options, whole_batch=coupled, together=together).result
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Gradients can be taken inside, also where the caller is in inference mode."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def differentiable(x: Tensor) -> Tensor:
+    """x, or its clone where it was made in inference mode: autograd saves no such tensor."""
+    return x.clone() if x.is_inference() else x
 
 
 def search(
@@ -115,12 +162,15 @@ def search(
 ) -> Search:
     """`deepfool` with the boundaries that its steps went to; arguments as there, checked by the caller.
 
-    logits: model(x) where it is known.  source: the tensor that these logits were made from, where they carry a graph:
-    the first step then needs no forward pass of its own.  whole_batch: finished samples stay in the batch, for models
-    whose rows depend on their place in it (dropout masks that are drawn again).  together: the gradients of all
-    candidates in one batched backward pass, faster for networks without convolutions.
+    logits: model(x) if it is known.
+    source: the tensor at which the graph of these logits begins, if they have one: the first step then needs no forward
+        pass of its own.
+    whole_batch: finished samples stay in the batch, for models whose rows depend on their place in it (dropout masks
+        that are drawn again) or on the others (batch norm).
+    together: the gradients of all candidates in one batched backward pass, faster for networks without convolutions.
     """
-    x = x.detach()
+    x = differentiable(x.detach())
+    target = None if target is None else differentiable(target)
     total, moved = torch.zeros_like(x), x.clone()
     # Where the host sees the mask anyway, a pass without a graph finds what is done, and only the others pay for
     # gradients: one for each candidate, or a single one where the target is the only candidate.
@@ -133,6 +183,7 @@ def search(
     if logits is None:
         with torch.no_grad():
             logits = model(x)
+        check_logits(logits, x, None)
     state = _State.start(logits, x, target, candidates)
     for step in range(max_iter + 1):
         last = step == max_iter
@@ -202,31 +253,32 @@ def host_sees(x: Tensor) -> bool:
 class _State:
     """Of every sample [N]: reference classes, what is predicted now, whether it still moves."""
 
-    def __init__(self, prediction: Tensor, rivals: Tensor, goal: Tensor, toward: Tensor, finite: Tensor) -> None:
+    def __init__(
+        self, prediction: Tensor, rivals: Tensor, goal: Tensor, toward: Tensor, finite: Tensor, enclosed: Tensor
+    ) -> None:
         self.prediction, self.rivals, self.goal, self.toward = prediction, rivals, goal, toward
-        self.finite, self.active = finite, finite.clone()
+        self.finite, self.enclosed, self.active = finite, enclosed, finite & ~enclosed
         self.label = prediction.clone()
 
     @classmethod
     def start(cls, output: Tensor, x: Tensor, target: Tensor | None, candidates: int) -> _State:
-        """From the logits [N, C] at x. `toward`: samples that move toward their target, which is not predicted."""
-        if output.ndim != 2 or len(output) != len(x):
-            raise ValueError(f"the model returns {list(output.shape)} for x {list(x.shape)}; logits [N, C] expected")
-        if output.shape[1] < 2:
-            raise ValueError(f"the model returns {output.shape[1]} class; DeepFool needs at least 2")
+        """From the logits [N, C] at x. `toward`: samples that move toward their target, which is not predicted.
+        `enclosed`: all boundaries of the sample lead to masked classes."""
         logits = output.detach()
         # stable: equal logits keep the lower class first, as everywhere in this library
         ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, :candidates]
         prediction, rivals = ranking[:, 0], ranking[:, 1:]
         toward = torch.zeros_like(prediction, dtype=torch.bool) if target is None else prediction != target
         goal = prediction if target is None else target
-        return cls(prediction, rivals, goal, toward, ~logits.isnan().any(1))
+        nearest = torch.where(toward, goal, rivals[:, 0])
+        enclosed = logits.gather(1, nearest[:, None])[:, 0] == -math.inf
+        return cls(prediction, rivals, goal, toward, _usable(logits), enclosed)
 
     def look(self, rows: Tensor, logits: Tensor) -> None:
         """Takes note of the logits [n, C] of samples rows [n]."""
         label = logits.argmax(1)
         toward, goal = _taken(self.toward, rows), _taken(self.goal, rows)
-        finite = _taken(self.finite, rows) & ~logits.isnan().any(1)
+        finite = _taken(self.finite, rows) & _usable(logits)
         active = _taken(self.active, rows) & (toward == (label != goal)) & finite
         self.label = _placed(self.label, rows, label)
         self.finite, self.active = _placed(self.finite, rows, finite), _placed(self.active, rows, active)
@@ -260,8 +312,13 @@ class _State:
         perturbation = moved - x
         distance = torch.linalg.vector_norm(perturbation.flatten(1), ord=p, dim=1)
         valid = self.finite & ~perturbation.flatten(1).isnan().any(1)
-        distance = distance.masked_fill(~valid, math.nan)
+        distance = distance.masked_fill(self.enclosed, math.inf).masked_fill(~valid, math.nan)
         return DeepFoolResult(perturbation, distance, iterations, crossed & valid, self.label)
+
+
+def _usable(logits: Tensor) -> Tensor:
+    """Rows [N] of logits [N, C] that predict a class: no NaN, no +inf, not every class masked."""
+    return (logits < math.inf).all(1) & (logits > -math.inf).any(1)
 
 
 def _nearest_step(
@@ -279,6 +336,9 @@ def _nearest_step(
     """The step [n, *] to the nearest of the linearised boundaries, 0 where no gradient points anywhere, and which of
     the boundaries that is, [n]."""
     z = output.to(torch.promote_types(output.dtype, torch.float32))
+    with torch.no_grad():
+        # The boundary {j, j} in the place of one to a masked class: no gradient, so infinitely far away.
+        upper = torch.where(z.gather(1, upper) == -math.inf, lower[:, None], upper)
     gap = z.gather(1, upper) - z.gather(1, lower[:, None])  # [n, m]
     gradients = _gradients(output, gap, leaf, upper, lower, together)
     with torch.no_grad():
@@ -304,8 +364,8 @@ def _gradients(output: Tensor, gap: Tensor, leaf: Tensor, upper: Tensor, lower: 
             return batched[0].transpose(0, 1)
         except RuntimeError as error:
             LOG.debug("candidates one at a time: %s", error)
-    route = route_from(output, leaf)
-    return torch.stack([pair_gradient(output, upper[:, j], lower, leaf, route=route) for j in range(count)], 1)
+    passes = passes_to(output, leaf)
+    return torch.stack([pair_gradient(output, upper[:, j], lower, leaf, passes=passes) for j in range(count)], 1)
 
 
 def convolves(model: Model) -> bool:
@@ -316,34 +376,3 @@ def convolves(model: Model) -> bool:
 def _per_sample(factor: Tensor, like: Tensor) -> Tensor:
     """factor [n] as [n, 1, ...], 1 where nothing is to be scaled: inactive samples and those without a direction."""
     return torch.where(factor.isfinite(), factor, 1.0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
-
-
-def check_search(p: float, max_iter: int, overshoot: float, candidates: int) -> None:
-    """Raises ValueError for an option out of range."""
-    if not p >= 1:
-        raise ValueError(f"p is {p}; allowed: p >= 1, inf included")
-    if max_iter < 1:
-        raise ValueError(f"max_iter is {max_iter}; allowed: at least 1")
-    if not overshoot >= 0:
-        raise ValueError(f"overshoot is {overshoot}; allowed: overshoot >= 0")
-    if candidates < 2:
-        raise ValueError(f"candidates is {candidates}; allowed: at least 2, the prediction and one rival")
-
-
-def _check(
-    x: Tensor,
-    target: Tensor | None,
-    overshoot_mode: str,
-    bounds: tuple[float, float] | None,
-    step_limit: float | None,
-) -> None:
-    if not x.is_floating_point() or x.ndim < 2:
-        raise ValueError(f"x is {x.dtype} {list(x.shape)}; a floating-point tensor [N, *] is expected")
-    if target is not None and (target.shape != x.shape[:1] or target.is_floating_point()):
-        raise ValueError(f"target is {target.dtype} {list(target.shape)}; int64 [{len(x)}] is expected")
-    if overshoot_mode not in ("total", "step"):
-        raise ValueError(f"overshoot_mode is {overshoot_mode!r}; allowed: 'total', 'step'")
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds is {bounds}; allowed: (low, high) with low < high")
-    if step_limit is not None and not step_limit > 0:
-        raise ValueError(f"step_limit is {step_limit}; allowed: step_limit > 0")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from margin_kernels import AdversarialMarginLoss, MarginTask, deepfool
 from margin_kernels.experiments import toy
-from margin_kernels.losses.adversarial import AGGREGATIONS, GRADIENTS, MIN_SHARE, SHRINKAGES, TERM_LIMIT
+from margin_kernels.losses.adversarial import AGGREGATIONS, GRADIENTS, MIN_SHARE, SHRINKAGES
 
 CLASSES = 4
 
@@ -97,14 +97,22 @@ def literal_envelope(
 
 
 def literal_term(loss: AdversarialMarginLoss, m: Tensor, right: bool) -> Tensor:
-    t = -loss.c * m if right else loss.d * m
-    if loss.shrinkage == "exp":
-        if not right and float(t.detach()) > math.log(50 / loss.weight + 1):
-            t = torch.tensor(math.log(50 / loss.weight + 1), dtype=t.dtype)
-        return t.exp()
+    """lambda * shrink of one sample with the limits of [A]'s code."""
+    weight, c, d = loss.weight, loss.c, loss.d
+    if weight == 0:
+        return 0 * m
+    if loss.shrinkage == "lin":
+        return -weight * c * m if right else weight * d * m
+    if right:
+        term = weight * torch.exp(-c * m) if loss.shrinkage == "exp" else weight / (1 + c * m)
+        return term if float(term.detach()) < 50 else torch.tensor(50.0, dtype=m.dtype)
+    largest = (math.log(50 / weight + 1) if loss.shrinkage == "exp" else max(0.0, 1 - weight / 50)) / d
+    if float(m.detach()) > largest:
+        m = torch.tensor(largest, dtype=m.dtype)
     if loss.shrinkage == "inv":
-        return torch.tensor(50.0, dtype=t.dtype) if float(t.detach()) >= 0.98 else 1 / (1 - t)
-    return t if float(t.detach()) < 50 else torch.tensor(50.0, dtype=t.dtype)
+        return weight / (1 - d * m)
+    term = weight * torch.exp(d * m)
+    return term if float(term.detach()) < 50 else torch.tensor(50.0, dtype=m.dtype)
 
 
 def literal(loss: AdversarialMarginLoss, net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, set[int]]:
@@ -132,7 +140,7 @@ def literal(loss: AdversarialMarginLoss, net: nn.Module, x: Tensor, y: Tensor) -
                 chosen |= set([n for n in near if int(y[n]) == c][:1])
     total = F.cross_entropy(net(x), y)
     for n in chosen:
-        total = total + loss.weight / len(x) * literal_term(loss, m[n], group[n])
+        total = total + literal_term(loss, m[n], group[n]) / len(x)
     return total, chosen
 
 
@@ -207,20 +215,62 @@ def test_failed_attacks_are_left_out():
     assert 0 < out.success.sum() < len(x) and torch.equal(out.selected, out.success)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("weight", [0, 1, 15, 32, 60])
 @pytest.mark.parametrize("shrinkage", SHRINKAGES)
-def test_terms_are_cut_where_they_would_explode(shrinkage):
+def test_the_limit_is_on_weight_times_shrink(shrinkage, weight, gradient):
+    """Slopes that put samples on both sides of every limit; values and gradients of a literal loop."""
     net = small_net()
     x, y = batch(net)
-    loss = AdversarialMarginLoss(aggregation="avg", shrinkage=shrinkage, d=1e4, weight=2.0)
+    for c, d in ((1.5, 0.4), (0.01, 1.0), (2.0, 30.0)):
+        loss = AdversarialMarginLoss(weight, c, d, aggregation="avg", shrinkage=shrinkage, gradient=gradient)
+        check(loss, net, x, y)
+
+
+@pytest.mark.parametrize(
+    ("shrinkage", "weight", "value"),
+    [("exp", 32.0, 50.0), ("exp", 60.0, 50.0), ("exp", 1.0, 50.0), ("inv", 32.0, 50.0), ("inv", 60.0, 60.0)],
+)
+def test_far_misclassified_samples_count_the_limit_and_have_no_gradient(shrinkage, weight, value):
+    net = small_net()
+    x, y = batch(net)
+    y = (net(x).argmax(1) + 1) % CLASSES
+    loss = AdversarialMarginLoss(weight, d=1e4, aggregation="avg", shrinkage=shrinkage)
     out = loss.margins(net(x), y, net, x)
-    wrong = out.selected & ~out.correct
-    right = out.selected & out.correct
-    assert wrong.any()
-    t = -loss.c * out.distance[right]
-    ours = {"lin": t, "exp": t.exp(), "inv": 1 / (1 - t)}[shrinkage].sum()
-    limit = {"lin": TERM_LIMIT, "exp": 50 / 2.0 + 1, "inv": TERM_LIMIT}[shrinkage]
-    expected = out.nll.mean() + 2.0 / len(x) * (ours + limit * wrong.sum())
-    torch.testing.assert_close(out.loss.detach(), expected, rtol=1e-9, atol=0)
+    assert not out.correct.any() and out.selected.sum() > 10
+    expected = out.nll.mean() + value * out.selected.sum() / len(x)
+    torch.testing.assert_close(out.loss.detach(), expected, rtol=1e-12, atol=0)
+    entropy = gradients(F.cross_entropy(net(x), y), net)
+    torch.testing.assert_close(gradients(out.loss, net), entropy, rtol=1e-9, atol=1e-12)
+
+
+def test_with_weight_32_and_d_1_the_limit_of_exp_is_at_0446():
+    """[A]'s values: a misclassified sample further than ln(50 / 32) from its label's region adds nothing to the
+    gradient, a nearer one does."""
+    loss = AdversarialMarginLoss()
+    for m, slope in ((0.44, 32 * math.exp(0.44)), (0.45, 0.0)):
+        t = torch.tensor([m], dtype=torch.float64, requires_grad=True)
+        (grad,) = torch.autograd.grad(loss._limited_wrong(t).sum(), t)
+        assert float(grad) == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("shrinkage", SHRINKAGES)
+@pytest.mark.parametrize("weight", [1e-30, 1e30])
+def test_extreme_weights_give_finite_terms_in_float32(shrinkage, weight):
+    loss = AdversarialMarginLoss(weight, shrinkage=shrinkage)
+    t = torch.tensor([0.0, 0.5, 0.999, 1.0, 2.0, 90.0, 800.0])
+    for terms in (loss._limited_right(-t), loss._limited_wrong(t)):
+        assert terms.isfinite().all()
+
+
+def test_weight_zero_is_cross_entropy():
+    net = small_net()
+    x, y = batch(net)
+    for shrinkage in SHRINKAGES:
+        out = AdversarialMarginLoss(0, aggregation="avg", d=1e6, shrinkage=shrinkage).margins(net(x), y, net, x)
+        expected = F.cross_entropy(net(x), y)
+        torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradients(out.loss, net), gradients(expected, net), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("p", [1, 2, math.inf])
@@ -304,6 +354,18 @@ def test_distances_are_those_of_deepfool():
     assert torch.equal(out.iterations, found.iterations) and torch.equal(out.label, found.label)
 
 
+class Counted(nn.Module):
+    """Notes the sizes of its batches in a list of the test's, which nothing takes back."""
+
+    def __init__(self, net: nn.Module, sizes: list[int]) -> None:
+        super().__init__()
+        self.net, self.note = net, sizes.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.note(len(x))
+        return self.net(x)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("wrong", [0, 1, 20])
 def test_the_first_step_needs_no_forward_pass_of_its_own(gradient, wrong):
@@ -313,15 +375,14 @@ def test_the_first_step_needs_no_forward_pass_of_its_own(gradient, wrong):
     y = net(x).argmax(1)
     y[:wrong] = (y[:wrong] + 1) % CLASSES
     loss = AdversarialMarginLoss(weight=3.0, gradient=gradient, aggregation="avg")
-    passes = []
-    handle = net.register_forward_hook(lambda module, args, output: passes.append(len(output)))
-    shared = MarginTask(net, loss)(x, y)
-    within = list(passes)
-    passes.clear()
-    alone = loss.margins(net(x), y, net, x)
-    handle.remove()
+    sizes: list[int] = []
+    counted = Counted(net, sizes).eval()
+    shared = MarginTask(counted, loss)(x, y)
+    within = list(sizes)
+    sizes.clear()
+    alone = loss.margins(counted(x), y, counted, x)
     saved = wrong < 20  # where all move toward their targets, a pass for the one candidate is cheaper on its own
-    assert (sum(passes) - sum(within), passes[0], within[0]) == (20 * saved, 20, 20)
+    assert (sum(sizes) - sum(within), sizes[0], within[0]) == (20 * saved, 20, 20)
     for name, value in alone._asdict().items():
         if value.is_floating_point():
             torch.testing.assert_close(shared[name], value, rtol=1e-11, atol=1e-12)
@@ -423,6 +484,104 @@ def test_under_no_grad_the_task_returns_logit_statistics():
     torch.testing.assert_close(out["nll"].mean(), F.cross_entropy(net(x), y).detach())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_without_gradients_the_loss_has_its_value(gradient, mode):
+    net = small_net()
+    x, y = batch(net)
+    loss = AdversarialMarginLoss(weight=3.0, gradient=gradient, aggregation="avg", normalize=True)
+    expected = loss.margins(net(x), y, net, x)
+    with mode():
+        own_x, own_y = x.clone(), y.clone()
+        found = loss.margins(net(own_x), own_y, net, own_x)
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other.detach(), rtol=1e-12, atol=0)
+        assert not value.requires_grad
+
+
+def test_an_image_that_is_zero_has_no_relative_distance_and_no_part():
+    net = small_net()
+    x, y = batch(net)
+    x[4] = 0
+    y[4] = net(x[4:5]).argmax(1)[0]
+    for shrinkage in SHRINKAGES:
+        loss = AdversarialMarginLoss(weight=3.0, aggregation="avg", normalize=True, shrinkage=shrinkage)
+        out = loss.margins(net(x), y, net, x)
+        assert math.isinf(out.distance[4]) and out.success[4] and not out.selected[4]
+        others = torch.arange(len(x)) != 4
+        part = loss.margins(net(x[others]), y[others], net, x[others])
+        share = (part.loss - part.nll.mean()) * (len(x) - 1) / len(x)
+        torch.testing.assert_close(out.loss, share + F.cross_entropy(net(x), y), rtol=1e-10, atol=0)
+        assert gradients(out.loss, net).isfinite().all()
+
+
+LAYERS = {
+    "hardsigmoid": (nn.Hardsigmoid(), r"hardsigmoid: write it as torch.clamp\(x / 6 \+ 0.5, 0, 1\)"),
+    "cdist": (None, "cdist: write the distances with basic operations"),
+    "custom": (None, r"an operation of the model: take gradient.*once_differentiable"),
+}
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Through(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.body, self.name = small_net(), name
+        self.centres = nn.Parameter(torch.randn(8, 8, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body[0](x)
+        if self.name == "cdist":
+            h = torch.cdist(h, self.centres)
+        else:
+            h = Twice.apply(h) if self.name == "custom" else F.hardsigmoid(h)
+        return self.body[2:](h)
+
+
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_an_operation_without_a_second_derivative_is_named_in_the_forward_pass(name):
+    net = Through(name)
+    x, y = batch(net)
+    for how in (lambda loss: MarginTask(net, loss)(x, y)["loss"], lambda loss: loss(net(x), y, net, x)):
+        with pytest.raises(
+            ValueError, match=f"a second derivative is needed, and PyTorch has none of {LAYERS[name][1]}"
+        ):
+            how(AdversarialMarginLoss())
+        for gradient in ("envelope", "first_order"):
+            value = how(AdversarialMarginLoss(gradient=gradient, aggregation="avg"))
+            assert gradients(value, net).isfinite().all()
+
+
+def test_fused_attention_is_refused_for_unrolled_gradients():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(6, 12).double(), nn.Linear(12, CLASSES).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inner(x).view(-1, 1, 3, 4)
+            return self.head(F.scaled_dot_product_attention(h, h, h).reshape(*x.shape[:-1], 12))
+
+    torch.manual_seed(0)
+    net = Attention()
+    x, y = batch(net)
+    with pytest.raises(ValueError, match=r"attention.*SDPBackend.MATH"):
+        MarginTask(net, AdversarialMarginLoss())(x, y)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        check(AdversarialMarginLoss(aggregation="avg"), net, x, y)
+
+
 def test_nan_logits_give_a_nan_loss_and_distance():
     net = small_net()
     x, y = batch(net)
@@ -430,6 +589,65 @@ def test_nan_logits_give_a_nan_loss_and_distance():
     out = AdversarialMarginLoss(aggregation="avg").margins(net(x), y, net, x)
     assert out.loss.isnan() and out.distance[3].isnan() and not out.selected[3]
     assert not out.distance[torch.arange(len(x)) != 3].isnan().any()
+
+
+class Masked(nn.Module):
+    """A net of CLASSES classes as one of two more, whose logits are -inf; class c is class KEPT[c] then."""
+
+    KEPT = (0, 2, 3, 5)
+
+    def __init__(self, net: nn.Module, alone: int | None = None) -> None:
+        super().__init__()
+        self.net, self.alone = net, alone
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.net(x)
+        wide = torch.full((len(z), CLASSES + 2), -math.inf, dtype=z.dtype).index_copy(1, torch.tensor(self.KEPT), z)
+        if self.alone is None:
+            return wide
+        # samples far to the right have one class left
+        only = (x[:, :1] > 5) & (torch.arange(CLASSES + 2) != self.alone)
+        return wide.masked_fill(only, -math.inf)
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_masked_classes_change_nothing(request, aggregation, gradient, device):
+    if device:
+        request.getfixturevalue("as_on_a_device")
+    net = small_net()
+    x, y = batch(net)
+    loss = AdversarialMarginLoss(weight=3.0, aggregation=aggregation, gradient=gradient, d=0.4)
+    expected = loss.margins(net(x), y, net, x)
+    wide = Masked(net)
+    found = MarginTask(wide, loss)(x, torch.tensor(Masked.KEPT)[y])
+    torch.testing.assert_close(found["distance"], expected.distance, rtol=1e-11, atol=0)
+    assert torch.equal(found["selected"], expected.selected)
+    torch.testing.assert_close(found["loss"], expected.loss, rtol=1e-11, atol=0)
+    grad = gradients(expected.loss, net)
+    torch.testing.assert_close(gradients(found["loss"], net), grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_sample_with_one_class_left_takes_no_part(request, gradient, device):
+    if device:
+        request.getfixturevalue("as_on_a_device")
+    net = small_net()
+    x, y = batch(net)
+    x[3, 0] = 10
+    y = torch.tensor(Masked.KEPT)[y]
+    y[3] = 2
+    wide = Masked(net, alone=2)
+    loss = AdversarialMarginLoss(weight=3.0, aggregation="avg", gradient=gradient, d=0.4)
+    out = loss.margins(wide(x), y, wide, x)
+    assert math.isinf(out.distance[3]) and not out.success[3] and not out.selected[3] and out.iterations[3] == 0
+    others = torch.arange(len(x)) != 3
+    part = loss.margins(wide(x[others]), y[others], wide, x[others])
+    share = (part.loss - part.nll.mean()) * (len(x) - 1) / len(x)
+    torch.testing.assert_close(out.loss - out.nll.mean(), share, rtol=1e-10, atol=0)
+    assert gradients(out.loss, net).isfinite().all()
 
 
 def test_half_precision_measures_in_float32():
@@ -487,7 +705,7 @@ def test_equal_margins_take_the_first_sample():
         ({"aggregation": "max"}, ValueError, "aggregation must be one of 'avg', 'min', got 'max'"),
         ({"shrinkage": "log"}, ValueError, "shrinkage must be one of 'lin', 'exp', 'inv', got 'log'"),
         ({"gradient": "second"}, ValueError, "gradient must be one of 'unrolled', 'envelope', 'first_order'"),
-        ({"candidates": 1}, ValueError, "candidates is 1; allowed: at least 2"),
+        ({"candidates": 1}, ValueError, "candidates must be >= 2, got 1"),
         ({"max_iter": 0}, ValueError, "max_iter must be >= 1"),
         ({"p": 0.5}, ValueError, "p must be >= 1"),
         ({"normalize": 1}, TypeError, "normalize must be True or False, got int"),

@@ -1,5 +1,7 @@
 """Attacks do what their formulas say, agree with foolbox, and leave the network as they found it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -119,23 +121,80 @@ def test_logit_gap_is_the_best_other_class_minus_the_own():
     assert attacks.logit_gap(logits, torch.tensor([1, 0, 0])).tolist() == [-1.0, 2.0, 0.0]
 
 
-def test_scaled_logits_stop_the_cross_entropy_attack_but_not_the_gap_attack(network, batch):
-    class Scaled(nn.Module):
-        def __init__(self, inner, factor):
-            super().__init__()
-            self.inner, self.factor = inner, factor
+class Scaled(nn.Module):
+    def __init__(self, inner, factor):
+        super().__init__()
+        self.inner, self.factor = inner, factor
 
-        def forward(self, x):
-            return self.factor * self.inner(x)
+    def forward(self, x):
+        return self.factor * self.inner(x)
 
+
+@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("factor", [1e3, 1e5])
+def test_scaled_logits_stop_neither_attack(network, batch, factor, steps):
+    """Where the gradient of cross-entropy is exactly 0, that of the log-odds is all but the gap's."""
     network.eval()
     x = batch[0]
     y = network(x).argmax(1)  # all right: the softmax of the scaled logits is exactly one
-    plain = attacks.fgsm(network, x, y, 0.1, "gap")
-    large = Scaled(network, 1e5)
-    gap, entropy = attacks.fgsm(large, x, y, 0.1, "gap"), attacks.fgsm(large, x, y, 0.1, "ce")
-    assert torch.equal(gap.images, plain.images) and gap.zero_gradient == 0
-    assert entropy.zero_gradient == 1.0 and torch.equal(entropy.images, x)
+    plain = attacks.ifgsm(network, x, y, 0.1, steps=steps, objective="gap")
+    large = Scaled(network, factor)
+    leaf = x.clone().requires_grad_()
+    (vanished,) = torch.autograd.grad(F.cross_entropy(large(leaf), y, reduction="sum"), leaf)
+    assert factor < 1e5 or not vanished.any()
+    z = factor * network.double()(x.double()).detach()
+    network.float()
+    rest = (z - z.gather(1, y[:, None])).exp().sum(1) - 1  # of all rivals, relative to the label
+    for objective in ("ce", "gap"):
+        attack = attacks.ifgsm(large, x, y, 0.1, steps=steps, objective=objective)
+        assert attack.zero_gradient == 0
+        assert attack.saturated == pytest.approx(float((rest < 6e-8).float().mean())) and attack.saturated > 0.8
+        same = (attack.images == plain.images).flatten(1).all(1)
+        # two rivals that are all but level share the gradient of the log-odds
+        assert same.float().mean() >= (1 if objective == "gap" or factor == 1e5 else 0.9)
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0, 1000.0])
+def test_the_attack_on_cross_entropy_has_the_direction_of_its_gradient(network, batch, factor):
+    """Against the gradient of cross-entropy in double precision, from a softmax that is not saturated there."""
+    network.eval()
+    x, y = batch
+    large = Scaled(network, factor).double()
+    leaf = x.double().requires_grad_()
+    nll = F.cross_entropy(large(leaf), y, reduction="none")
+    (expected,) = torch.autograd.grad(nll.sum(), leaf)
+    (gradient, logits) = attacks.attack_gradient(large, x.double(), y, "ce")
+    p = logits.softmax(1)
+    rest = 1 - p.gather(1, y[:, None])[:, 0]
+    clear = rest > 1e-6  # 1 - p_y is right to ten digits there
+    assert clear.sum() >= 5
+    torch.testing.assert_close((rest.view(-1, 1, 1, 1) * gradient)[clear], expected[clear], rtol=1e-6, atol=1e-9)
+    assert (gradient.flatten(1).abs().amax(1) > 0).all()
+
+
+def test_log_odds_are_those_of_a_literal_softmax():
+    logits = torch.tensor([[3.0, 1.0, -2.0], [0.0, 0.0, 0.0], [5.0, -math.inf, 1.0]], dtype=torch.float64)
+    target = torch.tensor([0, 2, 2])
+    phi = attacks.log_odds(logits, target)
+    for n, y in enumerate(target.tolist()):
+        p = float(logits[n].softmax(0)[y])
+        assert float(phi[n]) == pytest.approx(math.log(p / (1 - p)))
+    far = attacks.log_odds(torch.tensor([[40.0, 0.0, 0.0]]), torch.tensor([0]))
+    assert float(far) == pytest.approx(40 - math.log(2)) and far.dtype == torch.float32
+    half = attacks.log_odds(torch.tensor([[8.0, 0.0]], dtype=torch.bfloat16), torch.tensor([0]))
+    assert half.dtype == torch.float32 and float(half) == 8.0
+
+
+def test_saturated_is_the_share_of_images_whose_label_has_all_the_probability():
+    """1 - p_y of two logits (z, 0) is 1 / (1 + e^z): 6e-8 lies at z = 16.63."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0], [0.0]]))
+    x = torch.tensor([16.5, 16.6, 16.7, 40.0, -40.0]).view(5, 1, 1, 1)
+    y = torch.zeros(5, dtype=torch.long)
+    for objective in ("ce", "gap"):
+        attack = attacks.fgsm(model, x, y, 0.1, objective, bounds=(-50.0, 50.0))
+        assert attack.saturated == pytest.approx(2 / 5) and attack.zero_gradient == 0
 
 
 def test_images_stay_in_the_ball_and_in_the_data_range(network, batch):

@@ -144,6 +144,26 @@ def test_ifgsm_on_fewer_images_is_ifgsm_on_the_first_of_them(linear):
     assert "ifgsm_gap" not in none and none["worst"] <= min(none["fgsm_ce"], none["fgsm_gap"])
 
 
+def test_saturated_images_are_counted_beside_the_zero_gradients(linear):
+    """Of a network with scaled logits: the share of 1 - p_y < 6e-8 by a literal loop in double precision; no attack
+    stands still there."""
+    model, split = linear
+    with torch.no_grad():
+        model.head.weight.mul_(100)
+        model.head.bias.mul_(100)
+    result = evaluate.at_radius(model, split, 0.05, SMALL)
+    count = 0
+    for z, y in zip(model(split.images).detach().double(), split.labels.tolist(), strict=True):
+        count += sum(math.exp(float(z[j] - z[y])) for j in range(4) if j != y) < 6e-8
+    assert 0.2 < count / len(split) < 1 and result["saturated"] == pytest.approx(count / len(split))
+    assert result["zero_ce"] == result["zero_gap"] == 0
+    models = [{"label": "a", "evaluation": {**result, "distance": {}, "eps": 0.05}, "history": []}]
+    rows = {row.key: table.cell(row, models[0]) for section in table.sections(models) for row in section.rows}
+    assert rows["saturated"] == f"{100 * count / len(split):.1f} %"
+    del models[0]["evaluation"]["saturated"]  # a record from before
+    assert all(row.key != "saturated" for section in table.sections(models) for row in section.rows)
+
+
 def test_no_radius_is_attacked_twice_and_zero_not_at_all(linear, monkeypatch):
     model, split = linear
     seen = []

@@ -1,15 +1,18 @@
-"""White-box l_inf attacks on a batch: FGSM, IFGSM, PGD, on the gradient of cross-entropy or of the logit gap.
+"""White-box l_inf attacks on a batch: FGSM, IFGSM, PGD, on cross-entropy or on the logit gap.
 
     FGSM    x' = clip(x + eps sign(grad_x J(x)))
     IFGSM   x <- clip(project(x + alpha sign(grad_x J(x)))), steps >= eps/alpha times; project: onto |x - x_0| <= eps
     PGD     IFGSM from a uniform start in the eps ball
 
-    J = "ce":   logsumexp_i z_i - z_y            J = "gap":   max_{j != y} z_j - z_y
+    J = "ce":   -phi = logsumexp_{j != y} z_j - z_y            J = "gap":   max_{j != y} z_j - z_y
 
-A margin loss may scale the logits until softmax saturates: the cross-entropy gradient is then exactly zero in fp32
-and the attack stands still although the decision regions are as they were. The gap has no such scale, so each attack
-also reports the fraction of samples whose gradient is zero everywhere at the first step. Model in eval mode
-(restored afterwards); its parameters receive no gradients.
+phi is the log-odds of the label. Cross-entropy is nll = softplus(-phi), so grad_x nll = (1 - p_y) grad_x(-phi): for
+each sample the two gradients have one direction and one sign. A margin loss may scale the logits up until p_y rounds to
+1 in fp32, from 1 - p_y < 6e-8 on. The gradient of nll then loses the label's part, which turns it, and further on all
+of it: the attack stands still although the decision regions are as they were. The gradient of phi keeps its size. Each
+attack reports the share of samples with 1 - p_y < 6e-8, and the share whose own attack gradient is zero everywhere at
+the first step. The model is in eval mode during an attack and in its own modes afterwards; its parameters receive no
+gradients.
 """
 
 from __future__ import annotations
@@ -24,14 +27,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 OBJECTIVES = ("ce", "gap")
+# Below this 1 - p_y, p_y rounds to 1 in float32 and its entry of softmax - e_y to 0.
+SATURATED = 6e-8
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Adversarial images [N, *] and the fraction of samples whose first attack gradient was zero everywhere."""
+    """Adversarial images [N, *]; of the samples at the start of the attack the share whose attack gradient is zero
+    everywhere, and the share with 1 - p_y < 6e-8."""
 
     images: Tensor
     zero_gradient: float
+    saturated: float
 
 
 @contextmanager
@@ -48,22 +55,28 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def logit_gap(logits: Tensor, target: Tensor) -> Tensor:
     """max_{j != y} z_j - z_y per sample: logits [N, C], target [N] -> [N]; positive where misclassified."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     own = logits.gather(1, target[:, None])
     others = logits.masked_fill(F.one_hot(target, logits.shape[1]).bool(), -math.inf)
     return others.amax(1) - own[:, 0]
 
 
-def attack_gradient(model: nn.Module, x: Tensor, target: Tensor, objective: str) -> Tensor:
-    """grad_x of the summed objective, [N, *]; no parameter is touched."""
+def log_odds(logits: Tensor, target: Tensor) -> Tensor:
+    """phi = z_y - logsumexp_{j != y} z_j per sample: logits [N, C], target [N] -> [N], in float32 or wider."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    others = logits.masked_fill(F.one_hot(target, logits.shape[1]).bool(), -math.inf)
+    return logits.gather(1, target[:, None])[:, 0] - others.logsumexp(1)
+
+
+def attack_gradient(model: nn.Module, x: Tensor, target: Tensor, objective: str) -> tuple[Tensor, Tensor]:
+    """grad_x of the summed objective, [N, *], and the logits [N, C] at x; no parameter is touched."""
     if objective not in OBJECTIVES:
         raise ValueError(f"objective is {objective!r}; allowed: {', '.join(OBJECTIVES)}")
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
-        logits = model(leaf).float()
-        value = (
-            F.cross_entropy(logits, target, reduction="sum") if objective == "ce" else logit_gap(logits, target).sum()
-        )
-        return torch.autograd.grad(value, leaf)[0]
+        logits = model(leaf)
+        value = -log_odds(logits, target) if objective == "ce" else logit_gap(logits, target)
+        return torch.autograd.grad(value.sum(), leaf)[0], logits.detach()
 
 
 def fgsm(
@@ -134,13 +147,14 @@ def _iterate(
         raise ValueError(
             f"steps * alpha is {steps} * {size:g} = {steps * size:g}, less than eps = {eps:g}: the ball is out of reach"
         )
-    zero = torch.zeros((), device=x.device)
+    zero = saturated = torch.zeros((), device=x.device)
     with eval_mode(model):
         current = start.detach()
         for step in range(steps):
-            gradient = attack_gradient(model, current, target, objective)
+            gradient, logits = attack_gradient(model, current, target, objective)
             if step == 0 and len(x):
                 zero = (gradient.flatten(1) == 0).all(1).float().mean()
+                saturated = (torch.sigmoid(-log_odds(logits, target)) < SATURATED).float().mean()
             moved = current + size * gradient.sign()
             current = (x + (moved - x).clamp(-eps, eps)).clamp(*bounds)
-    return Attack(current, float(zero))
+    return Attack(current, float(zero), float(saturated))

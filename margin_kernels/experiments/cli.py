@@ -1,4 +1,4 @@
-"""`margin-kernels`: train | evaluate | report | sweep | demo | toy | bench | info.
+"""`margin-kernels`: train | evaluate | report | sweep | demo | toy | explain | bench | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from margin_kernels import LargeMarginLoss, MarginTask
 from margin_kernels.memory import keep_freed_memory
 
 from . import checkpoint, config, data, models, records, report, summary, sweep, sweep_report, sweep_run, table
@@ -39,6 +41,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
   demo       train and compare eight losses on scikit-learn's digits
   toy        two rectangles in the plane: boundaries, true margins, and those that DeepFool reports
+  explain    how the gradients of a shipped network are obtained, why, and what a step costs
   bench      time training steps of every loss against their floors (benchmarks/step.py of a checkout)
   info       versions, machine, backends, shipped configs
 
@@ -338,6 +341,44 @@ def run_toy(arguments: list[str]) -> int:
     return 0
 
 
+def explain(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="margin-kernels explain",
+        description="How the gradients of a margin loss are obtained for shipped networks: the strategy, its reason, "
+        "why  the others are refused, the cost in passes, backends and memory. On a batch of random images.",
+    )
+    parser.add_argument("networks", nargs="+", help=f"names of networks: {', '.join(models.MODELS)}")
+    parser.add_argument("--layers", nargs="+", help="taps (default: input, the network's hidden layers, output)")
+    parser.add_argument("--top-k", type=int, default=1, help="competitors (default: 1)")
+    parser.add_argument("--second-order", action="store_true", help="differentiate the norms as well")
+    parser.add_argument("--cross-entropy-weight", type=float, default=0.0, help="beside the margin (default: 0)")
+    parser.add_argument("--norm", choices=("batch", "group"), help="of networks that have one (default: batch)")
+    parser.add_argument("--batch-size", type=int, default=2, help="images (default: 2)")
+    parser.add_argument("--eval", action="store_true", help="the network in evaluation mode")
+    options = parser.parse_args(arguments)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; allowed: at least 1")
+    loss = LargeMarginLoss(
+        top_k=options.top_k,
+        second_order=options.second_order,
+        cross_entropy_weight=options.cross_entropy_weight,
+    )
+    for name in options.networks:
+        if options.norm is not None and not models.has_norm(name):
+            raise ValueError(f"--norm is for networks that have one, and {name} has none")
+        extra = {} if options.norm is None else {"norm": options.norm}
+        shape = models.default_shape(name)
+        network = models.build(name, shape, 10, **extra).train(not options.eval)
+        layers = options.layers or ("input", *models.hidden_taps(name), "output")
+        task = MarginTask(network, loss, layers)
+        x = torch.rand(options.batch_size, *shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what batch norm does is part of the explanation
+            found = task.explain(x, torch.zeros(options.batch_size, dtype=torch.int64))
+        print(f"{name}, {options.batch_size} x {'x'.join(map(str, shape))}\n{found}\n")
+    return 0
+
+
 def bench(arguments: list[str]) -> int:
     script = Path(__file__).resolve().parents[2] / "benchmarks" / "step.py"
     if not script.is_file():
@@ -365,6 +406,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sweep": run_sweep,
     "demo": run_demo,
     "toy": run_toy,
+    "explain": explain,
     "bench": bench,
     "info": info,
 }

@@ -5,6 +5,7 @@ black_box               the same at images that were attacked on another network
 reverse                 accuracy of the attacker at the images that were attacked on this network
 noise                   accuracy at clip(x + sigma n), n standard normal
 worst                   share of samples that no attack of the table moves over the boundary
+saturated               share of the attacked samples with 1 - p_y < 6e-8, where p_y rounds to 1 in fp32
 margin                  mean ||r||_2 over all samples, r the DeepFool perturbation that changes the prediction [A]
 deepfool                the same over the correctly classified samples
 rho_adv                 mean ||r||_2 / ||x||_2 over the correctly classified samples [M]
@@ -111,16 +112,17 @@ def at_radius(
     attacker: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Accuracy under each attack of l_inf radius `eps`, under the worst of them (over the samples that all of them
-    attack), and the fractions of zero gradients; with an `attacker` also "black_box", the accuracy at the attacker's
-    images, and "reverse", that of the attacker at the images made here, each by attack."""
+    attack), the shares of zero gradients and of saturated images; with an `attacker` also "black_box", the accuracy at
+    the attacker's images, and "reverse", that of the attacker at the images made here, each by attack."""
     judges = [model] if attacker is None else [model, attacker]
-    (standing, *reverse), zeros = _standing(model, judges, split, eps, config, device)
+    (standing, *reverse), zeros, saturated = _standing(model, judges, split, eps, config, device)
     common = min(len(values) for values in standing.values())
     worst = torch.stack([values[:common] for values in standing.values()]).all(0)
     result: dict[str, Any] = _shares({**standing, "worst": worst})
     result |= {f"zero_{objective}": value for objective, value in zeros.items()}
+    result["saturated"] = saturated
     if attacker is not None:
-        (black_box,), _ = _standing(attacker, [model], split, eps, config, device)
+        (black_box,), _, _ = _standing(attacker, [model], split, eps, config, device)
         result |= {"black_box": _shares(black_box), "reverse": _shares(reverse[0])}
     return result
 
@@ -138,11 +140,12 @@ def _standing(
     eps: float,
     config: EvaluationConfig,
     device: torch.device | str,
-) -> tuple[list[dict[str, Tensor]], dict[str, float]]:
-    """For each judge which of the images attacked on `maker` it classifies correctly (bool [N] by attack), and the
-    fractions of the maker's zero gradients."""
+) -> tuple[list[dict[str, Tensor]], dict[str, float], float]:
+    """For each judge which of the images attacked on `maker` it classifies correctly (bool [N] by attack), the shares
+    of the maker's zero gradients, and the share of images with 1 - p_y < 6e-8."""
     right: list[dict[str, list[Tensor]]] = [{name: [] for name in attack_names(config)} for _ in judges]
     zeros = dict.fromkeys(attacks.OBJECTIVES, 0.0)
+    saturated = 0.0
     with attacks.eval_mode(nn.ModuleList([maker, *judges])):
         for method, part in _attacked(split, config).items():
             for x, y in part.batches(config.batch_size, device):
@@ -150,12 +153,13 @@ def _standing(
                     if method == "fgsm":
                         attack = attacks.fgsm(maker, x, y, eps, objective, part.bounds)
                         zeros[objective] += attack.zero_gradient * len(y)
+                        saturated += attack.saturated * len(y) / len(attacks.OBJECTIVES)
                     else:
                         attack = attacks.ifgsm(maker, x, y, eps, None, config.steps, objective, part.bounds)
                     for judge, found in zip(judges, right, strict=True):
                         found[f"{method}_{objective}"].append(_right(judge, attack.images, y))
     standing = [{name: torch.cat(parts) for name, parts in found.items()} for found in right]
-    return standing, {objective: value / len(split) for objective, value in zeros.items()}
+    return standing, {objective: value / len(split) for objective, value in zeros.items()}, saturated / len(split)
 
 
 def under_noise(

@@ -287,6 +287,12 @@ def build(
     return network
 
 
+def default_shape(name: str) -> Shape:
+    """The shape of one image of the data set that network `name` is made for."""
+    shape: Shape = inspect.signature(_entry(name)[0]).parameters["shape"].default
+    return shape
+
+
 def has_norm(name: str) -> bool:
     """Whether network `name` takes the option norm."""
     return "norm" in inspect.signature(_entry(name)[0]).parameters

@@ -59,7 +59,7 @@ class LogitTask(nn.Module):
 
 class AdversarialTrainingTask(nn.Module):
     """loss = 1/2 CE(x) + 1/2 CE(x'), both in the model's own mode; x' maximises CE within eps of x, clipped to
-    `bounds`.
+    `bounds`, by the gradient of the label's log-odds, which has the direction of CE's and does not vanish.
 
     The attack runs in eval mode, so that it meets the network that will be attacked: dropout masks are off and batch
     norm's running statistics see no attack iterates, only x and x' once each. x' is a constant of the backward pass.

@@ -95,6 +95,7 @@ MEASURES = (
         "reverse_ifgsm_gap_error", "attacker IFGSM gap %", _other_side("reverse", "ifgsm_gap"), 100, 2, shown=False
     ),
     Measure("zero_ce", "zero grad. %", _evaluation("zero_ce"), 100, 1),
+    Measure("saturated", "1 - p < 6e-8 %", _evaluation("saturated"), 100, 1, shown=False),
     Measure("margin", "margin", _evaluation("margin"), name="margin, mean l2 norm of DeepFool"),
     Measure("deepfool", "of correct", _evaluation("deepfool"), shown=False),
     Measure("rho_adv", "rho_adv", _evaluation("rho_adv"), 1, 4, name="relative margin, rho_adv"),

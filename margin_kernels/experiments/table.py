@@ -69,6 +69,8 @@ def sections(models: list[Model]) -> list[Section]:
     clean = Row("clean", "clean", _evaluation("clean"), _percent, True)
     worst = Row("worst", "worst of the four", _evaluation("worst"), _percent, True)
     zero = [Row(f"zero_{key}", f"of {words[key]}", _evaluation(f"zero_{key}"), _percent) for key in ("ce", "gap")]
+    if any("saturated" in model["evaluation"] for model in models):  # older records have none
+        zero.append(Row("saturated", "1 - p_y below 6e-8", _evaluation("saturated"), _percent))
     norms = [
         Row("margin", "mean l2 norm", _evaluation("margin"), "{:.3f}".format, True),
         Row("deepfool", "of correct images", _evaluation("deepfool"), "{:.3f}".format, True),

@@ -3,8 +3,8 @@
     Delta(n)  DeepFool perturbation of sample n: T (classified correctly): until the prediction changes
                                                  F (misclassified): until the ground truth is predicted
     m(n)      = ||Delta||_p   ([A] eq. 6)    or   ||Delta||_p / ||x||_p   ([D] eq. 5)
-    R         = sum over T of shrink(-c m) + sum over F of shrink(d m)
-    total     = mean nll + weight R / N
+    R         = sum over T of min(weight shrink(-c m), 50) + sum over F of min(weight shrink(d m), 50)
+    total     = mean nll + R / N
 
 The search for Delta runs without a graph; which boundary each step went to is kept. Where the loss needs gradients the
 steps are then repeated with a graph, one backward pass for each instead of one for each candidate, and only for the
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,18 @@ from torch import Tensor, nn
 from .. import functional
 from ..backends import BACKENDS
 from ..batchnorm import running_statistics, training_batchnorms
-from ..deepfool import Search, check_search, convolves, host_sees, search
-from ..passes import pair_gradient
-from ..random_state import RandomState
+from ..deepfool import Search, convolves, differentiable, host_sees, outside_inference_mode, search
+from ..deepfool_checks import check_search, described
+from ..gradients.loop import pair_gradient
 from ..reference.dual_norm import dual_exponent
-from .options import choice, count, flag, norm_exponent, number
+from ..replay import ReplayedModel
+from ..second_derivative import check_second_derivative, is_missing, sentence
+from .base import NOTHING, MarginLoss, count, exponent, flag, non_negative, one_of, positive
 
 AGGREGATIONS = ("avg", "min")
 SHRINKAGES = ("lin", "exp", "inv")
 GRADIENTS = ("unrolled", "envelope", "first_order")
-# No term counts more than this [A]; 1 / (1 - t) reaches it at t = 1 - 1 / TERM_LIMIT and has its pole behind.
+# The largest weight * shrink of one sample, as in the code of [A].
 TERM_LIMIT = 50.0
 # MIN looks for its samples among this share of the batch [A].
 MIN_SHARE = 0.2
@@ -56,18 +58,22 @@ class AdversarialMargins(NamedTuple):
     label: Tensor
 
 
-class AdversarialMarginLoss(nn.Module):
+class AdversarialMarginLoss(MarginLoss):
     """Cross-entropy and a penalty on small DeepFool perturbations: Deep Defense and adversarial margin maximisation.
 
         m      = ||Delta||_p, or ||Delta||_p / ||x||_p with normalize       Delta: DeepFool, at most max_iter steps of
                                                                            (1 + overshoot) times the distance
-        term   = shrink(-c m) where x is classified correctly, shrink(d m) where it is not, at most 50
-        shrink = "lin" t | "exp" exp(t) | "inv" 1 / (1 - t)                d m <= ln(50 / weight + 1) for exp,
-                                                                           <= 0.98 for inv
-        total  = mean nll + weight / N * sum of terms over the samples that take part
+        total  = mean nll + 1 / N * sum of terms over the samples that take part
+        term     correctly classified samples                        misclassified samples
+        "lin"    -weight c m                                         weight d m
+        "exp"    min(weight exp(-c m), 50)                           min(weight exp(d m), 50)
+        "inv"    min(weight / (1 + c m), 50)                         weight / (1 - min(d m, max(0, 1 - weight / 50)))
+
+        A term at its limit has no gradient: with weight 32 and d 1, "exp" leaves misclassified samples alone from
+        m = ln(50 / 32) = 0.446 on.
 
     Args:
-        weight: lambda >= 0.
+        weight: lambda >= 0. Terms are limited after the multiplication with it, as in the code of [A].
         c, d: slopes > 0 for correctly classified and misclassified samples. With "avg" d draws the boundary towards the
             label of every misclassified sample: where many labels may be wrong, take a small one.
         aggregation: "avg": every sample takes part; "min": of the correctly classified, for each class the sample with
@@ -84,8 +90,14 @@ class AdversarialMarginLoss(nn.Module):
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
 
-    While Delta is computed batch norm uses running statistics, dropout holds its masks, and autocast is off. The layers
-    must be twice differentiable for "unrolled".
+    While Delta is computed batch norm uses running statistics, dropout holds its masks, and autocast is off. "unrolled"
+    needs layers that PyTorch can differentiate twice, and says which one it cannot.
+
+    The model runs several times, and MarginTask leaves it as one forward pass of the whole batch does: random numbers,
+    buffers (running statistics, spectral norm, counters), attributes of its modules, and lists, dicts and sets in them.
+    Forward hooks see one pass, unless they change what the model computes: those take part in every pass. Not undone
+    is what a forward pass does to parameters, to other objects that attributes hold, and to global variables
+    (margin_kernels.replay). One model must not run in two threads at a time.
 
     Presets: [A] MNIST: the defaults. [D]: weight 15, c 25, d 5, normalize, aggregation "avg".
 
@@ -96,8 +108,25 @@ class AdversarialMarginLoss(nn.Module):
     TPAMI 2019 [A].
     """
 
-    # What MarginTask gives it: the model and its input.
     needs = "model"
+    shown = (
+        "weight", "c", "d", "aggregation", "shrinkage", "normalize", "max_iter", "overshoot", "candidates",
+        "gradient", "p",
+    )  # fmt: skip
+    checks: ClassVar = {
+        "weight": non_negative,
+        "c": positive,
+        "d": positive,
+        "aggregation": one_of(*AGGREGATIONS),
+        "shrinkage": one_of(*SHRINKAGES),
+        "normalize": flag,
+        "max_iter": count,
+        "overshoot": non_negative,
+        "candidates": count,
+        "gradient": one_of(*GRADIENTS),
+        "p": exponent,
+        "backend": one_of("auto", *BACKENDS),
+    }
 
     def __init__(
         self,
@@ -115,18 +144,9 @@ class AdversarialMarginLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.weight = number("weight", weight, least=0)
-        self.c = number("c", c, above=0)
-        self.d = number("d", d, above=0)
-        self.aggregation = choice("aggregation", aggregation, AGGREGATIONS)
-        self.shrinkage = choice("shrinkage", shrinkage, SHRINKAGES)
-        self.normalize = flag("normalize", normalize)
-        self.max_iter = count("max_iter", max_iter)
-        self.overshoot = number("overshoot", overshoot, least=0)
-        self.candidates = count("candidates", candidates)
-        self.gradient = choice("gradient", gradient, GRADIENTS)
-        self.p = norm_exponent(p)
-        self.backend = choice("backend", backend, ("auto", *BACKENDS))
+        given = locals()
+        for name in self.checks:
+            setattr(self, name, given[name])
         check_search(self.p, self.max_iter, self.overshoot, self.candidates)
 
     def forward(self, logits: Tensor, target: Tensor, model: nn.Module, x: Tensor) -> Tensor:
@@ -135,8 +155,8 @@ class AdversarialMarginLoss(nn.Module):
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: gap, index [N,1] and nll [N]."""
-        index, gap, nll = functional.competitors(logits, target, 1, backend=self.backend)
-        return {"nll": nll, "gap": gap, "index": index}
+        rivals = functional.competitors(logits, target, 1, NOTHING, backend=self.backend)
+        return {"nll": rivals.nll, "gap": rivals.gap, "index": rivals.index}
 
     def margins(
         self,
@@ -144,32 +164,39 @@ class AdversarialMarginLoss(nn.Module):
         target: Tensor,
         model: nn.Module,
         x: Tensor,
-        random: RandomState | None = None,
+        replayed: ReplayedModel | None = None,
         source: Tensor | None = None,
     ) -> AdversarialMargins:
         """The loss and all that it measured on the way.
 
-        random: the state of the random numbers from which logits = model(x) were computed, so that the distances are
-        those of the same dropout masks; None: of masks drawn now.
-        source: x as the graph of the logits has it, where it has it: the first DeepFool step is taken on that graph.
+        replayed: the model, whose first pass gave the logits: the distances are those of the same function, dropout
+        masks included, and hooks see one pass. None: of the model as it is now and of masks drawn now; hooks run in
+        every pass.
+        source: the tensor at which the graph of the logits begins, if it is known: the first DeepFool step is taken on
+        that graph.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-            raise ValueError(f"x must be a floating-point tensor [N, *], got {_description(x)}")
-        nll = functional.competitors(logits, target, 1, backend=self.backend).nll
+            raise ValueError(f"x must be a floating-point tensor [N, *], got {described(x)}")
+        nll = functional.competitors(logits, target, 1, NOTHING, backend=self.backend).nll
         # On a GPU a target outside [0, C) makes nll NaN; clamped, it is also safe to index with.
-        target = target.clamp(0, logits.shape[1] - 1)
-        x = x.detach()
+        target = differentiable(target.clamp(0, logits.shape[1] - 1))
+        x = differentiable(x.detach())
         training = training_batchnorms(model)
         mixed = torch.is_autocast_enabled(x.device.type)
+        held = ReplayedModel(model, x) if replayed is None else replayed
         # In half precision a step of two per cent beyond the boundary is often none.
         with (
+            outside_inference_mode(),
             running_statistics(training) if training else nullcontext(),
             torch.autocast(x.device.type, enabled=False),
+            held.replaying(),
         ):
-            held = _Held(model, x, random)
+            if replayed is None:
+                held.try_out(x)
             wide = x if x.dtype == torch.float64 else x.float()
-            # The forward pass of the loss, where it was that of the same function.
-            same = not (training or mixed or (random is None and held.draws))
+            # The forward pass of the loss, where it was that of the same function and no hook sees a pass on its graph.
+            same = not (training or mixed or (replayed is None and held.draws))
+            shared = same and not held.graph_hooked and wide.dtype == x.dtype
             found = search(
                 held,
                 wide,
@@ -179,8 +206,8 @@ class AdversarialMarginLoss(nn.Module):
                 self.overshoot,
                 "step",
                 self.candidates,
-                logits=logits if same else None,
-                source=source if same and wide.dtype == x.dtype else None,
+                logits=differentiable(logits) if same else None,
+                source=source if shared else None,
                 whole_batch=held.draws,
                 together=not convolves(model),
                 backend=self.backend,
@@ -189,11 +216,12 @@ class AdversarialMarginLoss(nn.Module):
             correct = found.prediction == target
             scale = self._norm(wide) if self.normalize else None
             distance = result.distance if scale is None else result.distance / scale
-            selected = self._selected(distance, correct, result.success, target, logits.shape[1])
+            # An image that is 0 has no relative distance.
+            usable = result.success if scale is None else result.success & (scale > 0)
+            selected = self._selected(distance, correct, usable, target, logits.shape[1])
             rows = self._rows(selected, logits.shape[1], held.draws)
             terms = self._terms(held, wide, found, target, scale, rows)
-        share = torch.where(selected[rows], terms, 0).sum() * (self.weight / max(len(x), 1))
-        loss = nll.mean() + share
+        loss = nll.mean() + torch.where(selected[rows], terms, 0).sum() / max(len(x), 1)
         return AdversarialMargins(
             loss, nll.detach(), distance, result.success, correct, selected, result.iterations, result.label
         )
@@ -224,27 +252,37 @@ class AdversarialMarginLoss(nn.Module):
         return selected.float().topk(min(slots, len(selected))).indices
 
     def _terms(
-        self, held: _Held, x: Tensor, found: Search, target: Tensor, scale: Tensor | None, rows: Tensor
+        self, held: ReplayedModel, x: Tensor, found: Search, target: Tensor, scale: Tensor | None, rows: Tensor
     ) -> Tensor:
-        """shrink(-c m) or shrink(d m) of samples rows [S], with a graph."""
+        """The terms of samples rows [S], with a graph."""
         correct = (found.prediction == target)[rows]
-        if len(rows) == 0 or len(found.upper) == 0:
+        if len(rows) == 0 or len(found.upper) == 0 or self.weight == 0:
             return x.new_zeros(len(rows))
-        measure = self._envelope if self.gradient == "envelope" else self._unrolled
-        m = measure(held, x, found, target, rows)
+        if torch.is_grad_enabled():
+            measure = self._envelope if self.gradient == "envelope" else self._unrolled
+            m = measure(held, x, found, target, rows)
+        else:
+            m = found.result.distance[rows]
         if scale is not None:
-            m = m / scale[rows]
-        return self._shrink(torch.where(correct, -self.c * m, self.d * m), correct)
+            m = m / torch.where(scale > 0, scale, 1)[rows]
+        return torch.where(correct, self._limited_right(-self.c * m), self._limited_wrong(self.d * m))
 
-    def _shrink(self, t: Tensor, correct: Tensor) -> Tensor:
+    def _limited_right(self, t: Tensor) -> Tensor:
+        """min(weight shrink(t), 50) of t = -c m <= 0, [S]; LIN has no limit."""
         if self.shrinkage == "lin":
-            return t.clamp_max(TERM_LIMIT)
-        if self.shrinkage == "inv":
-            return 1 / (1 - t.clamp_max(1 - 1 / TERM_LIMIT))
-        limit = math.log(TERM_LIMIT / self.weight + 1) if self.weight > 0 else math.inf
-        return torch.where(correct, t, t.clamp_max(limit)).exp().clamp_max(TERM_LIMIT)
+            return self.weight * t
+        return (self.weight * (t.exp() if self.shrinkage == "exp" else 1 / (1 - t))).clamp_max(TERM_LIMIT)
 
-    def _unrolled(self, held: _Held, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
+    def _limited_wrong(self, t: Tensor) -> Tensor:
+        """The same of t = d m >= 0, limited before exp(t) overflows and before the pole of 1 / (1 - t)."""
+        if self.shrinkage == "lin":
+            return self.weight * t
+        if self.shrinkage == "inv":
+            return self.weight / (1 - t).clamp_min(min(1.0, self.weight / TERM_LIMIT))
+        largest = math.log(TERM_LIMIT + self.weight)  # of t + ln(weight), where t = ln(50 / weight + 1)
+        return (t + math.log(self.weight)).clamp_max(largest).exp().clamp_max(TERM_LIMIT)
+
+    def _unrolled(self, held: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
         """||Delta||_p [S], the steps of the search repeated with a graph toward the boundaries that it chose."""
         x, iterations = x[rows], found.result.iterations[rows]
         leaving = host_sees(x) and not held.draws
@@ -261,12 +299,27 @@ class AdversarialMarginLoss(nn.Module):
             upper, lower = found.upper[i, rows[moving]], found.lower[i, rows[moving]]
             logits = held(point)
             gap = _difference(logits, upper, lower)
-            w = pair_gradient(logits, upper, lower, point, second_order=self.gradient == "unrolled")
+            w = self._gradient_with_graph(logits, upper, lower, point, check=i == 0)
             step = functional.deepfool_step(gap.unsqueeze(1), w.unsqueeze(1), active[moving], self.p, self.backend).step
             delta = delta.index_add(0, moving, (1 + self.overshoot) * step)
         return self._norm(delta)
 
-    def _envelope(self, held: _Held, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
+    def _gradient_with_graph(self, logits: Tensor, upper: Tensor, lower: Tensor, point: Tensor, check: bool) -> Tensor:
+        """d (z_upper - z_lower) / d point, [S, *], differentiable for "unrolled" alone."""
+        if self.gradient != "unrolled":
+            return pair_gradient(logits, upper, lower, point)
+        instead = 'take gradient="envelope" or "first_order"'
+        try:
+            w = pair_gradient(logits, upper, lower, point, second_order=True)
+        except (RuntimeError, NotImplementedError) as error:
+            if not is_missing(error):
+                raise
+            raise ValueError(sentence(str(error), instead)) from error
+        if check:
+            check_second_derivative(w, point, instead)
+        return w
+
+    def _envelope(self, held: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
         """||Delta||_p [S] with the gradient (g - const) / ||grad_x g||_q at x + Delta, g = z_upper - z_lower > 0 on the
         side of x."""
         result, target = found.result, target[rows]
@@ -276,40 +329,14 @@ class AdversarialMarginLoss(nn.Module):
         correct = found.prediction[rows] == target
         before = torch.where(correct, target, found.lower[last, rows])
         after = torch.where(correct, result.label[rows], target)
+        # A sample that takes no part may have a masked class there, and inf * 0 is NaN in the backward.
+        before = torch.where(result.success[rows], before, after)
         logits = held(point)
         g = _difference(logits, before, after)
         w = pair_gradient(logits, before, after, point)
         slope = functional.dual_norm([w], self.p, batch_dims=1, backend=self.backend)[:, 0]
         change = (g - g.detach()) / torch.where(slope == 0, math.inf, slope)
         return self._norm(result.perturbation[rows]) + change
-
-    def extra_repr(self) -> str:
-        parts = [f"weight={self.weight:g}", f"c={self.c:g}", f"d={self.d:g}", f"aggregation={self.aggregation!r}"]
-        parts += [f"shrinkage={self.shrinkage!r}", f"normalize={self.normalize}", f"max_iter={self.max_iter}"]
-        parts += [f"overshoot={self.overshoot:g}", f"candidates={self.candidates}", f"gradient={self.gradient!r}"]
-        return ", ".join([*parts, f"p={self.p:g}"])
-
-
-class _Held:
-    """The model as a fixed function of its input: every call draws the random numbers of one forward pass again."""
-
-    def __init__(self, model: nn.Module, x: Tensor, random: RandomState | None) -> None:
-        self.model, self.dtype = model, x.dtype
-        self.random = RandomState.now(x) if random is None else random
-        if random is None and any(module.training for module in model.modules()):
-            with self.random.replayed(), torch.no_grad():
-                model(x)
-                self.draws = self.random.changed()
-        else:
-            # The forward pass that gave the logits has just been.
-            self.draws = self.random.changed()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        if not self.draws:
-            return self.model(x)
-        with self.random.replayed():
-            return self.model(x)
 
 
 def _difference(logits: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
@@ -327,7 +354,3 @@ def _first_of_each_class(value: Tensor, among: Tensor, target: Tensor, classes: 
     first = torch.full((classes,), len(target), device=target.device)
     first = first.scatter_reduce(0, target, torch.where(among, rank, len(target)), "amin")
     return among & (rank < kept) & (rank == first[target])
-
-
-def _description(x: Any) -> str:
-    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
