@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test test-triton bench lint format cpptest clean
+.PHONY: install demo test test-fuzz test-triton bench lint format cpptest clean
 
 install: $(STAMP)
 
@@ -29,6 +29,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(TESTS)
+
+# Drawn networks, twenty times as many as `make test` draws, and other ones each time.
+test-fuzz: install
+	MARGIN_KERNELS_FUZZ=2000 $(BIN)/python -m pytest -q tests/test_drawn.py
 
 # The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90: no GPU needed.
 OP_TESTS := $(patsubst margin_kernels/reference/%.py,tests/test_%.py,$(filter-out %/__init__.py,$(wildcard margin_kernels/reference/*.py)))

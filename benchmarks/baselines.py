@@ -14,7 +14,7 @@ from compositions import hinge, one_to_n_pairs, vector_norms
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from margin_kernels.taps import resolve
+from margin_kernels.task.capture import resolve
 
 
 def _tapped(model: nn.Module, x: Tensor, layers: Sequence[str]) -> tuple[Tensor, list[Tensor]]:

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.functional import one_hot
 
-from margin_kernels.passes import Cotangents, Route, make_plan
-from margin_kernels.taps import Captured, Taps
+from margin_kernels.gradients.loop import Passes as BackwardPasses
+from margin_kernels.gradients.plan import Cotangents, make_plan
+from margin_kernels.gradients.request import Captured, Request
+from margin_kernels.task.capture import Taps
 
 # By the package's own way to the taps.
 OWN = "pass to input, own kernel"
@@ -100,16 +102,16 @@ class Passes:
 
     def own_pass(self) -> Callable[[], Any]:
         """The package's pass to all taps that need one, without the norms."""
-        plan = make_plan(self.captured, "logit", 2)
+        plan = make_plan(self.captured, Request())
         cotangent, rows = Cotangents(self.captured, self.y, "logit", second_order=False).of(self.seed.argmax(1))
         seed = cotangent if rows is None else rows
         assert seed is not None
-        route = Route(self.captured, plan.taps)
-        seed = seed.detach().to(route.start.dtype)
+        passes = BackwardPasses(self.captured, plan.taps)
+        seed = seed.detach().to(passes.start.dtype)
 
         def run() -> None:
             with torch.no_grad():
-                route.backward(seed, second_order=False)
+                passes.backward(seed, second_order=False)
 
         return run
 

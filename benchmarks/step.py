@@ -31,7 +31,7 @@ from timing import environment, interleaved
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from margin_kernels.taps import Taps
+from margin_kernels.task.capture import Taps
 from margin_kernels.testing import flops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,7 +82,7 @@ class Row:
         try:
             loss = mode.of(step.model, step.hidden)
             self.run = partial(step.run, loss)
-            self.run()  # what it is refused for; the optimiser's buffers; the split backward is tried out
+            self.run()  # what it is refused for; the optimiser's buffers
             measured = {} if mode.module is None or mode.passes else mode.task(step.model, step.hidden)(step.x, step.y)
             self.floor: Floor = mode.floor(measured)
             self.flops = flops(self.run)

@@ -1,17 +1,18 @@
 """Large-margin training for PyTorch classifiers at the price of cross-entropy."""
 
-from . import functional
+from . import functional, gradients
 from .backends import BackendError
 from .deepfool import DeepFoolResult, deepfool
 from .losses import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
 from .memory import keep_freed_memory
-from .task import MarginTask
+from .task import Explanation, MarginTask
 from .version import __version__
 
 __all__ = [
     "AdversarialMarginLoss",
     "BackendError",
     "DeepFoolResult",
+    "Explanation",
     "LargeMarginLoss",
     "MarginSensitivityLoss",
     "MarginTask",
@@ -19,5 +20,6 @@ __all__ = [
     "__version__",
     "deepfool",
     "functional",
+    "gradients",
     "keep_freed_memory",
 ]

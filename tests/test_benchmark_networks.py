@@ -6,7 +6,7 @@ from networks import NETWORKS, VisionTransformer, resnet50
 from torch import nn
 
 from margin_kernels.experiments.models import wide_resnet
-from margin_kernels.taps import Taps
+from margin_kernels.task.capture import Taps
 
 PARAMETERS = {
     "wrn28_10_gn": 36_479_194,

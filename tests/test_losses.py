@@ -366,7 +366,7 @@ def test_activations_that_cannot_be_measured_are_named() -> None:
 
 def test_the_representation_names_what_differs_from_the_default() -> None:
     assert repr(LargeMarginLoss(2.0, "inf", alpha=0.5)) == (
-        "LargeMarginLoss(gamma=2.0, p=inf, top_k=1, aggregation='max', alpha=0.5)"
+        "LargeMarginLoss(gamma=2, p=inf, top_k=1, aggregation='max', alpha=0.5)"
     )
 
 

@@ -167,7 +167,17 @@ def test_a_copy_divides_by_the_rows_of_the_copied_layer(duplicate) -> None:
     assert task(x, y)["loss"] != other(x, y)["loss"]
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_a_masked_class_counts_as_a_score_at_the_lower_bound(weight_norm) -> None:
+    z, y = torch.randn(4, CLASSES, dtype=torch.float64), torch.tensor([0, 0, 1, 2])
+    loss = OneToNLoss(weight_norm=Net().head if weight_norm else None, reduction="none")
+    z[0, 1] = -math.inf
+    masked = loss(z, y)
+    z[0, 1] = -1e6
+    assert torch.equal(masked, loss(z, y)) and masked.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("weight_norm", [False, True])
 def test_a_non_finite_logit_gives_nan_in_every_loss_that_it_enters(weight_norm, bad) -> None:
     z, y = torch.randn(4, CLASSES, dtype=torch.float64), torch.tensor([0, 0, 1, 2])

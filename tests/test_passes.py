@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from margin_kernels import LargeMarginLoss, MarginTask, functional, passes, split_backward, taps
-from margin_kernels.passes import difference_norms
-from margin_kernels.taps import Taps
+from margin_kernels import LargeMarginLoss, MarginTask, functional
+from margin_kernels.gradients import loop, plan
+from margin_kernels.gradients.request import Request
+from margin_kernels.task.capture import Taps
 from margin_kernels.testing import flops
 
 CLASSES = 5
@@ -20,6 +21,11 @@ CLOSED = ("1", "2", "3", "4", "output")
 
 class HiddenHead(nn.Linear):
     """Computes what nn.Linear does, but is not exactly nn.Linear: its model gets no closed form before the logits."""
+
+
+def difference_norms(captured, target, index, p=2.0, space="logit", second_order=False) -> Tensor:
+    request = Request(p, space, second_order=second_order, competitors=index.shape[1])
+    return loop.difference_norms(captured, target, index, request, second_order)
 
 
 def pooled_net(head: type[nn.Linear] = nn.Linear) -> nn.Sequential:
@@ -91,7 +97,7 @@ def test_rows_of_the_head_are_not_gathered_where_only_their_norm_is_needed(monke
     for name in ("row_distance", "dual_norm"):
         original = getattr(functional, name)
         monkeypatch.setattr(
-            passes.functional, name, lambda *a, n=name, f=original, **o: (called.append(n), f(*a, **o))[1]
+            loop.functional, name, lambda *a, n=name, f=original, **o: (called.append(n), f(*a, **o))[1]
         )
     for layers, space in ((CLOSED, "logit"), (("output",), "logit"), (CLOSED, "probability"), (LAYERS, "logit")):
         called.append("-")
@@ -190,7 +196,7 @@ def test_one_set_of_tap_gradients_is_alive(monkeypatch) -> None:
         alive[:] = [weakref.ref(g) for g in gradients]
         return original(gradients, *args, **options)
 
-    monkeypatch.setattr(passes.functional, "dual_norm", spy)
+    monkeypatch.setattr(loop.functional, "dual_norm", spy)
     MarginTask(pooled_net(HiddenHead), LargeMarginLoss(top_k=4), LAYERS)(*batch())
     assert len(alive) == 5 and not any(ref() is not None for ref in alive)
 
@@ -203,7 +209,7 @@ def test_one_launch_of_dual_norm_measures_all_layers(monkeypatch) -> None:
         lengths.append(len(gradients))
         return original(gradients, *args, **options)
 
-    monkeypatch.setattr(passes.functional, "dual_norm", spy)
+    monkeypatch.setattr(loop.functional, "dual_norm", spy)
     MarginTask(pooled_net(), LargeMarginLoss(top_k=3), LAYERS)(*batch())
     # The rows, which serve three taps, and two gradients; the logits' norm is a number.
     assert lengths == [3, 3, 3]
@@ -241,8 +247,8 @@ def test_small_gradients_do_not_vanish_in_float16(monkeypatch, second_order, spa
             if parameter.dim() == 4:
                 parameter.mul_(2**-12)
     errors = {}
-    for scale in (split_backward.FLOAT16_SCALE, 1.0):
-        monkeypatch.setattr(split_backward, "FLOAT16_SCALE", scale)
+    for scale in (plan.FLOAT16_SCALE, 1.0):
+        monkeypatch.setattr(plan, "FLOAT16_SCALE", scale)
         with torch.autocast("cpu", torch.float16):
             captured = Taps(net, LAYERS).capture(net, x.float())
         index = functional.competitors(captured.logits, y, 2).index
@@ -253,7 +259,7 @@ def test_small_gradients_do_not_vanish_in_float16(monkeypatch, second_order, spa
 
 
 @pytest.mark.skipif(
-    not hasattr(taps.EXTENSION, "cut_gradients"), reason="the compiled extension is missing: nothing is cut"
+    not hasattr(loop.EXTENSION, "cut_gradients"), reason="the compiled extension is missing: nothing is cut"
 )
 @pytest.mark.parametrize("second_order", [False, True])
 def test_the_loss_does_not_compute_the_gradient_of_the_input(monkeypatch, second_order) -> None:
@@ -274,14 +280,14 @@ def test_the_loss_does_not_compute_the_gradient_of_the_input(monkeypatch, second
         return found, list(torch.autograd.grad(loss, list(net.parameters())))
 
     cut, gradients = sources_reached()
-    monkeypatch.setattr(taps, "EXTENSION", None)
+    monkeypatch.setattr(loop, "EXTENSION", None)
     uncut, expected = sources_reached()
     assert (cut, uncut) == (0, 1)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
 
 
 @pytest.mark.skipif(
-    not hasattr(taps.EXTENSION, "cut_gradients"), reason="the compiled extension is missing: nothing is cut"
+    not hasattr(loop.EXTENSION, "cut_gradients"), reason="the compiled extension is missing: nothing is cut"
 )
 @pytest.mark.parametrize("second_order", [False, True])
 def test_nor_that_of_what_is_only_a_view_of_the_input(second_order) -> None:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, split_backward
+from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask
 from margin_kernels.experiments import models
+from margin_kernels.gradients import autograd_graph
 from margin_kernels.testing import assert_same_gradients, flops
 
-pytestmark = pytest.mark.skipif(not split_backward.available(), reason="the compiled extension is missing")
+pytestmark = pytest.mark.skipif(autograd_graph.refusal() is not None, reason="the compiled extension is missing")
 
 CLASSES = 5
 
@@ -282,9 +283,8 @@ def tokens() -> nn.Sequential:
         (Squared, {}, "MulBackward0 is not known to be linear"),
         (affine, {}, "BatchNormBackward0 is not known to be linear"),
         (headless, {}, "the logits do not come from a linear layer"),
-        (tokens, {}, "a layer has an input whose rows are not the samples"),
-        (plain, {"top_k": 2}, 'second_order=True takes it for top_k=1 and space="logit" only'),
-        (plain, {"space": "probability"}, 'second_order=True takes it for top_k=1 and space="logit" only'),
+        (plain, {"top_k": 2}, "it takes one competitor when norms are differentiated"),
+        (plain, {"space": "probability"}, 'the passes of space="probability" do not hold the gradients of the logits'),
     ],
 )
 def test_what_is_not_exact_is_refused_by_name_and_avoided_by_auto(model, loss, message) -> None:
@@ -329,7 +329,7 @@ def test_tangents_in_fp32_agree_with_double_backward_to_1e_6(name) -> None:
 def test_a_tangent_of_activations_of_your_own_is_refused() -> None:
     x, y = batch()
     x.requires_grad_()
-    with pytest.raises(ValueError, match='gradient="tangent" is not possible: the logits do not come from a linear'):
+    with pytest.raises(ValueError, match='gradient="tangent" is not possible: the activations were kept by the caller'):
         MarginSensitivityLoss(candidates=1, gradient="tangent")(build("plain")(x), y, [x])
 
 

@@ -175,13 +175,19 @@ def test_a_loss_of_the_logits_costs_one_plain_forward_and_has_no_taps() -> None:
     reference = copy.deepcopy(model)
     seen: list[bool] = []
     model[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
-    for batchnorm in ("batch", "frozen"):
-        task = MarginTask(model, OneToNLoss(), batchnorm=batchnorm)
-        assert task.layers == ()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert torch.equal(task(x, y)["output"], reference(x))
-    assert seen == [False, False]
+    task = MarginTask(model, OneToNLoss())
+    assert task.layers == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(task(x, y)["output"], reference(x))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("option", [{"passes": "split"}, {"passes": "loop"}, {"batchnorm": "frozen"}, {"batch_dim": 0}])
+def test_options_without_effect_are_refused(option) -> None:
+    name = next(iter(option))
+    with pytest.raises(ValueError, match=f"{name} must be .* for OneToNLoss, which measures at no tap"):
+        MarginTask(nn.Linear(4, CLASSES), OneToNLoss(), **option)
 
 
 def test_layers_are_refused_for_a_loss_of_the_logits() -> None:

@@ -6,14 +6,15 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 from torch.utils.checkpoint import checkpoint
 
-from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask, split_backward, thin_convolution
+from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask
 from margin_kernels.backends import EXTENSION
-from margin_kernels.passes import pair_gradient
+from margin_kernels.gradients import thin_convolution
+from margin_kernels.gradients.loop import pair_gradient
 
 CLASSES = 4
 COMPILED = getattr(EXTENSION, "convolution_input_gradient", None)
 # Four norms, two orders, two competitors; and the pass by which the split backward, of first order, is tried out.
-PASSES = 16 + (4 if split_backward.available() else 0)
+PASSES = 16
 needs_kernel = pytest.mark.skipif(COMPILED is None, reason="the compiled extension is missing")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -11,7 +11,13 @@ from .. import checks, functional
 from ..backends import BACKENDS
 from ..reference.one_to_n import BOUNDS, logsumexp, one_to_n
 from ..tracing import tracing
-from .options import REDUCTIONS, choice, flag, number
+from .base import NOTHING, REDUCTIONS, MarginLoss, flag, one_of, positive
+
+
+def _linear(name: str, value: Any) -> nn.Linear | None:
+    if value is not None and not isinstance(value, nn.Linear):
+        raise TypeError(f"{name} must be None or the model's final nn.Linear, got {type(value).__name__}")
+    return value
 
 
 class OneToNMargins(NamedTuple):
@@ -26,7 +32,7 @@ class OneToNMargins(NamedTuple):
     gap: Tensor
 
 
-class OneToNLoss(nn.Module):
+class OneToNLoss(MarginLoss):
     """1-to-N loss: one positive logit against all negative ones of the batch in the same column, in O(N C).
 
         a_i = min(z[i,y_i], delta)
@@ -57,8 +63,17 @@ class OneToNLoss(nn.Module):
     Source: Rocca Layza, Pedrini, Torres. 1-to-N Large Margin Classifier. SIBGRAPI 2020, eq. 8 and 14.
     """
 
-    # What MarginTask gives it: nothing but the logits.
     needs = "logits"
+    shown = ("delta", "bound")
+    checks: ClassVar = {
+        "delta": positive,
+        "bound": one_of(*BOUNDS),
+        "cross_entropy": flag,
+        "weight_norm": _linear,
+        "reduction": one_of(*REDUCTIONS),
+        "backend": one_of("auto", *BACKENDS),
+        "across_processes": flag,
+    }
 
     def __init__(
         self,
@@ -71,19 +86,16 @@ class OneToNLoss(nn.Module):
         across_processes: bool = False,
     ) -> None:
         super().__init__()
-        self.delta = number("delta", delta, above=0)
-        self.bound = choice("bound", bound, BOUNDS)
-        self.cross_entropy = flag("cross_entropy", cross_entropy)
-        if weight_norm is not None and not isinstance(weight_norm, nn.Linear):
-            raise TypeError(
-                f"weight_norm must be None or the model's final nn.Linear, got {type(weight_norm).__name__}"
-            )
-        # In a tuple, so that it is not registered: its parameters are the model's. Copies of a task copy it with the
-        # model, as one object.
-        self._head = (weight_norm,)
-        self.reduction = choice("reduction", reduction, REDUCTIONS)
-        self.backend = choice("backend", backend, ("auto", *BACKENDS))
-        self.across_processes = flag("across_processes", across_processes)
+        given = locals()
+        for name in self.checks:
+            setattr(self, name, given[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight_norm":
+            # In a tuple, so that it is not registered: its parameters are the model's. Copies of a task copy it with
+            # the model, as one object.
+            name, value = "_head", (_linear(name, value),)
+        super().__setattr__(name, value)
 
     @property
     def weight_norm(self) -> nn.Linear | None:
@@ -105,8 +117,8 @@ class OneToNLoss(nn.Module):
         return self._statistics(logits, target, self._per_sample(logits, target))
 
     def _statistics(self, logits: Tensor, target: Tensor, per_sample: Tensor) -> dict[str, Tensor]:
-        _, gap, nll = functional.competitors(logits.detach(), target, backend=self.backend)
-        return {"per_sample": per_sample.detach(), "nll": nll, "gap": gap[:, 0]}
+        found = functional.competitors(logits.detach(), target, 1, NOTHING, backend=self.backend)
+        return {"per_sample": per_sample.detach(), "nll": found.nll, "gap": found.gap[:, 0]}
 
     def _per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         scores = self._scores(logits)
@@ -131,18 +143,6 @@ class OneToNLoss(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             norm = functional.dual_norm([head.weight], 2, batch_dims=1, backend=self.backend).squeeze(1)
             return (logits if logits.dtype == torch.float64 else logits.float()) / norm
-
-    def extra_repr(self) -> str:
-        parts = [f"delta={self.delta:g}", f"bound={self.bound!r}"]
-        defaults = {
-            "cross_entropy": False,
-            "weight_norm": None,
-            "reduction": "mean",
-            "backend": "auto",
-            "across_processes": False,
-        }
-        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
-        return ", ".join(parts)
 
 
 def _several_processes() -> bool:

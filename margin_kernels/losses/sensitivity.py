@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .. import functional, taps
+from .. import functional
 from ..backends import BACKENDS
-from ..passes import difference_norms, logit_norms, split_taps
-from ..split_backward import Kind, NotExact, Split, split_or_loop
-from ..tangent import TangentSplit
-from ..taps import Captured, cut_sources
-from .options import REDUCTIONS, RIVALS, choice, count, norm_exponent, number
+from ..gradients.choose import choose
+from ..gradients.request import Captured, Request, explicit
+from .base import COMPETITORS, NOTHING, REDUCTIONS, MarginLoss, count, exponent, non_negative, number, one_of, optional
 
 CLASSIFICATIONS = ("hinge", "cross_entropy")
 # How the norm is differentiated, as the passes that do it.
@@ -38,7 +35,7 @@ class SensitivityMargins(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # tuple.index is a method
 
 
-class MarginSensitivityLoss(nn.Module):
+class MarginSensitivityLoss(MarginLoss):
     """Margin sensitivity: a classification loss and the norm of the gradient by which the margin can be changed.
 
         gap[n]   = max over j != y_n of z[n,j] - z[n,y_n]
@@ -78,10 +75,19 @@ class MarginSensitivityLoss(nn.Module):
     and 19; `power` and `weight` of the presets are those of the authors' code.
     """
 
-    # What MarginTask gives it: the taps of one forward pass.
     needs = "taps"
-    # What MarginTask asks: the norms are always differentiated.
     second_order = True
+    shown = ("weight", "p", "power")
+    checks: ClassVar = {
+        "weight": non_negative,
+        "p": exponent,
+        "power": lambda name, value: number(name, value, least=1),
+        "classification": one_of(*CLASSIFICATIONS),
+        "candidates": optional(lambda name, value: count(name, value, COMPETITORS)),
+        "gradient": one_of(*GRADIENTS),
+        "reduction": one_of(*REDUCTIONS),
+        "backend": one_of("auto", *BACKENDS),
+    }
 
     def __init__(
         self,
@@ -95,71 +101,73 @@ class MarginSensitivityLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.weight = number("weight", weight, least=0)
-        self.p = norm_exponent(p)
-        self.power = number("power", power, least=1)
-        self.classification = choice("classification", classification, CLASSIFICATIONS)
-        self.candidates = None if candidates is None else count("candidates", candidates, RIVALS)
-        self.gradient = choice("gradient", gradient, tuple(GRADIENTS))
-        self.reduction = choice("reduction", reduction, REDUCTIONS)
-        self.backend = choice("backend", backend, ("auto", *BACKENDS))
-        self._tried: dict[Kind, str | None] = {}
+        given = locals()
+        for name in self.checks:
+            setattr(self, name, given[name])
 
-    def forward(self, logits: Tensor, target: Tensor, activations: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        activations: Sequence[Tensor],
+        batch_dim: int | Sequence[int | None] | None = None,
+    ) -> Tensor:
         """The loss, [] or [N], of logits [N,C] and target [N] int64, or one logit and target -1 or +1.
 
-        activations holds one tensor, h [N,*] of the same forward: it requires grad and is in the graph of the logits.
+        activations holds one tensor, h of the same forward: it requires grad and is in the graph of the logits, which
+        shows its batch dimension; batch_dim names it where it does not.
         """
-        return self.margins(logits, target, taps.explicit(logits, activations)).loss
+        return self.margins(logits, target, explicit(logits, activations, batch_dim)).loss
 
-    def margins(self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop") -> SensitivityMargins:
+    def passes(self, asked: str) -> str:
+        return GRADIENTS[self.gradient] or asked
+
+    def request(self, classes: int) -> Request:
+        """What this loss asks of a forward pass with so many classes."""
+        outside = None
+        if classes < 2 or self.classification != "hinge" or (self.candidates != 1 and classes > 2):
+            outside = 'it takes more than one logit, classification="hinge" and candidates=1'
+        return Request(self.p, second_order=True, outside=outside, backend=self.backend)
+
+    def count(self, logits: Tensor) -> int:
+        """Backward passes of one step: of the choice, and of the chosen pair."""
+        choices = 1 if _is_binary(logits) else self.candidates or logits.shape[1] - 1
+        return choices + (choices > 1)
+
+    def margins(
+        self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop", **how: Any
+    ) -> SensitivityMargins:
         """The loss and all that it measured on the way.
 
         logits    [N,C], from which the classification loss is taken
         target    [N] int64, values in [0, C)
         captured  the forward pass whose tap is measured; its logits may differ from `logits` (frozen batch norm)
-        passes    "loop": the loss is differentiated twice and goes back through the logits. "split": the gradients of
-                  the parameters of a piecewise-linear network come from one pass and its tangents
-                  (margin_kernels.tangent), for candidates=1 and the hinge. "auto": split where that is exact. What
-                  `gradient` says goes before it
-        Raises ValueError where a split is asked for and cannot be.
+        passes    as `passes` of MarginTask, what `gradient` says goes before it; `how`: see
+                  margin_kernels.gradients.choose
         """
         if len(captured.taps) != 1:
             names = ", ".join(tap.name for tap in captured.taps)
             raise ValueError(f"MarginSensitivityLoss measures at one tap, got {len(captured.taps)}: {names}")
-        return split_or_loop(
-            GRADIENTS[self.gradient] or passes,
-            partial(self._split, logits, captured),
-            partial(self._margins, logits, target, captured),
-            asked='passes="split"' if self.gradient == "auto" else 'gradient="tangent"',
-        )
-
-    def _margins(self, logits: Tensor, target: Tensor, captured: Captured, split: Split | None) -> SensitivityMargins:
-        source = logits if split is None else logits.detach().requires_grad_()
-        rivals, gap, nll = self._gaps(source, target)
-        if _is_binary(logits):
-            norm = logit_norms(captured, self.p, second_order=True, backend=self.backend).squeeze(1)
-            index = rivals.squeeze(1)
+        if self.gradient != "auto":
+            how["asked"] = f'gradient="{self.gradient}"'
+        passes = self.passes(passes)
+        classes = 1 if _is_binary(logits) else logits.shape[-1]
+        gradients = choose(passes, self.request(classes), captured, logits, **how)
+        source = gradients.logits
+        competitors, gap, nll = self._gaps(source, target)
+        if classes == 1:
+            norm, index = gradients.logit_norms().squeeze(1), competitors.squeeze(1)
         else:
             # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
             label = target.clamp(0, logits.shape[1] - 1)
-            chosen = self._widest(captured, label, rivals)
-            norm = self._norms(captured, label, chosen, second_order=True, split=split).squeeze(1)
-            index = chosen.squeeze(1)
+            if competitors.shape[1] > 1:  # the one with the largest norm, of equal ones the first
+                widest = gradients.measured(label, competitors).squeeze(-1).argmax(1, keepdim=True)
+                competitors = competitors.gather(1, widest)
+            norm, index = gradients.norms(label, competitors)[:, 0, 0], competitors.squeeze(1)
         classification = self._classification(gap, nll)
         loss = functional.reduced(classification + self.weight * norm.pow(self.power), self.reduction)
-        if split is None:
-            cut_sources(loss, captured)
-        else:
-            loss = split.loss(loss, source, None, rivals, label)
+        loss = gradients.attach(loss)
         return SensitivityMargins(loss, classification.detach(), nll.detach(), gap.detach(), norm.detach(), index)
-
-    def _split(self, logits: Tensor, captured: Captured) -> Split:
-        """The split backward of this loss. Raises NotExact with the reason where there is none."""
-        passed = split_taps(captured, logits, "logit", self.p)
-        if _is_binary(logits) or self.classification != "hinge" or (self.candidates != 1 and logits.shape[1] > 2):
-            raise NotExact('it takes more than one logit, classification="hinge" and candidates=1')
-        return TangentSplit(captured, passed, self._tried)
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: classification, gap and nll [N]."""
@@ -167,46 +175,18 @@ class MarginSensitivityLoss(nn.Module):
         return {"classification": self._classification(gap, nll).detach(), "nll": nll.detach(), "gap": gap.detach()}
 
     def _gaps(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The rivals to choose from [N,k], strongest first, the gap of the strongest [N] and the cross-entropy [N]."""
+        """The competitors to choose from [N,k], strongest first, the gap of the strongest and the cross-entropy [N]."""
         if _is_binary(logits):
             gap = _binary_gap(logits, target)
             return torch.zeros(len(gap), 1, dtype=torch.int64, device=gap.device), gap, F.softplus(gap)
-        rivals = logits.shape[1] - 1 if logits.dim() == 2 else 1
-        if self.candidates is not None and logits.dim() == 2 and self.candidates > rivals:
-            raise ValueError(f"candidates must be at most the number of classes - 1 = {rivals}, got {self.candidates}")
-        index, gap, nll = functional.competitors(logits, target, self.candidates or rivals, backend=self.backend)
-        return index, gap[:, 0], nll
+        most = logits.shape[1] - 1 if logits.dim() == 2 else 1
+        if self.candidates is not None and logits.dim() == 2 and self.candidates > most:
+            raise ValueError(f"candidates must be at most the number of classes - 1 = {most}, got {self.candidates}")
+        found = functional.competitors(logits, target, self.candidates or most, NOTHING, backend=self.backend)
+        return found.index, found.gap[:, 0], found.nll
 
     def _classification(self, gap: Tensor, nll: Tensor) -> Tensor:
         return F.relu(1 + gap) if self.classification == "hinge" else nll
-
-    def _widest(self, captured: Captured, label: Tensor, rivals: Tensor) -> Tensor:
-        """The rival with the largest norm, [N,1]; of equal ones the first."""
-        if rivals.shape[1] == 1:
-            return rivals
-        norms = self._norms(captured, label, rivals, second_order=False)
-        return rivals.gather(1, norms.argmax(1, keepdim=True))
-
-    def _norms(
-        self, captured: Captured, label: Tensor, index: Tensor, second_order: bool, split: Split | None = None
-    ) -> Tensor:
-        """|| d (z[n,i] - z[n,y_n]) / d h[n] ||_q, [N,k], of the rivals index [N,k]."""
-        norms = difference_norms(
-            captured, label, index, self.p, second_order=second_order, split=split, backend=self.backend
-        )
-        return norms.squeeze(-1)
-
-    def extra_repr(self) -> str:
-        parts = [f"weight={self.weight:g}", f"p={self.p:g}", f"power={self.power:g}"]
-        defaults = {
-            "classification": "hinge",
-            "candidates": None,
-            "gradient": "auto",
-            "reduction": "mean",
-            "backend": "auto",
-        }
-        parts += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
-        return ", ".join(parts)
 
 
 def _is_binary(logits: Tensor) -> bool:

@@ -12,11 +12,11 @@ are inputs of one autograd Function: accumulation, hooks, GradScaler and DDP see
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -26,13 +26,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .batchnorm import training_batchnorms
-from .random_state import RandomState
-from .split_backward import FLOAT16_SCALE
-from .tracing import recorded
-
-if TYPE_CHECKING:
-    from .task import MarginTask
+from ..batchnorm import training_batchnorms
+from ..gradients.plan import FLOAT16_SCALE
+from ..losses.base import MarginLoss
+from ..random_state import RandomState
+from ..tracing import recorded
 
 # Kinds of steps that are recorded before a warning says that each costs a compilation.
 MANY = 8
@@ -48,12 +46,29 @@ UNRECORDABLE = (
 )
 
 
+class Task(Protocol):
+    """What a compiled step needs of a MarginTask."""
+
+    model: nn.Module
+    loss: MarginLoss
+    batchnorm: str
+    layers: tuple[str, ...]
+
+    def uncompiled(self, x: Any, y: Tensor) -> dict[str, Tensor]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+    def buffers(self) -> Iterator[Tensor]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
 class CompiledStep:
     """The recorded and compiled steps of one task, one for each kind of call.
 
     Recorded anew for other shapes, dtypes, strides or devices of inputs and parameters, another mode of a module
-    (train, eval), other parameters that require grad, other options of the loss, another autocast. Anything else that a
-    forward pass reads from Python is as it was when it was recorded.
+    (train, eval), other parameters that require grad, other options of the loss, another autocast, other plain values
+    (numbers, words, flags) that a module keeps. Numbers of the loss in `loss.live`, as gamma, are inputs of the step.
+    Not seen: plain values that the model itself changes in its forward pass, as counters, and what it reads from
+    elsewhere.
 
     options: of torch.compile, as backend, mode, dynamic
     """
@@ -61,8 +76,10 @@ class CompiledStep:
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
         self._steps: dict[Any, Callable[..., Any]] = {}
+        # Places (module, attribute) of plain values that a forward pass was seen to change: not part of the key.
+        self._changing: set[tuple[int, str]] = set()
 
-    def __call__(self, task: MarginTask, x: Any, y: Tensor) -> dict[str, Tensor]:
+    def __call__(self, task: Task, x: Any, y: Tensor) -> dict[str, Tensor]:
         """As MarginTask.forward. The logits carry no gradient: a backward pass through them raises RuntimeError."""
         inputs, spec = tree_flatten(x)
         if not all(isinstance(leaf, Tensor) for leaf in inputs):
@@ -75,25 +92,41 @@ class CompiledStep:
         device = y.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         modes = tuple(module.training for module in task.modules())
-        key = (spec, tuple(map(_kind, (*tensors, y))), modes, autocast, repr(task.loss))
-        step = self._steps.get(key)
+        kinds = (spec, tuple(map(_kind, (*tensors, y))), modes, autocast, task.loss.key())
+        step = self._steps.get((*kinds, self._values(task)))
         if step is None:
-            step = self._steps[key] = self._compile(task, x, y, list(state), spec, tensors, autocast)
+            step = self._compile(task, x, y, list(state), spec, tensors, autocast)
+            self._steps[*kinds, self._values(task)] = step
             if len(self._steps) == MANY:
                 warnings.warn(
                     f"{MANY} kinds of steps were compiled, each takes a while: keep batch size and options of the loss",
                     stacklevel=3,
                 )
+        numbers = torch.tensor(task.loss.numbers(len(task.layers)), dtype=torch.float64)
         with torch.no_grad(), torch.autocast(device, enabled=False):  # its casts are in the graph
-            fields, gradients = step([tensor.detach() for tensor in tensors], y)
+            fields, gradients = step(
+                [tensor.detach() for tensor in tensors], y, numbers.to(y.device, non_blocking=True)
+            )
         if self.options.get("mode") in CUDA_GRAPHS:  # the next step writes into the same memory
             fields = {name: value.clone() for name, value in fields.items()}
         loss, output = _Handed.apply(fields["loss"], fields["output"], gradients, *wanted)
         return {**fields, "loss": loss, "output": output}
 
+    def _plain(self, task: Task) -> dict[tuple[int, str], Any]:
+        """The plain values that the modules of the model keep, by the module's number and the attribute's name."""
+        found = {}
+        for i, module in enumerate(task.model.modules()):
+            for name, value in vars(module).items():
+                if not name.startswith("_") and not isinstance(value, (nn.Module, Tensor)):
+                    found[i, name] = _frozen(value)
+        return found
+
+    def _values(self, task: Task) -> tuple[Any, ...]:
+        return tuple(item for item in self._plain(task).items() if item[0] not in self._changing)
+
     def _compile(
         self,
-        task: MarginTask,
+        task: Task,
         x: Any,
         y: Tensor,
         names: list[str],
@@ -101,17 +134,21 @@ class CompiledStep:
         tensors: list[Tensor],
         autocast: tuple[bool, torch.dtype],
     ) -> Callable[..., Any]:
+        before = self._plain(task)
         _rehearse(task, x, y)
+        after = self._plain(task)
+        self._changing |= {place for place in after if before.get(place) != after[place]}
         enabled, dtype = autocast
         # A GradScaler's factor comes after the gradients: in float16 the step needs one of its own.
         scale = min(FLOAT16_SCALE * len(y), LARGEST_SCALE) if enabled and dtype == torch.float16 else 1.0
 
-        def step(tensors: list[Tensor], y: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        def step(tensors: list[Tensor], y: Tensor, numbers: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
             state = dict(zip(names, tensors, strict=False))
             x = tree_unflatten(tensors[len(names) :], spec)
             # No cache: its half-precision weights would outlive the recording.
-            with torch.autocast(y.device.type, dtype, enabled, cache_enabled=False):
-                found = torch.func.functional_call(task, state, (x, y))
+            live = task.loss.recorded(numbers)
+            with live, torch.autocast(y.device.type, dtype, enabled, cache_enabled=False):
+                found = torch.func.functional_call(cast(nn.Module, task), state, (x, y))
             wanted = [tensor for tensor in tensors if tensor.requires_grad]
             gradients = torch.autograd.grad(scale * found["loss"], wanted, allow_unused=True)
             fields = {name: value.detach() for name, value in found.items()}
@@ -120,7 +157,8 @@ class CompiledStep:
         arguments = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         try:
             with recorded():
-                graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(arguments, y)
+                numbers = torch.tensor(task.loss.numbers(len(task.layers)), dtype=torch.float64, device=y.device)
+                graph = make_fx(step, tracing_mode="fake", _allow_non_fake_inputs=True)(arguments, y, numbers)
         except UNRECORDABLE as error:
             raise ValueError(
                 f"the step cannot be compiled, for it reads a value of a tensor: {str(error).splitlines()[0]}"
@@ -128,11 +166,18 @@ class CompiledStep:
         return torch.compile(graph.forward, fullgraph=True, **self.options)
 
 
+def _frozen(value: Any) -> Any:
+    """A plain value that can be compared: numbers, words, flags, and tuples and lists of them; else its type."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    return tuple(map(_frozen, value)) if isinstance(value, (tuple, list)) else type(value)
+
+
 def _kind(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _rehearse(task: MarginTask, x: Any, y: Tensor) -> None:
+def _rehearse(task: Task, x: Any, y: Tensor) -> None:
     """One step as it is without a compiler: raises its errors, tries out what recordings cannot, and leaves the model's
     buffers and the random numbers as they were. Raises ValueError for what has no compiled form."""
     random = RandomState.now(x)

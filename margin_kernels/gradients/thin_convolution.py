@@ -13,7 +13,7 @@ carries a graph takes col2im, or autograd's own way where the output channels ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from .backends import EXTENSION, is_functorch_wrapped
-from .taps import Tap, same_edge
-from .tracing import recording, tracing
+from ..backends import EXTENSION, is_functorch_wrapped
+from ..tracing import recording, tracing
+from .autograd_graph import Graph
+from .request import Tap
 
 # Output channels for each input channel from which col2im is faster than the library: measured, MKL-DNN on AVX-512.
 FEW = 16
@@ -83,16 +84,11 @@ class ThinConvolution(NamedTuple):
         )
 
 
-def thin_convolution(nodes: Sequence[Any], tap: Tap) -> ThinConvolution | None:
-    """The convolution that alone among the nodes reads the tap, where there is a faster way to its gradient."""
-    if len(tap.shape) != 4:
+def thin_convolution(graph: Graph, tap: Tap, batch: int) -> ThinConvolution | None:
+    """The convolution that alone reads the tap, where there is a faster way to its gradient."""
+    if len(tap.shape) != 4 or tap.shape[0] != batch:
         return None
-    readers = [
-        (node, number)
-        for node in nodes
-        for number, (following, output) in enumerate(node.next_functions)
-        if following is not None and same_edge(GradientEdge(following, output), tap.edge)
-    ]
+    readers = graph.readers_of(tap.edge)
     if len(readers) != 1 or readers[0][0].name() != "ConvolutionBackward0" or readers[0][1] != 0:
         return None
     node = readers[0][0]

@@ -13,10 +13,12 @@ non-reentrant checkpointing, which happens later, runs without them and keeps th
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,10 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .backends import EXTENSION
-from .tracing import is_plain, tracing
+from ..gradients.autograd_graph import same_edge, sequence_now
+from ..gradients.request import HEAD_INPUT, Captured, Head, Tap
+from ..tracing import is_plain
 
 INPUT, OUTPUT = "input", "output"
 
@@ -43,87 +47,35 @@ SAME_VALUES = {
     "CloneBackward0",
 }
 
-
-class Tap(NamedTuple):
-    """One tapped activation h_l [N,*]: its name, its edge in the autograd graph and its shape."""
-
-    name: str
-    edge: GradientEdge
-    shape: torch.Size
+# A module, one item of what it returns (a tuple, list or dict), one of its calls: "name[0]:1".
+_NAME = re.compile(r"(?P<base>[^:\[\]]+)(?P<items>(?:\[[^\[\]]+\])*)(?::(?P<call>\d+))?")
 
 
-class Head(NamedTuple):
-    """The final linear layer z = W h + b: W [C,D], h [N,D], the edges that carry h, and the pooling that made it.
+class _Name(NamedTuple):
+    """A tap's name in parts: the module, the way to one tensor of what it returns, and which call of the module."""
 
-    `pooled` is the edge of the activation whose mean over `positions` positions is h, None where no pooling was found.
-    """
+    base: str
+    items: tuple[int | str, ...]
+    call: int | None
 
-    weight: Tensor
-    input: Tensor
-    edges: list[GradientEdge]
-    pooled: GradientEdge | None = None
-    positions: int = 1
-
-
-class Captured(NamedTuple):
-    """One forward pass: logits [N,C], the taps in the order of their names, the head where it was found.
-
-    `sources` marks the nodes that stand for tensors without gradient, see `cut_sources`.
-    """
-
-    logits: Tensor
-    taps: list[Tap]
-    head: Head | None = None
-    sources: Sequence[Tensor] = ()
-
-
-def same_edge(one: GradientEdge, other: GradientEdge) -> bool:
-    """Whether two edges are the same autograd variable."""
-    return one.node is other.node and one.output_nr == other.output_nr
-
-
-def graph_nodes(tensor: Tensor) -> list[Any]:
-    """The nodes of the autograd graph that made a tensor."""
-    return nodes_behind(get_gradient_edge(tensor).node)
-
-
-def nodes_behind(node: Any) -> list[Any]:
-    """A node of the autograd graph and all that its backward leads to."""
-    nodes: list[Any] = [node]
-    seen = set(nodes)
-    for node in nodes:
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-    return nodes
-
-
-def explicit(logits: Tensor, activations: Sequence[Tensor]) -> Captured:
-    """Taps from tensors that the caller kept: activations [N,*] of one forward pass that led to logits [N,C].
-
-    Raises TypeError for anything but tensors, ValueError for a tensor that is not part of an autograd graph.
-    """
-    if isinstance(activations, Tensor) or not isinstance(activations, Sequence):
-        raise TypeError(f"activations must be a list of tensors, got {type(activations).__name__}")
-    if len(activations) == 0:
-        raise ValueError("activations must hold at least one tensor, got an empty list")
-    taps = []
-    for i, activation in enumerate(activations):
-        name = f"activations[{i}]"
-        if not isinstance(activation, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(activation).__name__}")
-        if not activation.requires_grad:
-            raise ValueError(f"{name} does not require grad: call requires_grad_() on it before the forward pass")
-        taps.append(Tap(name, get_gradient_edge(activation), activation.shape))
-    return Captured(logits, taps)
+    @classmethod
+    def parse(cls, name: str) -> _Name:
+        found = _NAME.fullmatch(name)
+        if found is None:
+            raise ValueError(
+                f'layers has {name!r}: a call of a reused module is written "name:index", as in "act:1", and one '
+                'tensor of those that a module returns "name[index]", as in "lstm[0]"'
+            )
+        items = tuple(int(item) if item.isdigit() else item for item in re.findall(r"\[([^\[\]]+)\]", found["items"]))
+        return cls(found["base"], items, None if found["call"] is None else int(found["call"]))
 
 
 def resolve(model: nn.Module, layers: Sequence[str] | str) -> tuple[str, ...]:
     """Names of taps from names and glob patterns: `*` and `?` stay within a part of a dotted name, `**` crosses dots.
 
-    "input" and "output" are the model's input and its logits; "name:index" is one call of a module called repeatedly.
-    Returns the names in the order given, patterns in the order of named_modules(), each once.
+    "input" and "output" are the model's input and its logits; "name:index" is one call of a module called repeatedly,
+    "name[index]" one of several tensors that a module returns. Returns the names in the order given, patterns in the
+    order of named_modules(), each once.
     Raises ValueError for an empty selection, and for a name or pattern that no module has, with the close names.
     """
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
@@ -132,14 +84,12 @@ def resolve(model: nn.Module, layers: Sequence[str] | str) -> tuple[str, ...]:
     for layer in layers:
         if not isinstance(layer, str):
             raise TypeError(f"layers must be names, got {type(layer).__name__}")
-        base, colon, _ = layer.partition(":")
-        if colon and not re.fullmatch(r"[^:]+:\d+", layer):
-            raise ValueError(f'layers has {layer!r}: a call of a reused module is written "name:index", as in "act:1"')
+        base = _Name.parse(layer).base
         if layer in (INPUT, OUTPUT) or base in modules:
             names[layer] = None
             continue
-        matches = [] if colon else [name for name in modules if _pattern(layer).fullmatch(name)]
-        if not matches:
+        matches = [name + layer.removeprefix(base) for name in modules if _pattern(base).fullmatch(name)]
+        if not matches or ":" in layer:
             close = difflib.get_close_matches(base, [INPUT, OUTPUT, *modules], n=4, cutoff=0.4)
             known = f"close names: {', '.join(close)}" if close else f"known: {', '.join([INPUT, OUTPUT, *modules])}"
             raise ValueError(f"layers has {layer!r}, which names no module of {type(model).__name__}; {known}")
@@ -186,27 +136,21 @@ def in_graph(x: Any) -> tuple[Any, list[Tensor]]:
     return (_in_graph(x, sources) if isinstance(x, Tensor) and x.is_floating_point() else x), sources
 
 
-def cut_sources(root: Tensor, captured: Captured) -> None:
-    """Spare the backward of root the gradients of the model's input and of frozen stems, which nobody reads.
-
-    A matter of time alone: without the compiled extension these gradients are computed and dropped.
-    """
-    cut_gradients = getattr(EXTENSION, "cut_gradients", None)
-    if captured.sources and cut_gradients is not None and not tracing():
-        cut_gradients(root, captured.sources)
-
-
 class Taps:
     """The taps of one model: `capture` runs a forward pass and returns its logits, taps and head.
 
-    model   nn.Module with one positional argument and logits [N,C] as output
-    layers  names and glob patterns as in `resolve`
+    model      nn.Module with one positional argument and logits [N,C] as output
+    layers     names and glob patterns as in `resolve`
+    batch_dim  the batch dimension of taps where the graph does not show it: a number for all, or name -> number
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str] | str) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str] | str, batch_dim: int | Mapping[str, int] | None = None
+    ) -> None:
         self.names = resolve(model, layers)
-        modules = [name for name in self.names if name not in (INPUT, OUTPUT)]
-        self._modules = tuple(dict.fromkeys(name.partition(":")[0] for name in modules))
+        self.batch_dim = _batch_dims(self.names, batch_dim)
+        self._parsed = {name: _Name.parse(name) for name in self.names if name not in (INPUT, OUTPUT)}
+        self._modules = tuple(dict.fromkeys(name.base for name in self._parsed.values()))
         # The modules that the first forward showed to be head and pooling; None before it.
         self._ends: tuple[str, ...] | None = None
 
@@ -216,11 +160,15 @@ class Taps:
         Raises ValueError for an input that cannot be tapped, and for a layer that was not called, called several times
         without an index, run without gradients, or whose output is not a floating-point tensor.
         """
-        calls: dict[str, list[Tap | None]] = defaultdict(list)
+        calls: dict[str, list[dict[str, Tap]]] = defaultdict(list)
         sources: list[Tensor] = []
         ends = _Ends()
+        begin = sequence_now()
+        given = [get_gradient_edge(t) for t in tree_leaves(x) if isinstance(t, Tensor) and t.grad_fn is not None]
         if INPUT in self.names:
             x = _in_graph(_floating(x), sources)
+            # Now, for a model that changes its input in place moves the tensor along the graph.
+            entry = Tap(INPUT, get_gradient_edge(x), x.shape)
         with _hooks(self._handles(model, calls, sources, ends)):
             logits = model(x)
         if not isinstance(logits, Tensor):
@@ -233,41 +181,124 @@ class Taps:
         taps = []
         for name in self.names:
             if name == INPUT:
-                taps.append(Tap(name, get_gradient_edge(x), x.shape))
+                tap = entry
             elif name == OUTPUT:
-                taps.append(Tap(name, get_gradient_edge(logits), logits.shape))
+                tap = Tap(name, get_gradient_edge(logits), logits.shape)
             else:
-                taps.append(_pick(name, calls[name.partition(":")[0]]))
-        return Captured(logits, taps, head, sources)
+                tap = self._pick(name, calls[self._parsed[name].base])
+            taps.append(tap._replace(batch_dim=self.batch_dim.get(name)))
+        captured = Captured(logits, taps, head, sources, begin, given)
+        if captured.head_depends_on_taps():
+            captured.head = None
+        return captured
 
     def _handles(
-        self, model: nn.Module, calls: dict[str, list[Tap | None]], sources: list[Tensor], ends: _Ends
+        self, model: nn.Module, calls: dict[str, list[dict[str, Tap]]], sources: list[Tensor], ends: _Ends
     ) -> Iterator[RemovableHandle]:
+        # Another thread may run the same model meanwhile, which then has these hooks as well.
+        thread = threading.get_ident()
+
+        def here(hook: Callable[..., Any], *args: Any) -> Any:
+            return hook(*args) if threading.get_ident() == thread else None
+
         for name in self._modules:
             keep = partial(self._keep, name, calls[name], sources)
-            yield model.get_submodule(name).register_forward_hook(keep)
+            yield model.get_submodule(name).register_forward_hook(partial(here, keep))
         for name in _end_candidates(model) if self._ends is None else self._ends:
             # First of the module's hooks: it must see what the layer computed, not what other hooks made of it.
             note = partial(ends.note, name)
-            yield model.get_submodule(name).register_forward_hook(note, prepend=True)
+            yield model.get_submodule(name).register_forward_hook(partial(here, note), prepend=True)
 
     def _keep(
-        self, name: str, calls: list[Tap | None], sources: list[Tensor], module: nn.Module, args: Any, output: Any
-    ) -> Tensor | None:
-        if name not in self.names and f"{name}:{len(calls)}" not in self.names:
-            calls.append(None)
-            return None
+        self,
+        base: str,
+        calls: list[dict[str, Tap]],
+        sources: list[Tensor],
+        module: nn.Module,
+        args: Any,
+        output: Any,
+    ) -> Any:
+        taps: dict[str, Tap] = {}
+        passed_on = output
+        for name, parsed in self._parsed.items():
+            if parsed.base == base and parsed.call in (None, len(calls)):
+                items = _path(name, parsed.items, passed_on)
+                tensor = _item(passed_on, items)
+                kept = self._kept(name, tensor, sources)
+                taps[name] = Tap(name, get_gradient_edge(kept), kept.shape)
+                passed_on = passed_on if kept is tensor else _with_item(passed_on, items, kept)
+        calls.append(taps)
+        return None if passed_on is output else passed_on
+
+    def _kept(self, name: str, output: Any, sources: list[Tensor]) -> Tensor:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"layer {name!r} returns {kind}; a tap must return one floating-point tensor [N,*]")
+            raise ValueError(f"layer {name!r} returns {kind}; a tap must be a floating-point tensor")
         if not torch.is_grad_enabled():
             raise ValueError(
                 f"layer {name!r} runs without gradients, so it cannot be tapped: use non-reentrant checkpointing "
                 "(use_reentrant=False), and freeze layers with requires_grad_(False) and not with torch.no_grad()"
             )
-        kept = output.clone() if output._is_view() and output.requires_grad else _in_graph(output, sources)
-        calls.append(Tap(name, get_gradient_edge(kept), kept.shape))
-        return None if kept is output else kept
+        return output.clone() if output._is_view() and output.requires_grad else _in_graph(output, sources)
+
+    def _pick(self, name: str, calls: list[dict[str, Tap]]) -> Tap:
+        base, _, call = self._parsed[name]
+        if not calls:
+            raise ValueError(f"layer {base!r} was not called in this forward pass, so it cannot be tapped")
+        listing = ", ".join(f'"{name.partition(":")[0]}:{i}"' for i in range(len(calls)))
+        if call is None and len(calls) > 1:
+            raise ValueError(f"layer {base!r} was called {len(calls)} times in one forward pass: name one of {listing}")
+        if call is not None and call >= len(calls):
+            raise ValueError(f"layer {name!r}: {base!r} was called {len(calls)} times in this forward pass: {listing}")
+        return calls[call or 0][name]
+
+
+def _batch_dims(names: Sequence[str], given: int | Mapping[str, int] | None) -> dict[str, int]:
+    if given is None:
+        return {}
+    if isinstance(given, int) and not isinstance(given, bool):
+        return dict.fromkeys(names, given)
+    if not isinstance(given, Mapping) or not all(isinstance(d, int) for d in given.values()):
+        raise TypeError(f"batch_dim must be a dimension or a dict from names of taps to dimensions, got {given!r}")
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise ValueError(f"batch_dim must name taps ({', '.join(names)}), got {unknown[0]!r}")
+    return dict(given)
+
+
+def _path(name: str, items: tuple[int | str, ...], output: Any) -> tuple[int | str, ...]:
+    """The way to one tensor of an output: as the name says, then always the first."""
+    path: list[int | str] = list(items)
+    found = output
+    for item in items:
+        try:
+            found = found[item]
+        except (TypeError, KeyError, IndexError) as error:
+            raise ValueError(f"layer {name!r}: what the module returns has no item [{item}] ({error})") from error
+    while isinstance(found, (tuple, list)) and len(found):
+        path.append(0)
+        found = found[0]
+    return tuple(path)
+
+
+def _item(output: Any, path: tuple[int | str, ...]) -> Any:
+    for item in path:
+        output = output[item]
+    return output
+
+
+def _with_item(output: Any, path: tuple[int | str, ...], tensor: Tensor) -> Any:
+    """The output with another tensor at that place, of the same types."""
+    if not path:
+        return tensor
+    item, rest = path[0], path[1:]
+    inner = _with_item(output[item], rest, tensor)
+    if isinstance(output, tuple):
+        values = [inner if i == item else value for i, value in enumerate(output)]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    changed = copy.copy(output)
+    changed[item] = inner
+    return changed
 
 
 def _floating(x: Any) -> Tensor:
@@ -278,20 +309,6 @@ def _floating(x: Any) -> Tensor:
             f'the tap "input" needs a floating-point input, got {x.dtype}: tap the embedding of the tokens instead'
         )
     return x
-
-
-def _pick(name: str, calls: list[Tap | None]) -> Tap:
-    base, _, index = name.partition(":")
-    if not calls:
-        raise ValueError(f"layer {base!r} was not called in this forward pass, so it cannot be tapped")
-    listing = ", ".join(f'"{base}:{i}"' for i in range(len(calls)))
-    if not index and len(calls) > 1:
-        raise ValueError(f"layer {base!r} was called {len(calls)} times in one forward pass: name one of {listing}")
-    if index and int(index) >= len(calls):
-        raise ValueError(f"layer {name!r}: {base!r} was called {len(calls)} times in this forward pass: {listing}")
-    tap = calls[int(index or 0)]
-    assert tap is not None
-    return tap._replace(name=name)
 
 
 @contextmanager
@@ -324,7 +341,7 @@ class _Ends:
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
-        self._linear: list[tuple[str, Tensor, Tensor, GradientEdge]] = []
+        self._linear: list[tuple[str, Tensor, Tensor, GradientEdge, GradientEdge]] = []
         self._pooled: list[tuple[str, GradientEdge, GradientEdge, int]] = []
 
     def note(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -333,16 +350,18 @@ class _Ends:
             return
         if type(module) is nn.Linear:
             if x.dim() == 2 and is_plain(module.weight):
-                self._linear.append((name, module.weight, x, get_gradient_edge(output)))
+                self._linear.append((name, module.weight, x, get_gradient_edge(x), get_gradient_edge(output)))
         elif output.dim() > 2 and output.shape[2:].numel() == 1 and x.dim() == output.dim():
             edges = get_gradient_edge(x), get_gradient_edge(output)
-            self._pooled.append((name, *edges, x.shape[2:].numel()))
+            self._pooled.append((name, *edges, x.numel() // output.numel()))
 
     def head(self, logits: Tensor) -> Head | None:
         """The head that this forward pass shows, and the names of its modules in `names`."""
         made = get_gradient_edge(logits)
-        for name, weight, x, output in self._linear:
-            if not same_edge(output, made):
+        for name, weight, x, entry, output in self._linear:
+            # Not where a hook has changed what the layer made, nor where its input was changed in place behind it.
+            moved = not same_edge(output, made) or not same_edge(entry, get_gradient_edge(x))
+            if moved or not _reads(made.node, entry):
                 continue
             self.names = (name,)
             head = Head(weight, x, _same_values(x))
@@ -352,6 +371,16 @@ class _Ends:
                     return head._replace(pooled=before, positions=positions)
             return head
         return None
+
+
+def _reads(node: Any, entry: GradientEdge) -> bool:
+    """Whether a node is the product of a linear layer with the tensor at that edge, cast or not."""
+    if node.name() not in HEAD_INPUT:
+        return False
+    following, output = node.next_functions[HEAD_INPUT[node.name()]]
+    while following is not None and following.name() == "ToCopyBackward0":
+        following, output = following.next_functions[0]
+    return following is not None and same_edge(GradientEdge(following, output), entry)
 
 
 def _same_values(x: Tensor) -> list[GradientEdge]:

@@ -15,18 +15,28 @@ parameters sit in linear layers and convolutions, or are added; refused elsewher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .split_backward import Kind, NotExact, Seeds, Split, redirected
-from .taps import SAME_VALUES, Captured, Tap, graph_nodes, same_edge
+from .autograd_graph import Graph, same_edge, saved, shape_of
+from .plan import Seeds
+from .request import Captured, Request
+from .split import NotExact, Split, Trials
+from .structure import per_sample
 
 # Autograd nodes of operations that are (piecewise) linear in all their inputs.
-LINEAR = SAME_VALUES | {
+LINEAR = {
+    "CloneBackward0",
+    "ReshapeAliasBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "SqueezeBackward2",
+    "UnsafeViewBackward0",
+    "UnsqueezeBackward0",
+    "ViewBackward0",
     "AdaptiveAvgPool2DBackward0",
     "AddBackward0",
     "AliasBackward0",
@@ -82,40 +92,40 @@ LAYERS = {
 
 
 class TangentSplit(Split):
-    """The split backward of one forward pass of a piecewise-linear network, for one competitor and norms that are
-    differentiated. Raises NotExact with the reason where it has none; arguments as for Split."""
+    """Strategy "tangent": the split backward of one forward pass of a piecewise-linear network, for one competitor and
+    norms that are differentiated. Raises NotExact where it would not be exact; arguments as for Split."""
 
+    name = "tangent"
     second_order = True
 
-    def __init__(self, captured: Captured, taps: Sequence[Tap], tried: dict[Kind, str | None]) -> None:
-        super().__init__(captured, taps, tried)
-        if captured.head is None or self._top.name() not in LAYERS:
+    def __init__(self, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> None:
+        super().__init__(request, captured, logits, trials)
+        if request.competitors != 1:
+            raise NotExact("it takes one competitor when norms are differentiated")
+        if captured.head is None or self._graph.top.name() not in LAYERS:
             raise NotExact("the logits do not come from a linear layer")
-        if any(tap.edge.node in self._leaves for tap in taps):
+        self._taps = self._plan.taps
+        if any((tap.edge.node, tap.edge.output_nr) in self._ending for tap in self._taps):
             raise NotExact("the gradient in the tapped input is asked for as well")
-        if self._open:
-            raise NotExact("a layer has an input whose rows are not the samples")
-        self._taps = taps
-        self._outputs = {(edge.node, edge.output_nr): i for i, edge in enumerate(self.edges)}
-        self._kept_outputs = len(self.edges)
-        for node in self._nodes:
-            if node in self._spine:
+        self._places_of = {(edge.node, edge.output_nr): i for i, edge in enumerate(self.edges)}
+        self._recorded_outputs = len(self.edges)
+        for node in self._graph.nodes:
+            if node in self._along:
                 self._check_linear(node)
         # Which of the tangents, at the taps and then at further edges, is the one at the input of a layer.
-        self._inputs = {node: self._input(node) for node in self._owners if node.name() in LAYERS}
+        self._tangent_of = {node: self._input(node) for node in self._owners if node.name() in LAYERS}
+        self._strides = [self._stride(edge) for edge in self.edges]
 
     def _check_linear(self, node: Any) -> None:
         name = node.name()
-        along = [number for number, (following, _) in enumerate(node.next_functions) if following in self._spine]
-        ends = [
-            number
-            for number, (following, output) in enumerate(node.next_functions)
-            if following is not None and any(same_edge(tap.edge, GradientEdge(following, output)) for tap in self._taps)
-        ]
-        inputs = sorted({*along, *ends})
-        leaving = self._leaving(node)
+        inputs, leaving = self._structure.edges(node), self._leaving(node)
         if name in LAYERS:
-            fits = inputs == [LAYERS[name].input] and getattr(node, "_saved_alpha", 1) == 1
+            places = LAYERS[name]
+            factors = [saved(node, "alpha"), saved(node, "beta")]
+            fits = inputs == [places.input] and all(factor is None or factor == 1 for factor in factors)
+            if fits and places.bias in leaving:  # one number for each output channel
+                bias = node.next_functions[places.bias]
+                fits = shape_of(*bias) == shape_of(node, 0)[1:2]
         elif name in ONE_INPUT:
             fits = inputs == [0] or (name == "MulBackward0" and len(inputs) == 1)
             fits = fits and all(number in inputs for number in leaving)
@@ -128,76 +138,78 @@ class TangentSplit(Split):
         following, output = node.next_functions[LAYERS[node.name()].input]
         edge = GradientEdge(following, output)
         for i, tap in enumerate(self._taps):
-            if same_edge(edge, tap.edge) and following not in self._spine:
+            if same_edge(edge, tap.edge) and following not in self._along:
                 return i
         self.edges.append(edge)
-        return len(self._taps) + len(self.edges) - self._kept_outputs - 1
+        return len(self._taps) + len(self.edges) - self._recorded_outputs - 1
 
-    def seeds(self, seeds: Seeds) -> Seeds:
+    def _seeds(self, seeds: Seeds) -> Seeds:
         cotangent, rows = seeds
         assert cotangent is None and rows is not None
         self._rows = rows.detach().requires_grad_()
         return None, self._rows
 
-    def keep(
-        self, measured: list[Tensor], kept: list[Tensor], every_second: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
-        self._kept.append([gradient.detach() for gradient in kept])
-        self._try_out(every_second)
-        self._passed, self._pass = measured, kept
+    def _record(self, measured: list[Tensor], recorded: list[Tensor]) -> list[Tensor]:
+        self._recorded.append([gradient.detach() for gradient in recorded])
+        self._passed, self._pass = measured, recorded
         self._leaf_gradients = [gradient.detach().requires_grad_() for gradient in measured]
         return self._leaf_gradients
 
-    def _gradients(
-        self, value: Tensor, logits: Tensor, gap: Tensor | None, index: Tensor, target: Tensor, grad: Tensor
-    ) -> list[Tensor | None]:
-        keep_graph = self._keeps_graph()
+    def _gradients(self, loss: Tensor, grad: Tensor) -> list[Tensor | None]:
+        keep_graph = self._graph.still_to_run(self._made)
+        top, index, target = self._graph.top, self._index, self._target
         outer, *slopes = torch.autograd.grad(
-            value, [logits, *self._leaf_gradients], grad, retain_graph=keep_graph, allow_unused=True
+            loss, [self.logits, *self._leaf_gradients], grad, retain_graph=keep_graph, allow_unused=True
         )
         slopes = [torch.zeros_like(g) if u is None else u for u, g in zip(slopes, self._leaf_gradients, strict=True)]
-        outer = torch.zeros_like(logits) if outer is None else outer
+        outer = torch.zeros_like(self.logits) if outer is None else outer
         rows, *between = self._tangents(slopes, keep_graph)
-        w = outer.gather(1, index[:, :1]) / self._scale
+        w = (outer.gather(1, index[:, :1]) / self._plan.scale).squeeze(1)
         tangents = [*slopes[-len(self._taps) :], *between]  # rows are measured first, where they are
-        found: dict[Any, Tensor | None] = dict.fromkeys(self._leaves)
+        found: dict[Any, Tensor | None] = dict.fromkeys(self._inputs)
         roots: list[GradientEdge] = []
         seeds: list[Tensor] = []
 
         def add(node: Any, number: int, gradient: Tensor) -> None:
-            following, output = node.next_functions[number]
-            if following in found:
-                found[following] = _sum(found[following], gradient)
+            edge = node.next_functions[number]
+            if edge in found:
+                found[edge] = _sum(found[edge], gradient)
             else:
-                roots.append(GradientEdge(following, output))
+                roots.append(GradientEdge(*edge))
                 seeds.append(gradient)
 
-        leaving, places = self._leaving(self._top), LAYERS[self._top.name()]
+        leaving, places = self._leaving(top), LAYERS[top.name()]
         if places.weight in leaving:  # rows = W[i] - W[y]
-            total = outer.t() @ _input_of(self._top)
+            total = outer.t() @ _input_of(top)
             if rows is not None:
                 total.index_add_(0, index[:, 0], rows.to(total.dtype))
                 total.index_add_(0, target, -rows.to(total.dtype))
-            add(self._top, places.weight, total.t())
+            add(top, places.weight, total.t())
         if places.bias in leaving:
-            add(self._top, places.bias, outer.sum(0))
-        for node, number in self._inputs.items():
+            add(top, places.bias, outer.sum(0))
+        for node, number in self._tangent_of.items():
             leaving, places = self._leaving(node), LAYERS[node.name()]
-            gradient = self._kept[0][self._outputs[node, 0]]
+            place = self._places_of[node, 0]
+            gradient, stride = self._recorded[0][place], self._strides[place]
             if places.weight in leaving:
-                add(node, places.weight, _weight_gradient(node, gradient, w, tangents[number]))
+                following, output = node.next_functions[places.input]
+                a = _input_of(node)
+                weights = per_sample(w, a.shape, self._stride(GradientEdge(following, output))).to(a.dtype)
+                add(node, places.weight, _weight_gradient(node, gradient, a, weights, tangents[number]))
             if places.bias in leaving:
                 sums = gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
-                add(node, places.bias, (w.to(sums.dtype).t() @ sums).squeeze(0))
-        for edge in self.edges[: self._kept_outputs]:
-            if edge.node not in self._inputs:
-                gradient = self._kept[0][self._outputs[edge.node, edge.output_nr]]
+                factor = per_sample(w, sums.shape, stride // gradient.shape[2:].numel())
+                column = factor.to(sums.dtype).expand(len(sums), 1)
+                add(node, places.bias, (column.t() @ sums).squeeze(0))
+        for place, edge in enumerate(self.edges[: self._recorded_outputs]):
+            if edge.node not in self._tangent_of:
+                gradient = self._recorded[0][place]
                 roots.append(edge)
-                seeds.append((gradient * w.view(-1, *[1] * (gradient.dim() - 1))).to(gradient.dtype))
+                seeds.append((gradient * per_sample(w, gradient.shape, self._strides[place])).to(gradient.dtype))
         if not keep_graph:
-            self._kept.clear()
+            self._recorded.clear()
         ran = self._run(roots, seeds, keep_graph)
-        return [_sum(found[leaf], other) for leaf, other in zip(self._leaves, ran, strict=True)]
+        return [_sum(found[edge], other) for edge, other in zip(self._inputs, ran, strict=True)]
 
     def _tangents(self, slopes: list[Tensor], keep_graph: bool) -> list[Tensor | None]:
         """The tangents of `slopes` at the head's input and at `edges` behind the outputs: the derivative of the pass.
@@ -207,20 +219,20 @@ class TangentSplit(Split):
         """
         with torch.enable_grad():
             joined = _Joined.apply(slopes, *self._passed)
-        made = {_key(get_gradient_edge(gradient)): gradient for gradient in self._pass[: self._kept_outputs]}
-        nodes = graph_nodes(joined)
+        made = {_key(get_gradient_edge(gradient)): gradient for gradient in self._pass[: self._recorded_outputs]}
+        graph = Graph(joined)
         instead: dict[Any, Tensor] = {}
 
-        for node in nodes:
+        for node in graph.nodes:
             _replace(node, made, instead)
-        places: list[tuple[int, int, Tensor | None]] = [
-            (i, number, instead[following])
-            for i, node in enumerate(nodes)
+        places: list[tuple[Any, int, Tensor | None]] = [
+            (node, number, instead[following])
+            for node in graph.nodes
             for number, (following, _) in enumerate(node.next_functions)
             if following in instead
         ]
-        ends = [self._rows, *(instead.get(end.grad_fn, end) for end in self._pass[self._kept_outputs :])]
-        with redirected(joined, places):
+        ends = [self._rows, *(instead.get(end.grad_fn, end) for end in self._pass[self._recorded_outputs :])]
+        with graph.redirected(places), graph.silenced():
             return list(torch.autograd.grad(joined, ends, retain_graph=keep_graph, allow_unused=True))
 
 
@@ -281,11 +293,9 @@ def _input_of(node: Any) -> Tensor:
     return node._saved_mat1 if name == "AddmmBackward0" else node._saved_self
 
 
-def _weight_gradient(node: Any, gradient: Tensor, w: Tensor, tangent: Tensor | None) -> Tensor:
-    """sum_n G[n] (x) (w[n] a[n] + t[n]) in the layout of the layer's weight."""
-    a = _input_of(node)
-    w = w.to(a.dtype).view(-1, *[1] * (a.dim() - 1))
-    mixed = a * w if tangent is None else torch.addcmul(tangent, a, w)
+def _weight_gradient(node: Any, gradient: Tensor, a: Tensor, w: Tensor, tangent: Tensor | None) -> Tensor:
+    """sum_n G[n] (x) (w[n] a[n] + t[n]) in the layout of the layer's weight; w broadcasts against a."""
+    mixed = a * w if tangent is None else torch.addcmul(tangent, a, w.to(a.dtype))
     if node.name() != "ConvolutionBackward0":
         # Laid out as the matrix, mostly a transposed weight, so that it becomes the parameter's .grad without a copy.
         transposed = node._saved_mat2_sym_strides[0] == 1

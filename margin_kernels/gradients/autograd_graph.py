@@ -1,0 +1,212 @@
+"""The autograd graph of PyTorch: the one file that touches its private attributes.
+
+A graph is made of nodes. Node f of a forward operation holds an edge (node, output number) for each input, None where
+the input has no gradient. Backward runs along the edges: from the logits to the activations and parameters.
+
+    graph = Graph(logits)
+    graph.nodes                all nodes, breadth first from the logits: the order that csrc/graph knows too
+    graph.readers[node]        who reads the outputs of a node: (reader, number of the reader's edge, output)
+
+What is private in PyTorch and used here: `_input_metadata` (shape of each output of the forward operation), `_saved_*`
+(arguments of the forward operation), `_sequence_nr`, and whether the running backward will come to a node. `refusal()`
+says why a PyTorch cannot be trusted with it; tests/test_autograd_graph.py holds each helper to its meaning.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..backends import EXTENSION
+
+# Versions of PyTorch whose graphs were read and compared with the loop: from the first on, below the second.
+TESTED = ((2, 11), (2, 15))
+LEAF = "torch::autograd::AccumulateGrad"
+# Dimensions are saved as they were written, and a negative one is shown as an unsigned 64-bit integer.
+_UNSIGNED = 2**64
+
+Edge = tuple[Any, int]
+
+
+@cache
+def refusal() -> str | None:
+    """Why the graphs of the running PyTorch are not read, or None."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if not TESTED[0] <= version < TESTED[1]:
+        first, last = (".".join(map(str, v)) for v in TESTED)
+        return (
+            f"the autograd graph of torch {torch.__version__} was never checked (from {first} to below {last} were): "
+            'use passes="loop" or a checked version'
+        )
+    if not hasattr(EXTENSION, "RedirectedEdges"):
+        return "the compiled extension is missing"
+    node = torch.zeros(1, requires_grad=True).sum(0).grad_fn
+    missing = [name for name in ("_input_metadata", "_sequence_nr", "_saved_dim") if not hasattr(node, name)]
+    if not hasattr(torch._C, "_will_engine_execute_node"):
+        missing.append("_will_engine_execute_node")
+    if missing:
+        return f"the autograd graph of torch {torch.__version__} has no {missing[0]}"
+    return None
+
+
+class Graph:
+    """The graph that made a tensor, read once."""
+
+    def __init__(self, root: Tensor) -> None:
+        self.root = root
+        self.nodes: list[Any] = [get_gradient_edge(root).node]
+        self.readers: dict[Any, list[tuple[Any, int, int]]] = defaultdict(list)
+        seen = {self.nodes[0]}
+        for node in self.nodes:
+            for number, (following, output) in enumerate(node.next_functions):
+                if following is None:
+                    continue
+                if following not in seen:
+                    seen.add(following)
+                    self.nodes.append(following)
+                self.readers[following].append((node, number, output))
+
+    @property
+    def top(self) -> Any:
+        """The node that made the tensor."""
+        return self.nodes[0]
+
+    def above(self, nodes: Iterable[Any]) -> set[Any]:
+        """The nodes from which one of `nodes` is reached, these included."""
+        open_ = list(nodes)
+        found = set(open_)
+        while open_:
+            for reader, _, _ in self.readers.get(open_.pop(), ()):
+                if reader not in found:
+                    found.add(reader)
+                    open_.append(reader)
+        return found
+
+    def readers_of(self, edge: GradientEdge) -> list[tuple[Any, int]]:
+        """Who reads one output of a node: (reader, number of its edge)."""
+        return [(node, number) for node, number, output in self.readers.get(edge.node, ()) if output == edge.output_nr]
+
+    def place(self, node: Any) -> int:
+        """The number of a node in the order of `nodes`."""
+        return self._places[node]
+
+    @property
+    def _places(self) -> dict[Any, int]:
+        if not hasattr(self, "_order"):
+            self._order = {node: i for i, node in enumerate(self.nodes)}
+        return self._order
+
+    def hooked(self) -> dict[Any, list[Any]]:
+        """Nodes with hooks of the user: activations with register_hook or retain_grad, modules with backward hooks.
+
+        Hooks that torch.distributed registers for itself are part of the backward and do not count.
+        """
+        if EXTENSION is None or not hasattr(EXTENSION, "node_hooks"):
+            return {}
+        found = {}
+        for i, callables, others in EXTENSION.node_hooks(self.root):
+            callables = [hook for hook in callables if not _of_distributed(hook)]
+            if callables or others:
+                found[self.nodes[i]] = callables
+        return found
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Inside, the user's hooks on the nodes of this graph do not run: what passes measure is not theirs to see."""
+        hooked = [self.place(node) for node in self.hooked()]
+        if not hooked:
+            yield
+            return
+        assert EXTENSION is not None
+        hooks = EXTENSION.SilencedHooks(self.root, hooked)
+        try:
+            yield
+        finally:
+            hooks.restore()
+
+    @contextmanager
+    def redirected(self, places: Sequence[tuple[Any, int, Tensor | None]]) -> Iterator[None]:
+        """Inside, the edge of a node of that number leads to where the tensor came from, or nowhere."""
+        order = self._places
+        assert EXTENSION is not None
+        edges = EXTENSION.RedirectedEdges(self.root, [(order[node], number, to) for node, number, to in places])
+        try:
+            yield
+        finally:
+            edges.restore()
+
+    def tensor_at(self, node: Any, output: int) -> Tensor:
+        """A tensor that is output `output` of a node of this graph, without its values."""
+        assert EXTENSION is not None
+        tensor: Tensor = EXTENSION.at_gradient_edge(self.root, self.place(node), output, like_output(node, output))
+        return tensor
+
+    def still_to_run(self, nodes: Iterable[Any]) -> bool:
+        """In a backward: whether it, or another after it, comes to one of these nodes once more."""
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return True
+        return any(torch._C._will_engine_execute_node(node) for node in nodes)
+
+
+def same_edge(one: GradientEdge, other: GradientEdge) -> bool:
+    """Whether two edges are the same autograd variable."""
+    return one.node is other.node and one.output_nr == other.output_nr
+
+
+def shape_of(node: Any, output: int) -> torch.Size:
+    """The shape of an output of the forward operation."""
+    return node._input_metadata[output].shape
+
+
+def like_output(node: Any, output: int) -> Tensor:
+    """Zeros of the shape, dtype and device of an output, in the memory of one number."""
+    like = node._input_metadata[output]
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def saved(node: Any, name: str) -> Any:
+    """An argument of the forward operation that is a number, a flag or a list of those; None where it has none.
+
+    Not for tensors: reading a tensor that a checkpoint has dropped would run its forward pass again.
+    """
+    return getattr(node, f"_saved_{name}", None)
+
+
+def saved_dim(node: Any, name: str, ndim: int) -> int:
+    """A dimension that was given to the forward operation, from 0 on, of a tensor with ndim dimensions."""
+    return _from_zero(saved(node, name), ndim)
+
+
+def saved_dims(node: Any, name: str, ndim: int) -> list[int]:
+    """Dimensions that were given to the forward operation; all where it was given none."""
+    dims = saved(node, name)
+    if dims is None or len(dims) == 0:
+        return list(range(ndim))
+    return [_from_zero(dim, ndim) for dim in dims]
+
+
+def _from_zero(dim: int, ndim: int) -> int:
+    dim = dim - _UNSIGNED if dim >= _UNSIGNED // 2 else dim
+    return dim + ndim if dim < 0 else dim
+
+
+def made_before(node: Any, sequence: int) -> bool:
+    """Whether a node, which is no leaf, was made before that sequence number was current in this thread."""
+    return node.name() != LEAF and node._sequence_nr() < sequence
+
+
+def sequence_now() -> int:
+    """The number that the next node of this thread gets, 0 where PyTorch does not say."""
+    get = getattr(torch._C._autograd, "_get_sequence_nr", None)
+    return 0 if get is None else get()
+
+
+def _of_distributed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__).startswith("torch.distributed")

@@ -1,0 +1,398 @@
+"""Strategy "split": weight gradients of a margin loss from the activation gradients that its norms were measured on.
+
+With constant norms the loss depends on the network through the gaps alone, and backpropagation is linear and treats
+samples one by one. With w[n,j] = d loss / d gap[n,j] and G_j the activation gradients of the pass of competitor j,
+
+    d loss / d a[n] = sum_j w[n,j] G_j[n]        at every activation a of the network
+
+is known as soon as the loss is, and only the gradients of the weights remain: one forward pass, k passes, and half a
+backward pass, (k + 2) F where the loop takes (k + 3) F; for k = 1 the price of cross-entropy.
+
+The tapped path are the nodes between the logits and the taps; a node of it that a parameter feeds is a layer node. Each
+pass also records the gradients at the outputs of the layer nodes. In the backward of the loss these are combined, and
+one run of the engine starts at all layer nodes together while the edges along the tapped path are cut: what leaves the
+path, weights and what lies behind the taps, gets its gradient in the ordinary way, shared weights and any kind of layer
+included.
+
+Exact only if samples do not interact: row n of every activation may depend on sample n alone. The graph is read to
+prove it (`structure`). The loss then is a function of parameters, and of tensors that entered the model with a graph of
+their own; it is not connected to the activations in between.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..tracing import is_plain, recording
+from . import autograd_graph
+from .autograd_graph import LEAF, Edge, like_output, made_before, shape_of
+from .loop import Loop, Passes, columns, norms_of, pass_gradients
+from .plan import Cotangents, Plan, Seeds, make_plan
+from .request import Captured, Request
+from .structure import by_sample, is_unknown_function, per_sample
+
+# Nodes that must compute the gradient of their input: this one crashes without, for channels-last tensors on the CPU.
+WITH_INPUT = {"NativeGroupNormBackward0"}
+# Rounding between a pass and the same pass with other factors, relative to the largest gradient.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# Steps between two trials of a split that is not proven, once it has passed the first ones.
+TRIAL_EVERY = 1024
+
+
+class NotExact(Exception):
+    """Why a strategy would not give the gradient, or cannot be run."""
+
+
+class Trials:
+    """The trials of a split that its user asked for by name and that the graph does not prove. A task has its own.
+
+    At steps 1, 2, 4, 8, ... of a kind of graph and every 1024th: a pass with drawn factors of the samples' cotangents,
+    0 for half of them, must give the recorded gradients times these factors.
+    """
+
+    def __init__(self) -> None:
+        self._steps: Counter[Any] = Counter()
+        self._passed: dict[Any, int] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def due(self, kind: Any) -> bool:
+        """Counts a step of this kind of graph: whether it is to be tried."""
+        self._steps[kind] += 1
+        step = self._steps[kind]
+        return step & (step - 1) == 0 or step % TRIAL_EVERY == 0
+
+    def factors(self, batch: int) -> Tensor:
+        """[N]: 0 for a random half of the samples, between 0.5 and 2 for the others."""
+        factors = 0.5 + 1.5 * torch.rand(batch, generator=self._generator)
+        factors[torch.randperm(batch, generator=self._generator)[: batch // 2]] = 0
+        return factors
+
+    def judge(self, kind: Any, exact: bool) -> None:
+        """Takes the outcome of a trial, a failure on any process being one on all. Raises ValueError for a failure."""
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            outcomes: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(outcomes, exact)
+            exact = all(outcomes)
+        step, last = self._steps[kind], self._passed.get(kind, 0)
+        if not exact:
+            raise ValueError(
+                f'passes="split" is not possible: the samples are coupled, as the trial of step {step} shows; '
+                f'gradients may have been wrong since step {last + 1}. Use passes="loop"'
+            )
+        self._passed[kind] = step
+
+
+class Split:
+    """The split backward of one forward pass. Raises NotExact with the reason where it would not be exact.
+
+    request   what the loss asks for
+    captured  the forward pass, whose logits the loss is computed from
+    logits    the logits of the loss
+    trials    given where the user asked for the split by name: nodes of which nothing is known are tried, not refused
+    """
+
+    name = "split"
+    second_order = False
+
+    def __init__(self, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> None:
+        self.request, self.captured, self._trials = request, captured, trials
+        self._check_request(request, captured, logits)
+        self._plan = make_plan(captured, request)
+        if not self._plan.taps:
+            raise NotExact("no tap needs a pass")
+        self._graph = captured.graph
+        self._structure = captured.structure(self._plan.taps)
+        self._along = self._structure.along
+        self._find_inputs()
+        self._check_graph()
+        self._owners = [node for node in self._graph.nodes[1:] if node in self._along and self._leaving(node)]
+        # Where passes record gradients: the outputs of the layer nodes, and taps behind which the backward goes on.
+        self.edges = [edge for node in self._owners for edge in self._outputs(node)]
+        self._ends = {
+            (tap.edge.node, tap.edge.output_nr): tap.edge
+            for tap in self._plan.taps
+            if tap.edge.node in self._trained and tap.edge.node not in self._along
+        }
+        self.edges += self._ends.values()
+        self._strides = [self._stride(edge) for edge in self.edges]
+        self._recorded: list[list[Tensor]] = []
+        self.logits = captured.logits.detach().requires_grad_()
+
+    @classmethod
+    def why_not(cls, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> str | None:
+        """Why this strategy would not be exact, or None."""
+        try:
+            cls(request, captured, logits, trials)
+        except NotExact as reason:
+            return str(reason)
+        return None
+
+    def _check_request(self, request: Request, captured: Captured, logits: Tensor) -> None:
+        unreadable = autograd_graph.refusal()
+        if unreadable is not None:
+            raise NotExact(unreadable)
+        if torch.compiler.is_compiling():
+            raise NotExact("torch.compile is at work: compile the task with task.compile()")
+        if captured.begin is None:
+            raise NotExact("the activations were kept by the caller: it takes a MarginTask")
+        if captured.logits is not logits:
+            raise NotExact('the norms are measured on a forward pass of their own (batchnorm="frozen")')
+        if logits.dim() != 2 or logits.shape[1] == 1:
+            raise NotExact("it takes logits [N, C] of at least two classes")
+        if captured.batch == 0:
+            raise NotExact("the batch is empty")
+        if request.space != "logit":
+            raise NotExact('the passes of space="probability" do not hold the gradients of the logits')
+        if request.outside is not None:
+            raise NotExact(request.outside)
+        if request.second_order != self.second_order:
+            raise NotExact("the norms are differentiated" if request.second_order else "the norms are constants")
+
+    def _find_inputs(self) -> None:
+        """The edges at which the loss ends: parameters and other leaves, and tensors that entered the model with a
+        graph of their own, which was made before the forward pass or led to the model's arguments."""
+        assert self.captured.begin is not None
+        graph, begin = self._graph, self.captured.begin
+        given = {(edge.node, edge.output_nr) for edge in self.captured.inputs}
+        # Not parameters: what gives the model's input, or a frozen stem, its place in the graph.
+        sources = {mark.grad_fn for mark in self.captured.sources}
+        self._inputs: list[Edge] = []
+        self._made: list[Any] = [graph.top]  # nodes of this forward pass
+        seen = {graph.top}
+        known: set[Edge] = set()
+        ending = set()
+        for node in self._made:
+            for following, output in node.next_functions:
+                edge = (following, output)
+                if following is None or node in sources:
+                    continue
+                if following.name() == LEAF or edge in given or made_before(following, begin):
+                    ending.add(node)
+                    if edge not in known:
+                        known.add(edge)
+                        self._inputs.append(edge)
+                elif following not in seen:
+                    seen.add(following)
+                    self._made.append(following)
+        self._ending = known
+        self._trained = graph.above(ending)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the loss has gradients for: leaves, and stand-ins for tensors with a graph of their own."""
+        return [
+            node.variable if node.name() == LEAF else self._graph.tensor_at(node, output)
+            for node, output in self._inputs
+        ]
+
+    def _check_graph(self) -> None:
+        begin = self.captured.begin or 0
+        if any(made_before(node, begin) for node in self._along):
+            raise NotExact("a tapped tensor also enters the model by way of operations outside it")
+        for node, _ in self._inputs:
+            if node.name() == LEAF and not is_plain(node.variable):
+                raise NotExact(
+                    f"a parameter is a {type(node.variable).__name__}: it is sharded or wrapped, and its gradient "
+                    "needs the ordinary backward"
+                )
+        if not self._inputs:
+            raise NotExact("no parameter requires a gradient")
+        # Beside other terms of the user's the nodes behind the taps run twice, once for each: as good as once where the
+        # backward is linear, but not for hooks and Functions.
+        made = set(self._made)
+        hooked = [node for node in self._graph.hooked() if node in made]
+        if hooked:
+            raise NotExact(
+                f"an activation has a hook ({hooked[0].name()}): register_hook, retain_grad or a module's backward "
+                "hook must see the backward of the loss"
+            )
+        for node in self._made:
+            if node not in self._along and is_unknown_function(node):
+                raise NotExact(f"nothing is known of {node.name()} behind the taps or between parameters and layers")
+        reason = self._structure.refusal(trusting=self._trials is not None)
+        if reason is not None:
+            raise NotExact(reason)
+        if self._structure.findings and recording():
+            raise NotExact(f"a compiled step cannot be tried, and {self._structure.refusal()}")
+
+    def _leaving(self, node: Any) -> list[int]:
+        """The edges of a node of the tapped path that lead to parameters and not along the path."""
+        return [
+            number
+            for number, (following, output) in enumerate(node.next_functions)
+            if following is not None
+            and following not in self._along
+            and ((following, output) in self._ending or following in self._trained)
+        ]
+
+    def _outputs(self, node: Any) -> list[GradientEdge]:
+        outputs = sorted({output for _, _, output in self._graph.readers[node]})
+        return [GradientEdge(node, output) for output in outputs]
+
+    def _stride(self, edge: GradientEdge) -> int:
+        where = self._structure.where.get((edge.node, edge.output_nr))
+        if where is None:
+            raise NotExact(
+                f"where the batch is in the output of {edge.node.name()}, of shape "
+                f"{list(shape_of(edge.node, edge.output_nr))}, is not known"
+            )
+        return where.stride
+
+    def norms(self, target: Tensor, index: Tensor) -> Tensor:
+        """D [N,k,L] as `Loop.norms`; the passes record what `attach` needs. Raises ValueError where a trial fails."""
+        self._index, self._target = index, target
+        plan, request = self._plan, self.request
+        with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(request.second_order):
+            cotangents = Cotangents(self.captured, target, request.space, False)
+            passes = Passes(self.captured, plan.taps, self.edges)
+            norms: list[Tensor] = []
+            for competitor in index.unbind(1):
+                seeds = self._seeds(cotangents.of(competitor))
+                measured, recorded = pass_gradients(plan, passes, seeds, request.second_order)
+                measured = self._record(measured, recorded)
+                if not norms:
+                    self._try(plan, passes, seeds)
+                norms.append(norms_of(measured, plan, self.captured, request))
+            return columns(torch.stack(norms, 1), plan.sources, index, self.captured.logits.dtype)
+
+    def measured(self, target: Tensor, index: Tensor) -> Tensor:
+        """D as a constant, nothing recorded."""
+        return Loop(self.request, self.captured, self.logits).measured(target, index)
+
+    def logit_norms(self) -> Tensor:
+        raise NotExact("it takes logits [N, C] of at least two classes")
+
+    def _seeds(self, seeds: Seeds) -> Seeds:
+        """The cotangents that a pass is to start from."""
+        return seeds
+
+    def _record(self, measured: list[Tensor], recorded: list[Tensor]) -> list[Tensor]:
+        """Takes one more pass: the gradients that are measured, and those at `edges`. Returns what is measured."""
+        self._recorded.append(recorded)
+        return measured
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Memory of the gradients that the passes have recorded."""
+        storages = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for r in self._recorded for g in r}
+        return sum(storages.values())
+
+    def _try(self, plan: Plan, passes: Passes, seeds: Seeds) -> None:
+        if self._trials is None or not self._structure.findings or self.captured.batch <= 1:
+            return
+        kind = tuple(node.name() for node in self._graph.nodes if node in self._along)
+        if not self._trials.due(kind):
+            return
+        factors = self._trials.factors(self.captured.batch)
+        scaled = []
+        for seed in seeds:
+            factor = factors.to(self._target.device)
+            scaled.append(None if seed is None else (seed.detach() * factor.to(seed.dtype).unsqueeze(1)))
+        _, changed = pass_gradients(plan, passes, (scaled[0], scaled[1]), second_order=False)
+        exact = True
+        for whole, part, stride in zip(self._recorded[-1], changed, self._strides, strict=True):
+            whole = whole.detach()
+            tolerance = 2 * ROUNDING.get(whole.dtype, 1e-3) * whole.abs().amax()
+            expected = whole * per_sample(factors.to(whole.device, whole.dtype), whole.shape, stride)
+            none = by_sample(part, stride, self.captured.batch)[(factors == 0).to(whole.device)]
+            fits = ((part - expected).abs() <= tolerance).all() & (none == 0).all()
+            exact = exact and bool(fits | ~whole.isfinite().all())
+        self._trials.judge(kind, exact)
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """`loss` [] or [N], computed from `logits`, with the network's parameters as its inputs."""
+
+        def gradients(grad: Tensor) -> list[Tensor | None]:
+            made = set(self._made)
+            late = [node for node in self._graph.hooked() if node in made]
+            if late:
+                raise RuntimeError(
+                    f"an activation got a hook after the forward pass ({late[0].name()}), which the split backward "
+                    'does not run: register it before, or use passes="loop"'
+                )
+            return self._gradients(loss, grad)
+
+        return _WeightGradients.apply(loss.detach(), gradients, *self.parameters)
+
+    def _gradients(self, loss: Tensor, grad: Tensor) -> list[Tensor | None]:
+        """The gradients of <grad, loss> in `parameters`."""
+        keep_graph = self._graph.still_to_run(self._made)
+        (outer,) = torch.autograd.grad(loss, self.logits, grad, retain_graph=keep_graph)
+        weights = outer.gather(1, self._index)
+        weights = weights if self._plan.scale == 1 else weights / self._plan.scale
+        roots, seeds = list(self.edges), self._combined(weights, keep_graph)
+        if self._leaving(self._graph.top):
+            roots.append(get_gradient_edge(self.captured.logits))
+            seeds.append(outer)
+        return self._run(roots, seeds, keep_graph)
+
+    def _run(self, roots: list[GradientEdge], seeds: list[Tensor], keep_graph: bool) -> list[Tensor | None]:
+        """What reaches the inputs from gradients at `roots`, without going along the tapped path."""
+        if not roots:
+            return [None] * len(self._inputs)
+        leaves = [like_output(node, output).requires_grad_() for node, output in self._inputs]
+        places, sinks = self._places(leaves)
+        with self._graph.redirected(places):
+            ends = [*leaves, *sinks]
+            found = torch.autograd.grad(roots, ends, seeds, retain_graph=keep_graph, allow_unused=True)
+        return list(found[: len(leaves)])
+
+    def _combined(self, weights: Tensor, keep_graph: bool) -> list[Tensor]:
+        """sum_j w[n,j] G_j[n] at every edge, in the dtype of G; in the memory of G_0 where it is G_0's alone."""
+        first = self._recorded[0] if self._recorded else []
+        in_place = not keep_graph and not recording()
+        uses = Counter(gradient.untyped_storage().data_ptr() for gradient in first) if in_place else Counter()
+        combined = []
+        for i, (gradient, stride) in enumerate(zip(first, self._strides, strict=True)):
+            factors = [per_sample(w, gradient.shape, stride) for w in weights.unbind(1)]
+            memory = gradient.untyped_storage()
+            own = in_place and uses[memory.data_ptr()] == 1 and memory.nbytes() == gradient.numel() * gradient.itemsize
+            own = own and (len(factors) == 1 or gradient.dtype == weights.dtype)  # half precision: summed in float32
+            total = gradient.mul_(factors[0]) if own else gradient * factors[0]
+            for recorded, factor in zip(self._recorded[1:], factors[1:], strict=True):
+                total.addcmul_(recorded[i], factor)
+            combined.append(total.to(gradient.dtype))
+        if not keep_graph:
+            self._recorded.clear()
+        return combined
+
+    def _places(self, leaves: Sequence[Tensor]) -> tuple[list[tuple[Any, int, Tensor | None]], list[Tensor]]:
+        """The edges along the tapped path, which are to lead nowhere or to sinks, and those to the inputs of the loss,
+        to leaves without hooks."""
+        sinks: list[Tensor] = []
+        ends: dict[Edge, Tensor] = dict(zip(self._inputs, leaves, strict=True))
+        places: list[tuple[Any, int, Tensor | None]] = []
+        for node in self._made:
+            for number, (following, output) in enumerate(node.next_functions):
+                if following is None:
+                    continue
+                if (following, output) in ends:
+                    places.append((node, number, ends[following, output]))
+                elif node in self._along and (
+                    following in self._along or following not in self._trained or (following, output) in self._ends
+                ):
+                    if node.name() in WITH_INPUT:
+                        sinks.append(like_output(following, output).requires_grad_())
+                    places.append((node, number, sinks[-1] if node.name() in WITH_INPUT else None))
+        return places, sinks
+
+
+class _WeightGradients(torch.autograd.Function):
+    """A value whose gradients in its inputs a function of its own finds."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError('the split backward has no second derivative (create_graph=True): use passes="loop"')
+        return (None, None, *ctx.gradients(grad))

@@ -1,0 +1,202 @@
+"""What every loss is made of: its options, checked whenever they are set.
+
+A check takes the name of an option and a value, and returns the value as it is kept, or raises an error with the
+argument, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+COMPETITORS = " (and at most the number of classes - 1)"
+REDUCTIONS = ("mean", "sum", "none")
+# An ignore_index that no target has: losses take every row.
+NOTHING = -(2**63)
+# What a compiled step may depend on and compare.
+PLAIN = (bool, int, float, str, tuple, list, type(None))
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def number(name: str, value: Any, least: float | None = None, above: float | None = None) -> float:
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if above is not None and not (math.isfinite(value) and value > above):
+        raise ValueError(f"{name} must be finite and > {above:g}, got {value}")
+    if least is not None and not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be finite and >= {least:g}, got {value}")
+    return float(value)
+
+
+def numbers(name: str, values: Any, least: float | None = None, above: float | None = None) -> list[float]:
+    if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a list of numbers, one for each layer, got {type(values).__name__}")
+    if len(values) == 0:
+        raise ValueError(f"{name} must hold one number for each layer, got an empty list")
+    return [number(f"{name}[{i}]", value, least, above) for i, value in enumerate(values)]
+
+
+def norm_exponent(p: Any) -> float:
+    if p == "inf":
+        return math.inf
+    if not is_number(p):
+        raise TypeError(f'p must be a number >= 1 or "inf", got {p!r}')
+    if not p >= 1:
+        raise ValueError(f'p must be >= 1 or "inf", got {p}')
+    return float(p)
+
+
+def count(name: str, value: Any, bound: str = "") -> int:
+    """`bound`: words for an upper bound that is checked elsewhere."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be >= 1{bound}, got {value}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
+
+
+def choice(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """A check that lets None through."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def positive(name: str, value: Any) -> float:
+    return number(name, value, above=0)
+
+
+def non_negative(name: str, value: Any) -> float:
+    return number(name, value, least=0)
+
+
+def positive_of_layers(name: str, value: Any) -> float | list[float]:
+    """One number > 0, or one for each layer."""
+    return positive(name, value) if is_number(value) else numbers(name, value, above=0)
+
+
+def weights_of_layers(name: str, value: Any) -> list[float]:
+    """One number >= 0 for each layer, not all 0."""
+    weights = numbers(name, value, least=0)
+    if sum(weights) == 0:
+        raise ValueError(f"{name} must not all be 0, got {value}")
+    return weights
+
+
+def one_of(*allowed: Any) -> Callable[[str, Any], Any]:
+    """A check for one of these values."""
+    return lambda name, value: choice(name, value, allowed)
+
+
+def exponent(name: str, value: Any) -> float:
+    return norm_exponent(value)
+
+
+class MarginLoss(nn.Module):
+    """What every loss of this library is: options that a step reads anew, and the loss of one forward pass.
+
+    A subclass names its options as arguments of `__init__`, keeps each under its name, and says in `checks` what each
+    may be. From that come
+
+        loss.gamma = 10.0    an option may change between steps; the value is checked as in the constructor
+        loss.options()       the options as they are now: an instance of the dataclass `type(loss).Options`
+        repr(loss)           the options that are not at their default
+        loss.key()           everything that a compiled step depends on
+
+    needs         what MarginTask gives it: "taps" of one forward pass, the "logits", or the "model" and its input
+    second_order  whether norms are differentiated
+    """
+
+    needs: ClassVar[str] = "logits"
+    second_order: bool = False
+    # name -> (name, value) to the value as it is kept. Raises ValueError and TypeError.
+    checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}
+    # Made from the signature of __init__.
+    Options: ClassVar[type]
+    # Options that repr always shows, and those whose numbers a compiled step reads anew.
+    shown: ClassVar[tuple[str, ...]] = ()
+    live: ClassVar[tuple[str, ...]] = ()
+    # The numbers of a step that is being recorded, as a tensor; None: as the options say.
+    _live: Tensor | None = None
+
+    if TYPE_CHECKING:  # the options, which __init__ sets by their names
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        named = [p for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        fields = [(p.name, p.annotation, dataclasses.field(default=p.default)) for p in named]
+        cls.Options = dataclasses.make_dataclass(f"{cls.__name__}Options", fields, frozen=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = self.checks.get(name)
+        super().__setattr__(name, value if check is None else check(name, value))
+
+    def options(self) -> Any:
+        """The options with their current values; two losses are the same function where these are equal."""
+        return self.Options(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self.Options)})
+
+    def numbers(self, layers: int) -> list[float]:
+        """The numbers of the `live` options, for so many layers."""
+        return []
+
+    def key(self) -> tuple[Any, ...]:
+        """What a compiled step depends on: the options and every other plain value that the loss keeps. Of `live`
+        options only whether they are None, 0 or 1, which decides what is computed."""
+        without = ("training", "_live")
+        kept = {name: value for name, value in vars(self).items() if isinstance(value, PLAIN) and name not in without}
+        for name in self.live:
+            kept[name] = kept[name] if kept[name] in (None, 0, 1) and not isinstance(kept[name], list) else "live"
+        return type(self), repr(sorted(kept.items()))
+
+    @contextmanager
+    def recorded(self, numbers: Tensor) -> Iterator[None]:
+        """Inside, `numbers` stands for the live options."""
+        object.__setattr__(self, "_live", numbers)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_live", None)
+
+    def extra_repr(self) -> str:
+        parts = []
+        for field in dataclasses.fields(self.Options):
+            value = getattr(self, field.name)
+            default = self.checks[field.name](field.name, field.default) if field.name in self.checks else field.default
+            if field.name in self.shown or value != default:
+                parts.append(f"{field.name}={value:g}" if isinstance(value, float) else f"{field.name}={value!r}")
+        return ", ".join(parts)
+
+    def count(self, logits: Tensor) -> int:
+        """Backward passes to the taps in one step."""
+        competitors: int = self.top_k
+        return competitors
+
+    def passes(self, asked: str) -> str:
+        """The mode of `passes` that holds, where a task asks for one and the loss may know better."""
+        return asked
+
+    def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """What the logits alone show, detached."""
+        raise NotImplementedError

@@ -1,0 +1,24 @@
+"""What LargeMarginLoss shows of one evaluation."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Margins(NamedTuple):
+    """What one evaluation of LargeMarginLoss shows; everything but `loss` is detached.
+
+    loss [] or [N];  nll [N];  gap, index [N,k];  norm D, distance d, active 1[0 < gamma - d < cap] (bool) and
+    degenerate (bool: D is at most min_norm, the term is left out) [N,k,L]
+    """
+
+    loss: Tensor
+    nll: Tensor
+    gap: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
+    norm: Tensor
+    distance: Tensor
+    active: Tensor
+    degenerate: Tensor
