@@ -115,8 +115,9 @@ def bare_pass_step(step: Step) -> Loss:
     taps = Taps(step.model, ("input", *step.hidden))
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        logits, found, *_ = taps.capture(step.model, x)
-        torch.autograd.grad(logits, [tap.edge for tap in found], class_difference(logits, y), retain_graph=True)
+        captured = taps.capture(step.model, x)
+        logits, edges = captured.logits, [tap.edge for tap in captured.taps]
+        torch.autograd.grad(logits, edges, class_difference(logits, y), retain_graph=True)
         return cross_entropy(logits, y)
 
     return loss
