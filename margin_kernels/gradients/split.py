@@ -205,8 +205,7 @@ class Split:
             raise NotExact("no parameter requires a gradient")
         # Beside other terms of the user's the nodes behind the taps run twice, once for each: as good as once where the
         # backward is linear, but not for hooks and Functions.
-        made = set(self._made)
-        hooked = [node for node in self._graph.hooked() if node in made]
+        hooked = self._hooked()
         if hooked:
             raise NotExact(
                 f"an activation has a hook ({hooked[0].name()}): register_hook, retain_grad or a module's backward "
@@ -220,6 +219,11 @@ class Split:
             raise NotExact(reason)
         if self._structure.findings and recording():
             raise NotExact(f"a compiled step cannot be tried, and {self._structure.refusal()}")
+
+    def _hooked(self) -> list[Any]:
+        """The nodes of this forward pass that have hooks of the user's."""
+        made = set(self._made)
+        return [node for node in self._graph.hooked() if node in made]
 
     def _leaving(self, node: Any) -> list[int]:
         """The edges of a node of the tapped path that lead to parameters and not along the path."""
@@ -309,8 +313,7 @@ class Split:
         """`loss` [] or [N], computed from `logits`, with the network's parameters as its inputs."""
 
         def gradients(grad: Tensor) -> list[Tensor | None]:
-            made = set(self._made)
-            late = [node for node in self._graph.hooked() if node in made]
+            late = self._hooked()
             if late:
                 raise RuntimeError(
                     f"an activation got a hook after the forward pass ({late[0].name()}), which the split backward "
