@@ -144,9 +144,7 @@ class AdversarialMarginLoss(MarginLoss):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        given = locals()
-        for name in self.checks:
-            setattr(self, name, given[name])
+        self.keep(locals())
         check_search(self.p, self.max_iter, self.overshoot, self.candidates)
 
     def forward(self, logits: Tensor, target: Tensor, model: nn.Module, x: Tensor) -> Tensor:

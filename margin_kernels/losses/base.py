@@ -153,6 +153,11 @@ class MarginLoss(nn.Module):
         check = self.checks.get(name)
         super().__setattr__(name, value if check is None else check(name, value))
 
+    def keep(self, given: dict[str, Any]) -> None:
+        """Sets every option from the arguments of __init__, its `locals()`."""
+        for name in self.checks:
+            setattr(self, name, given[name])
+
     def options(self) -> Any:
         """The options with their current values; two losses are the same function where these are equal."""
         return self.Options(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self.Options)})

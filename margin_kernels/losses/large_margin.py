@@ -108,9 +108,7 @@ class LargeMarginLoss(MarginLoss):
         min_norm: float | None = None,
     ) -> None:
         super().__init__()
-        given = locals()
-        for name in self.checks:
-            setattr(self, name, given[name])
+        self.keep(locals())
 
     def forward(
         self,

@@ -86,9 +86,7 @@ class OneToNLoss(MarginLoss):
         across_processes: bool = False,
     ) -> None:
         super().__init__()
-        given = locals()
-        for name in self.checks:
-            setattr(self, name, given[name])
+        self.keep(locals())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight_norm":

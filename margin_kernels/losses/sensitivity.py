@@ -101,9 +101,7 @@ class MarginSensitivityLoss(MarginLoss):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        given = locals()
-        for name in self.checks:
-            setattr(self, name, given[name])
+        self.keep(locals())
 
     def forward(
         self,
