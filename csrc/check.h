@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <string_view>
+#include <vector>
 
 namespace margin_kernels::check {
 
@@ -196,6 +197,31 @@ inline void deepfool_step(const Tensor& gap, const Tensor& gradients, const std:
                     gap.sym_size(0), "] to match gap, got ", active->sym_sizes());
   TORCH_CHECK_VALUE(active->device() == gap.device(), "active must be on the device of gap (", gap.device(), "), got ",
                     active->device());
+}
+
+inline void convolution_input_gradient(const Tensor& gradient, const Tensor& weight, at::IntArrayRef padding,
+                                       at::IntArrayRef dilation, c10::SymIntArrayRef size) {
+  const auto type = gradient.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble, "gradient must be float32 or float64, got ",
+                   name_of(type));
+  TORCH_CHECK_TYPE(weight.scalar_type() == type, "weight must be ", name_of(type), " like gradient, got ",
+                   name_of(weight.scalar_type()));
+  TORCH_CHECK_VALUE(weight.device() == gradient.device(), "weight must be on the device of gradient (",
+                    gradient.device(), "), got ", weight.device());
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.sym_numel() > 0, "weight must have shape [Co, Ci, kh, kw], got ",
+                    weight.sym_sizes());
+  std::vector<c10::SymInt> output;
+  for (int d = 0; d < 2; ++d) {
+    TORCH_CHECK_VALUE(padding[d] >= 0, "padding must not be negative, got ", padding[d]);
+    TORCH_CHECK_VALUE(dilation[d] >= 1, "dilation must be at least 1, got ", dilation[d]);
+    output.push_back(size[d] + 2 * padding[d] - (weight.sym_size(2 + d) - 1) * dilation[d]);
+    TORCH_CHECK_VALUE(size[d] >= 1 && output[d] >= 1, "size ", size, " gives no output of a kernel of shape ",
+                      weight.sym_sizes());
+  }
+  TORCH_CHECK_VALUE(gradient.dim() == 4 && gradient.sym_size(1) == weight.sym_size(0) &&
+                        gradient.sym_size(2) == output[0] && gradient.sym_size(3) == output[1],
+                    "gradient must have shape [N, ", weight.sym_size(0), ", ", output[0], ", ", output[1], "], got ",
+                    gradient.sym_sizes());
 }
 
 }  // namespace margin_kernels::check

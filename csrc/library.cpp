@@ -34,6 +34,9 @@ TORCH_LIBRARY(margin_kernels, m) {
   m.def(
       "deepfool_step_backward(Tensor? grad_step, Tensor? grad_distance, Tensor gap, Tensor gradients, Tensor choice, "
       "Tensor norm, Tensor? active, float p) -> (Tensor, Tensor)");
+  m.def(
+      "convolution_input_gradient(Tensor gradient, Tensor weight, int[2] padding, int[2] dilation, SymInt[2] size) -> "
+      "Tensor");
 }
 
 namespace margin_kernels {
@@ -124,6 +127,12 @@ std::tuple<Tensor, Tensor> deepfool_step_backward(const std::optional<Tensor>& g
                                                   const std::optional<Tensor>& active, double p) {
   static auto op = find<decltype(deepfool_step_backward)>("margin_kernels::deepfool_step_backward");
   return op.call(grad_step, grad_distance, gap, gradients, choice, norm, active, p);
+}
+
+Tensor convolution_input_gradient(const Tensor& gradient, const Tensor& weight, IntArrayRef padding,
+                                  IntArrayRef dilation, SymIntArrayRef size) {
+  static auto op = find<decltype(convolution_input_gradient)>("margin_kernels::convolution_input_gradient");
+  return op.call(gradient, weight, padding, dilation, size);
 }
 
 }  // namespace margin_kernels

@@ -108,6 +108,12 @@ std::tuple<Tensor, Tensor> deepfool_step_backward_meta(const std::optional<Tenso
   return {at::empty_like(gap, at::MemoryFormat::Contiguous), at::empty_like(gradients, at::MemoryFormat::Contiguous)};
 }
 
+Tensor convolution_input_gradient_meta(const Tensor& gradient, const Tensor& weight, IntArrayRef padding,
+                                       IntArrayRef dilation, SymIntArrayRef size) {
+  check::convolution_input_gradient(gradient, weight, padding, dilation, size);
+  return at::empty_symint({gradient.sym_size(0), weight.sym_size(1), size[0], size[1]}, gradient.options());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(margin_kernels, Meta, m) {
@@ -123,6 +129,7 @@ TORCH_LIBRARY_IMPL(margin_kernels, Meta, m) {
   m.impl("one_to_n_backward", one_to_n_backward_meta);
   m.impl("deepfool_step", deepfool_step_meta);
   m.impl("deepfool_step_backward", deepfool_step_backward_meta);
+  m.impl("convolution_input_gradient", convolution_input_gradient_meta);
 }
 
 }  // namespace margin_kernels

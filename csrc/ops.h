@@ -10,8 +10,10 @@
 
 namespace margin_kernels {
 
+using at::IntArrayRef;
 using at::Tensor;
 using at::TensorList;
+using c10::SymIntArrayRef;
 
 // index = top-k classes without the label, gap = z[index] - z[target], nll = cross-entropy,
 // phi = z[target] - logsumexp of the others, uniform = mean over the finite classes of -log p
@@ -122,5 +124,13 @@ deepfool_step_backward(const std::optional<Tensor>& grad_step,      // [N, *]
                        const Tensor& choice,  // [N]
                        const Tensor& norm,    // [N]
                        const std::optional<Tensor>& active, double p);
+
+// The gradient at the input of a convolution with stride 1 and one group; used by gradients/thin_convolution.py, CPU
+// only. dx[n,ci,i,j] = sum_{co,a,b} W[co,ci,a,b] g[n,co, i + padding_h - a dilation_h, j + padding_w - b dilation_w]
+Tensor                                              // [N, Ci, H, W']
+convolution_input_gradient(const Tensor& gradient,  // [N, Co, H + 2 padding_h - (kh - 1) dilation_h, *]
+                           const Tensor& weight,    // [Co, Ci, kh, kw]  float32 or float64, as gradient
+                           IntArrayRef padding, IntArrayRef dilation,
+                           SymIntArrayRef size);  // (H, W')
 
 }  // namespace margin_kernels

@@ -9,7 +9,6 @@
 #include "../csrc/graph/node_hooks.h"
 #include "../csrc/graph/redirected_edges.h"
 #include "../csrc/ops.h"
-#include "../csrc/thin_convolution.h"
 
 namespace py = pybind11;
 
@@ -73,8 +72,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("deepfool_step", &margin_kernels::deepfool_step, py::arg("gap"), py::arg("gradients"), py::arg("active"),
         py::arg("p"));
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
-  m.def("convolution_input_gradient", &margin_kernels::convolution_input_gradient, py::arg("gradient"),
-        py::arg("weight"), py::arg("padding"), py::arg("dilation"), py::arg("size"));
   py::class_<margin_kernels::RedirectedEdges>(m, "RedirectedEdges")
       .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&>(), py::arg("root"),
            py::arg("places"))

@@ -9,6 +9,9 @@ from margin_kernels import triton as triton_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(reference.__all__)
+# An op of the CPU alone, without a public function: what it stands in for is PyTorch's own.
+CPU_ONLY = ["convolution_input_gradient"]
+CPU_ROOMS = ["csrc/autograd/{}.cpp", "csrc/cpu/{}.cpp", "tests/cpp/test_{}.cpp", "tests/test_{}.py"]
 
 ROOMS = [
     "csrc/math/{}.h",
@@ -30,9 +33,19 @@ def test_every_op_has_its_room(op, room):
     assert (ROOT / room.format(op)).is_file()
 
 
+@pytest.mark.parametrize(
+    "room", ["csrc/autograd/{}.cpp", "csrc/cpu/{}.cpp", "tests/cpp/test_{}.cpp", "tests/test_{}.py"]
+)
+@pytest.mark.parametrize("op", CPU_ONLY)
+def test_an_op_of_the_cpu_has_the_rooms_that_it_needs(op, room):
+    assert (ROOT / room.format(op)).is_file()
+    for file in ("library.cpp", "meta.cpp", "ops.h", "check.h"):
+        assert f"{op}(" in (ROOT / "csrc" / file).read_text() or f'"{op}"' in (ROOT / "csrc" / file).read_text()
+
+
 @pytest.mark.parametrize("folder,suffix", [("csrc/autograd", ".cpp"), ("csrc/cpu", ".cpp"), ("csrc/cuda", ".cu")])
 def test_no_source_stands_for_something_that_is_not_an_op(folder, suffix):
-    assert {path.stem for path in (ROOT / folder).glob(f"*{suffix}")} <= set(OPS)
+    assert {path.stem for path in (ROOT / folder).glob(f"*{suffix}")} <= {*OPS, *CPU_ONLY}
 
 
 @pytest.mark.parametrize("launcher", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda path: path.stem)

@@ -6,8 +6,8 @@ A network's first convolution has 1 or 3 input channels, and the CPU library pad
 convolution of mnist_cnn the gradient at the input then costs as much as that of the second convolution, which has 16
 times its work. Training never asks for it; a pass to the input does, for each competitor.
 
-The kernel sums in registers and writes no columns (csrc/thin_convolution.h). It is not differentiable: a pass that
-carries a graph takes col2im, or autograd's own way where the output channels are too few for that.
+The kernel, the op margin_kernels::convolution_input_gradient, sums in registers and writes no columns. A pass that
+carries a graph takes col2im, or autograd's own way where the output channels are too few: the tangent reads its nodes.
 """
 
 from __future__ import annotations
@@ -33,22 +33,6 @@ THIN = 4
 # Elements of a kernel: W^T g then holds at most four times the elements of g.
 SMALL = 64
 
-_COMPILED = getattr(EXTENSION, "convolution_input_gradient", None)
-
-
-@torch.library.custom_op("margin_kernels_python::convolution_input_gradient", mutates_args=())
-def _recorded(
-    gradient: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int], size: Sequence[int]
-) -> Tensor:
-    """The compiled kernel as one operation of a recorded step."""
-    assert _COMPILED is not None
-    return _COMPILED(gradient, weight, padding, dilation, size)
-
-
-@_recorded.register_fake
-def _(gradient: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int], size: Sequence[int]) -> Tensor:
-    return gradient.new_empty(gradient.shape[0], weight.shape[1], *size)
-
 
 class ThinConvolution(NamedTuple):
     """A convolution that alone reads the tapped x: the edge of its output, its weight and padding, and (H, W') of x."""
@@ -61,8 +45,8 @@ class ThinConvolution(NamedTuple):
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient in x [N,Ci,H,W'] from that in the output [N,Co,*]; differentiable in both factors."""
-        if _COMPILED is not None and not torch.is_grad_enabled() and (recording() or self._is_plain(gradient)):
-            kernel = _recorded if recording() else _COMPILED
+        if EXTENSION is not None and not torch.is_grad_enabled() and (recording() or self._is_plain(gradient)):
+            kernel = torch.ops.margin_kernels.convolution_input_gradient
             return kernel(gradient, self.weight, self.padding, self.dilation, self.size)
         outputs, inputs = self.weight.shape[:2]
         if outputs < FEW * inputs:
@@ -98,7 +82,7 @@ def thin_convolution(graph: Graph, tap: Tap, batch: int) -> ThinConvolution | No
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return None
     outputs, inputs, height, width = weight.shape
-    thin = outputs >= FEW * inputs or (_COMPILED is not None and inputs <= THIN)
+    thin = outputs >= FEW * inputs or (EXTENSION is not None and inputs <= THIN)
     if not thin or height * width > SMALL:
         return None
     padding, dilation = _pair(node._saved_padding), _pair(node._saved_dilation)

@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 
 #include "check.h"
-#include "thin_convolution.h"
+#include "ops.h"
 
 using at::Tensor;
 using Pair = std::array<int64_t, 2>;
@@ -19,7 +19,8 @@ void exact(int64_t n, int64_t outputs, int64_t inputs, Pair size, Pair kernel, P
     const Tensor expected =
         std::get<0>(at::convolution_backward(g.to(at::kDouble), x, w.to(at::kDouble), {}, {1, 1}, padding, dilation,
                                              false, {0, 0}, 1, {true, false, false}));
-    const Tensor found = margin_kernels::convolution_input_gradient(g, w, padding, dilation, size);
+    const Tensor found =
+        margin_kernels::convolution_input_gradient(g, w, padding, dilation, c10::fromIntArrayRefSlow(size));
     EXPECT(found.scalar_type() == type && at::equal(found.to(at::kDouble), expected));
   }
 }
@@ -32,5 +33,5 @@ int main() {
   exact(2, 3, 1, {23, 19}, {3, 2}, {2, 7}, {4, 3});
   exact(2, 64, 1, {90, 60}, {5, 3}, {4, 1}, {2, 1});  // several bands of rows
   exact(0, 3, 1, {8, 8}, {3, 3}, {1, 1}, {1, 1});
-  return report("thin_convolution");
+  return report("convolution_input_gradient");
 }
