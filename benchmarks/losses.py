@@ -32,14 +32,14 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "large margin, k = 1, second order, pairwise": lambda: mk.LargeMarginLoss(
         second_order=True, cross_entropy_weight=1.0, auxiliary="pairwise"
     ),
-    "sensitivity l2, 1 candidate": lambda: mk.MarginSensitivityLoss(candidates=1),
+    "sensitivity l2, 1 candidate": lambda: mk.MarginSensitivityLoss(top_k=1),
     "sensitivity l2, all classes": lambda: mk.MarginSensitivityLoss(),
     "sensitivity l1, all classes": lambda: mk.MarginSensitivityLoss(0.01, "inf", 1),
     "adversarial MIN, envelope": lambda: mk.AdversarialMarginLoss(gradient="envelope"),
     "adversarial MIN, first order": lambda: mk.AdversarialMarginLoss(gradient="first_order"),
     "adversarial MIN, unrolled": lambda: mk.AdversarialMarginLoss(),
-    "adversarial MIN, envelope, 3 candidates": lambda: mk.AdversarialMarginLoss(gradient="envelope", candidates=3),
-    "adversarial MIN, unrolled, 3 candidates": lambda: mk.AdversarialMarginLoss(candidates=3),
+    "adversarial MIN, envelope, 3 candidates": lambda: mk.AdversarialMarginLoss(gradient="envelope", top_k=2),
+    "adversarial MIN, unrolled, 3 candidates": lambda: mk.AdversarialMarginLoss(top_k=2),
     "adversarial AVG, envelope": lambda: mk.AdversarialMarginLoss(aggregation="avg", gradient="envelope"),
     "adversarial AVG, unrolled": lambda: mk.AdversarialMarginLoss(aggregation="avg"),
     "1-to-N": lambda: mk.OneToNLoss(),

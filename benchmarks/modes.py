@@ -6,7 +6,7 @@ floor   how often a step needs each pass of floors.py, in units of one pass over
     split           forward, k passes to taps and outputs, weights                                           (k + 2) F
     second order    for each pass its tangent, a forward pass without a graph; in the loop also its weights
     baseline        the floor of the step that computes the same loss, which it stands beside
-    adversarial     cross-entropy, and by the iterations that each sample took: candidates - 1 passes to the input, one
+    adversarial     cross-entropy, and by the iterations that each sample took: top_k passes to the input, one
                     if it is misclassified; a forward pass for every iteration but the first; a look at the last point;
                     samples that take part are repeated with a graph, "envelope" once in first order, "unrolled" for
                     every iteration in second
@@ -103,10 +103,10 @@ def number_of_passes(counts: Floor) -> float:
     return sum(count for part, count in counts.items() if part != "optimiser") + counts.get("backward", 0)
 
 
-def adversarial_floor(candidates: int, gradient: str) -> Callable[[dict[str, Tensor]], Floor]:
+def adversarial_floor(top_k: int, gradient: str) -> Callable[[dict[str, Tensor]], Floor]:
     def counts(measured: dict[str, Tensor]) -> Floor:
         iterations, selected = measured["iterations"].double(), measured["selected"].double()
-        boundaries = torch.where(measured["correct"], candidates - 1, 1)  # that a step may go to
+        boundaries = torch.where(measured["correct"], top_k, 1)  # that a step may go to
         searched = float((boundaries * iterations).mean())
         later = float((iterations - 1).clamp_min(0).mean())
         looks = float((iterations > 0).double().mean())
@@ -161,7 +161,7 @@ def large_margin() -> list[Mode]:
 
 
 def sensitivity(classes: int) -> list[Mode]:
-    one = partial(mk.MarginSensitivityLoss, candidates=1)
+    one = partial(mk.MarginSensitivityLoss, top_k=1)
     loop, split = floor(to_input=1, tangent=1, weights=1), floor(to_input=1, backward=0, tangent=1, weights=1)
     modes = [
         Mode("sensitivity, 1 candidate", loop, "loop", "input", 1, order=2, module=one),
@@ -170,22 +170,22 @@ def sensitivity(classes: int) -> list[Mode]:
     if classes > FEW_CLASSES:
         return modes
     every = floor(to_input=classes, tangent=1, weights=1)
-    rivals = classes - 1
+    others = classes - 1
     return [
         *modes,
-        Mode("sensitivity", every, "loop", "input", rivals, order=2, module=mk.MarginSensitivityLoss),
-        Mode("sensitivity", every, "baseline", "input", rivals, order=2, function=naive_gradient_penalty),
+        Mode("sensitivity", every, "loop", "input", others, order=2, module=mk.MarginSensitivityLoss),
+        Mode("sensitivity", every, "baseline", "input", others, order=2, function=naive_gradient_penalty),
     ]
 
 
 def adversarial() -> list[Mode]:
     modes = []
     for gradient in ("envelope", "unrolled"):
-        for candidates in (3, 10):
-            name = f"adversarial MIN EXP, {gradient}, {candidates} candidates"
-            module = partial(mk.AdversarialMarginLoss, gradient=gradient, candidates=candidates)
+        for top_k in (2, 9):
+            name = f"adversarial MIN EXP, {gradient}, {top_k + 1} candidates"
+            module = partial(mk.AdversarialMarginLoss, gradient=gradient, top_k=top_k)
             order = 2 if gradient == "unrolled" else 1
-            modes.append(Mode(name, adversarial_floor(candidates, gradient), order=order, module=module))
+            modes.append(Mode(name, adversarial_floor(top_k, gradient), order=order, module=module))
     return modes
 
 

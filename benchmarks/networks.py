@@ -5,6 +5,7 @@
     wrn28_10_gn, wrn28_10_bn              3x32x32, 10 classes: the same
     resnet50_gn, resnet50_bn              3x224x224, 1000 classes: bottleneck blocks, stride in the 3x3 convolution
     vit_b16                               3x224x224, 1000 classes: 12 pre-norm blocks of width 768 on 16x16 patches
+    encoder                               64 tokens of width 256, 100 classes: PyTorch's TransformerEncoder, 4 layers
 
 He, Zhang, Ren, Sun: Deep Residual Learning. CVPR 2016.
 Dosovitskiy et al.: An Image is Worth 16x16 Words. ICLR 2021.  Wu, He: Group Normalization. ECCV 2018.
@@ -98,12 +99,24 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(self.blocks(tokens))[:, 0])
 
 
+class TokenClassifier(nn.Module):
+    """The mean of the states of PyTorch's own encoder makes the logits; x [N, tokens, width]."""
+
+    def __init__(self, width: int = 256, heads: int = 8, depth: int = 4, classes: int = 100) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, depth), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
 class Network(NamedTuple):
     """A network of the table; the CPU batches keep a cross-entropy step at 0.1 to 0.2 TFLOP or below."""
 
     build: Callable[[], nn.Module]
     hidden: tuple[str, ...]  # the hidden taps, names or patterns
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
     cpu_batch: int
     gpu_batch: int
@@ -135,4 +148,5 @@ NETWORKS = {
     "resnet50_gn": _resnet50("group"),
     "resnet50_bn": _resnet50("batch"),
     "vit_b16": Network(VisionTransformer, ("blocks.*",), (3, 224, 224), 1000, 2, 64),
+    "encoder": Network(TokenClassifier, ("encoder.layers.*",), (64, 256), 100, 32, 512),
 }

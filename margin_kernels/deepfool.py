@@ -33,6 +33,7 @@ from .deepfool_checks import (
     warn_of_probabilities,
     warn_of_training_mode,
 )
+from .deprecation import renamed
 from .gradients.loop import pair_gradient, passes_to
 from .random_state import RandomState
 from .replay import untouched
@@ -52,8 +53,8 @@ CUDA_CHECK_EVERY = 5
 
 
 class DeepFoolResult(NamedTuple):
-    """perturbation [N, *], its p norm [N] (NaN where the logits are, inf where all rivals are masked), steps taken [N]
-    int64, boundary crossed [N] bool, and the class predicted at x + perturbation [N] int64."""
+    """perturbation [N, *], its p norm [N] (NaN where the logits are, inf where all competitors are masked), steps taken
+    [N] int64, boundary crossed [N] bool, and the class predicted at x + perturbation [N] int64."""
 
     perturbation: Tensor
     distance: Tensor
@@ -73,6 +74,7 @@ class Search(NamedTuple):
     lower: Tensor
 
 
+@renamed("candidates", "top_k", less=1)
 def deepfool(
     model: Model,
     x: Tensor,
@@ -81,7 +83,7 @@ def deepfool(
     max_iter: int = 50,
     overshoot: float = 0.02,
     overshoot_mode: str = "total",
-    candidates: int = 10,
+    top_k: int = 9,
     bounds: tuple[float, float] | None = None,
     step_limit: float | None = None,
 ) -> DeepFoolResult:
@@ -100,7 +102,8 @@ def deepfool(
         p: in [1, inf]; float("inf") or "inf".
         max_iter: at least 1.
         overshoot: finite, >= 0.
-        candidates: number of largest logits at x that take part, the prediction included; 2 to C, larger means all.
+        top_k: competitors of the reference class that take part, those with the largest logits at x; 1 to C - 1, larger
+            means all.
         bounds: (low, high) clips x + perturbation; x must lie inside.
         step_limit: > 0 shortens each step to that p norm (0.5 in [M]).
 
@@ -113,7 +116,7 @@ def deepfool(
 
     Warns, if batch norm or dropout is in training mode, and if the model seems to return probabilities.
     """
-    exponent = check_search(p, max_iter, overshoot, candidates)
+    exponent = check_search(p, max_iter, overshoot, top_k)
     check_arguments(model, x, target, overshoot_mode, bounds, step_limit)
     with outside_inference_mode(), untouched(model):
         x = differentiable(x)
@@ -123,7 +126,7 @@ def deepfool(
         check_logits(logits, x, target)
         coupled = warn_of_training_mode(model, random.changed())
         warn_of_probabilities(logits)
-        options = (max_iter, overshoot, overshoot_mode, candidates, bounds, step_limit, logits)
+        options = (max_iter, overshoot, overshoot_mode, top_k, bounds, step_limit, logits)
         together = not convolves(model)
         return search(model, x, target, exponent, *options, whole_batch=coupled, together=together).result
 
@@ -151,7 +154,7 @@ def search(
     max_iter: int,
     overshoot: float,
     overshoot_mode: str = "step",
-    candidates: int = 10,
+    top_k: int = 9,
     bounds: tuple[float, float] | None = None,
     step_limit: float | None = None,
     logits: Tensor | None = None,
@@ -167,13 +170,13 @@ def search(
         pass of its own.
     whole_batch: finished samples stay in the batch, for models whose rows depend on their place in it (dropout masks
         that are drawn again) or on the others (batch norm).
-    together: the gradients of all candidates in one batched backward pass, faster for networks without convolutions.
+    together: the gradients of all competitors in one batched backward pass, faster for networks without convolutions.
     """
     x = differentiable(x.detach())
     target = None if target is None else differentiable(target)
     total, moved = torch.zeros_like(x), x.clone()
     # Where the host sees the mask anyway, a pass without a graph finds what is done, and only the others pay for
-    # gradients: one for each candidate, or a single one where the target is the only candidate.
+    # gradients: one for each competitor, or a single one where the target is the only one.
     whole_batch = whole_batch or tracing()
     looks = host_sees(x) and not whole_batch
     rows = torch.arange(len(x), device=x.device)  # the samples still in the batch
@@ -184,7 +187,7 @@ def search(
         with torch.no_grad():
             logits = model(x)
         check_logits(logits, x, None)
-    state = _State.start(logits, x, target, candidates)
+    state = _State.start(logits, x, target, top_k)
     for step in range(max_iter + 1):
         last = step == max_iter
         if step and (looks or last):
@@ -254,25 +257,25 @@ class _State:
     """Of every sample [N]: reference classes, what is predicted now, whether it still moves."""
 
     def __init__(
-        self, prediction: Tensor, rivals: Tensor, goal: Tensor, toward: Tensor, finite: Tensor, enclosed: Tensor
+        self, prediction: Tensor, competitors: Tensor, goal: Tensor, toward: Tensor, finite: Tensor, enclosed: Tensor
     ) -> None:
-        self.prediction, self.rivals, self.goal, self.toward = prediction, rivals, goal, toward
+        self.prediction, self.competitors, self.goal, self.toward = prediction, competitors, goal, toward
         self.finite, self.enclosed, self.active = finite, enclosed, finite & ~enclosed
         self.label = prediction.clone()
 
     @classmethod
-    def start(cls, output: Tensor, x: Tensor, target: Tensor | None, candidates: int) -> _State:
+    def start(cls, output: Tensor, x: Tensor, target: Tensor | None, top_k: int) -> _State:
         """From the logits [N, C] at x. `toward`: samples that move toward their target, which is not predicted.
         `enclosed`: all boundaries of the sample lead to masked classes."""
         logits = output.detach()
         # stable: equal logits keep the lower class first, as everywhere in this library
-        ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, :candidates]
-        prediction, rivals = ranking[:, 0], ranking[:, 1:]
+        ranking = logits.sort(dim=1, descending=True, stable=True).indices[:, : top_k + 1]
+        prediction, competitors = ranking[:, 0], ranking[:, 1:]
         toward = torch.zeros_like(prediction, dtype=torch.bool) if target is None else prediction != target
         goal = prediction if target is None else target
-        nearest = torch.where(toward, goal, rivals[:, 0])
+        nearest = torch.where(toward, goal, competitors[:, 0])
         enclosed = logits.gather(1, nearest[:, None])[:, 0] == -math.inf
-        return cls(prediction, rivals, goal, toward, _usable(logits), enclosed)
+        return cls(prediction, competitors, goal, toward, _usable(logits), enclosed)
 
     def look(self, rows: Tensor, logits: Tensor) -> None:
         """Takes note of the logits [n, C] of samples rows [n]."""
@@ -295,16 +298,16 @@ class _State:
             return True
         if len(rows) < len(self.active):
             return False
-        return int(self.toward.sum()) * (self.rivals.shape[1] - 1) < len(rows)
+        return int(self.toward.sum()) * (self.competitors.shape[1] - 1) < len(rows)
 
     def boundaries(self, rows: Tensor, grouped: bool) -> tuple[Tensor, Tensor]:
         """Classes (upper, lower), [n, m] and [n]: the boundaries z_upper = z_lower that a step may go to. Samples that
         move toward their target have one boundary only, {target, prediction}: m = 1 where rows is one of `groups`, else
         it is repeated so that the batch stays rectangular."""
-        toward, goal, rivals = (_taken(of, rows) for of in (self.toward, self.goal, self.rivals))
+        toward, goal, competitors = (_taken(of, rows) for of in (self.toward, self.goal, self.competitors))
         if grouped and bool(toward.any()):
-            rivals = rivals[:, :1]
-        upper = torch.where(toward[:, None], goal[:, None].expand_as(rivals), rivals)
+            competitors = competitors[:, :1]
+        upper = torch.where(toward[:, None], goal[:, None].expand_as(competitors), competitors)
         return upper, torch.where(toward, _taken(self.label, rows), goal)
 
     def result(self, x: Tensor, moved: Tensor, p: float, iterations: Tensor) -> DeepFoolResult:
@@ -363,7 +366,7 @@ def _gradients(output: Tensor, gap: Tensor, leaf: Tensor, upper: Tensor, lower: 
                 batched = torch.autograd.grad(gap, leaf, one_hot, retain_graph=True, is_grads_batched=True)
             return batched[0].transpose(0, 1)
         except RuntimeError as error:
-            LOG.debug("candidates one at a time: %s", error)
+            LOG.debug("competitors one at a time: %s", error)
     passes = passes_to(output, leaf)
     return torch.stack([pair_gradient(output, upper[:, j], lower, leaf, passes=passes) for j in range(count)], 1)
 

@@ -14,16 +14,16 @@ from .batchnorm import training_batchnorms
 from .tracing import tracing
 
 
-def check_search(p: Any, max_iter: Any, overshoot: Any, candidates: Any) -> float:
+def check_search(p: Any, max_iter: Any, overshoot: Any, top_k: Any) -> float:
     """p as a number. Raises ValueError or TypeError for an option out of range."""
     exponent = math.inf if p == "inf" else _number("p", p)
     if not exponent >= 1:
         raise ValueError(f"p must be >= 1 (or inf), got {p:g}")
-    for name, value, least in (("max_iter", max_iter, 1), ("candidates", candidates, 2)):
+    for name, value in (("max_iter", max_iter), ("top_k", top_k)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
     if not 0 <= _number("overshoot", overshoot) < math.inf:
         raise ValueError(f"overshoot must be finite and >= 0, got {overshoot}")
     return exponent
@@ -113,7 +113,7 @@ def warn_of_training_mode(model: Any, drew: bool) -> bool:
         warnings.warn(
             f"the model uses {' and '.join(found)}: every step sees another function, and the distances belong to "
             "none of them. Call model.eval() before deepfool",
-            stacklevel=3,
+            stacklevel=4,
         )
     return bool(found)
 
@@ -128,7 +128,7 @@ def warn_of_probabilities(logits: Tensor) -> None:
             "the model seems to return probabilities (rows >= 0 that sum to 1), and DeepFool expects logits: "
             "boundaries look far away where the softmax is saturated. Leave the softmax out, or pass "
             "lambda x: model(x).log()",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

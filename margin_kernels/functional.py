@@ -21,9 +21,9 @@ _COMPILED = ("cpu", "cuda")
 
 
 class Competitors(NamedTuple):
-    """What `competitors` returns, by name: index [N, k] int64, the other [N, k] and [N], valid [N] bool."""
+    """What `competitors` returns, by name: competitor [N, k] int64, the other [N, k] and [N], valid [N] bool."""
 
-    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
+    competitor: Tensor
     gap: Tensor
     nll: Tensor
     phi: Tensor
@@ -41,13 +41,13 @@ def competitors(
 ) -> Competitors:
     """The k strongest classes other than the label, their gaps, cross-entropy and log-odds, from one read.
 
-        index[n] = the k largest z[n, i] with i != y[n], in decreasing order, equal logits: lowest class first
-        gap      = z[n, index] - z[n, y[n]]
-        nll      = logsumexp_i z[n, i] - z[n, y[n]]
-        phi      = z[n, y[n]] - logsumexp_{i != y[n]} z[n, i]               nll = softplus(-phi)
-        uniform  = mean over the classes c with finite z[n, c] of -log p_c  p = softmax(z[n])
+        competitor = the k largest z[n, i] with i != y[n], in decreasing order, equal logits: lowest class first
+        gap        = z[n, competitor] - z[n, y[n]]
+        nll        = logsumexp_i z[n, i] - z[n, y[n]]
+        phi        = z[n, y[n]] - logsumexp_{i != y[n]} z[n, i]               nll = softplus(-phi)
+        uniform    = mean over the classes c with finite z[n, c] of -log p_c  p = softmax(z[n])
 
-    nll and phi are right to float32 rounding for any confidence: the sum over the rivals never meets the label's 1.
+    nll and phi are right to float32 rounding for any confidence: the sum over j != y never meets the label's 1.
 
     Args:
         logits: [N, C], C >= 2. A class with logit -inf is masked: probability 0, gradient 0.
@@ -57,16 +57,16 @@ def competitors(
         uniform: also return `uniform`, the term of label smoothing.
 
     Returns:
-        Competitors(index [N, k] int64, gap [N, k], nll [N], phi [N], uniform [N] or None, valid [N] bool = target !=
-        ignore_index); gap, nll, phi and uniform are differentiable twice in the logits.
+        Competitors(competitor [N, k] int64, gap [N, k], nll [N], phi [N], uniform [N] or None, valid [N] bool =
+        target != ignore_index); gap, nll, phi and uniform are differentiable twice in the logits.
 
-        row                        index                       gap        nll   phi   gradient
-        masked class               not among the k while finite rivals are left       0 in that class
-        fewer than k finite rivals then the masked, in order   -inf                   0 from that gap
-        no finite rival            masked classes              -inf       0     inf   0
-        masked label               k largest rivals            inf        inf   -inf  nll: p - e_y; gap, phi: 0
-        target == ignore_index     first k classes             0          0     0     0
-        NaN or +inf, target out    first k without the label   NaN        NaN   NaN   NaN
+        row                          competitor                 gap        nll   phi   gradient
+        masked class                 not among the k while finite ones are left        0 in that class
+        fewer than k finite classes  then the masked, in order  -inf                   0 from that gap
+        no finite class but label    masked classes             -inf       0     inf   0
+        masked label                 k largest                  inf        inf   -inf  nll: p - e_y; gap, phi: 0
+        target == ignore_index       first k classes            0          0     0     0
+        NaN or +inf, target outside  first k without the label  NaN        NaN   NaN   NaN
 
         `uniform` counts finite classes only and is 0 where target == ignore_index. A row without any finite logit is
         NaN. A target outside [0, C) gives NaN on a GPU and is an error on the CPU.
@@ -186,7 +186,7 @@ def margin_hinge(
         the loss, [] or [N] for reduction="none". Equal distances: the competitor with the lowest j takes the gradient.
 
         pair                        distance  term and slope
-        gap = -inf (masked rival)   inf       left out
+        gap = -inf (masked competitor)   inf       left out
         norm <= min_norm_l          formula   left out
         gap = +inf (masked label)   -inf      cap (inf without cap), slope 0
         norm = +inf                 0         gamma, slope 0
@@ -234,12 +234,28 @@ def margin_hinge_with_distance(
     cap, weight, least = (
         None if value is None else per_layer(value, norm, wide) for value in (cap, layer_weights, min_norm)
     )
+    loss, distance = hinge_of(gap, norm, gamma, cap, weight, least, eps, aggregation, layer_reduction, backend)
+    return reduced(loss, reduction), distance
+
+
+def hinge_of(
+    gap: Tensor,
+    norm: Tensor,
+    gamma: Tensor,
+    cap: Tensor | None,
+    weight: Tensor | None,
+    min_norm: Tensor | None,
+    eps: float,
+    aggregation: str,
+    layer_reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The op itself: loss [N] and distances [N, k, L]. gamma, cap, weight, min_norm [L], whose values the caller has
+    checked, in the wider dtype of gap and norm."""
     name, op = choose("margin_hinge", (gap, norm), backend)
     if name not in _COMPILED:
-        checks.check_margin_hinge(gap, norm, gamma, cap, weight, least, eps, aggregation, layer_reduction)
-    loss, distance = op(gap, norm, gamma, cap, weight, least, eps, aggregation, layer_reduction)
-    loss = reduced(loss, reduction)
-    return loss, distance
+        checks.check_margin_hinge(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction)
+    return op(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction)
 
 
 def one_to_n(

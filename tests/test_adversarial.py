@@ -59,7 +59,7 @@ def literal_perturbation(
 ) -> tuple[Tensor, bool, bool, int]:
     """Delta with its graph, whether x is in T, whether the boundary was crossed, and the class left behind in F."""
     z = net(x)
-    order = sorted(range(CLASSES), key=lambda i: -float(z[i].detach()))[: loss.candidates]
+    order = sorted(range(CLASSES), key=lambda i: -float(z[i].detach()))[: loss.top_k + 1]
     prediction = order[0]
     right = prediction == y
     delta = torch.zeros_like(x)
@@ -153,7 +153,7 @@ def gradients(value: Tensor, net: nn.Module, retain_graph: bool = False) -> Tens
 
 def check(loss: AdversarialMarginLoss, net: nn.Module, x: Tensor, y: Tensor) -> None:
     expected, chosen = literal(loss, net, x, y)
-    ours = loss.margins(net(x), y, net, x)
+    ours = loss.statistics(net(x), y, net, x)
     torch.testing.assert_close(ours.loss, expected, rtol=1e-9, atol=0)
     assert set(ours.selected.nonzero().flatten().tolist()) == chosen
     grad = gradients(expected, net)
@@ -179,11 +179,11 @@ def test_every_norm_equals_a_literal_loop(p, gradient):
     check(AdversarialMarginLoss(p=p, aggregation="avg", gradient=gradient, c=1.0, d=0.2), net, *batch(net))
 
 
-@pytest.mark.parametrize(("max_iter", "candidates", "overshoot"), [(1, 4, 0.02), (2, 2, 0.1), (5, 3, 1e-3)])
-def test_iterations_candidates_and_overshoot(max_iter, candidates, overshoot):
+@pytest.mark.parametrize(("max_iter", "top_k", "overshoot"), [(1, 3, 0.02), (2, 1, 0.1), (5, 2, 1e-3)])
+def test_iterations_competitors_and_overshoot(max_iter, top_k, overshoot):
     net = small_net(seed=3)
     loss = AdversarialMarginLoss(
-        aggregation="avg", max_iter=max_iter, candidates=candidates, overshoot=overshoot, shrinkage="lin"
+        aggregation="avg", max_iter=max_iter, top_k=top_k, overshoot=overshoot, shrinkage="lin"
     )
     check(loss, net, *batch(net))
 
@@ -211,7 +211,7 @@ def test_the_way_without_a_look_at_the_mask_gives_the_same(as_on_a_device, max_i
 def test_failed_attacks_are_left_out():
     net = small_net()
     x, y = batch(net)
-    out = AdversarialMarginLoss(aggregation="avg", max_iter=1, overshoot=0.0).margins(net(x), y, net, x)
+    out = AdversarialMarginLoss(aggregation="avg", max_iter=1, overshoot=0.0).statistics(net(x), y, net, x)
     assert 0 < out.success.sum() < len(x) and torch.equal(out.selected, out.success)
 
 
@@ -236,7 +236,7 @@ def test_far_misclassified_samples_count_the_limit_and_have_no_gradient(shrinkag
     x, y = batch(net)
     y = (net(x).argmax(1) + 1) % CLASSES
     loss = AdversarialMarginLoss(weight, d=1e4, aggregation="avg", shrinkage=shrinkage)
-    out = loss.margins(net(x), y, net, x)
+    out = loss.statistics(net(x), y, net, x)
     assert not out.correct.any() and out.selected.sum() > 10
     expected = out.nll.mean() + value * out.selected.sum() / len(x)
     torch.testing.assert_close(out.loss.detach(), expected, rtol=1e-12, atol=0)
@@ -267,7 +267,7 @@ def test_weight_zero_is_cross_entropy():
     net = small_net()
     x, y = batch(net)
     for shrinkage in SHRINKAGES:
-        out = AdversarialMarginLoss(0, aggregation="avg", d=1e6, shrinkage=shrinkage).margins(net(x), y, net, x)
+        out = AdversarialMarginLoss(0, aggregation="avg", d=1e6, shrinkage=shrinkage).statistics(net(x), y, net, x)
         expected = F.cross_entropy(net(x), y)
         torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(gradients(out.loss, net), gradients(expected, net), rtol=1e-12, atol=1e-15)
@@ -282,13 +282,13 @@ def test_on_a_linear_classifier_the_distance_is_exact_and_all_gradients_are_the_
     z, q = net(x), dual(p)
     distances = []
     for n in range(len(x)):
-        rivals = [j for j in range(CLASSES) if j != y[n]]
-        distances.append(min((z[n, y[n]] - z[n, j]) / norm(net.weight[y[n]] - net.weight[j], q) for j in rivals))
+        competitors = [j for j in range(CLASSES) if j != y[n]]
+        distances.append(min((z[n, y[n]] - z[n, j]) / norm(net.weight[y[n]] - net.weight[j], q) for j in competitors))
     exact = torch.stack(distances)
     analytic = F.cross_entropy(z, y) + 2.0 / len(x) * (-exact).exp().sum()
     for gradient in ("unrolled", "envelope"):
         loss = AdversarialMarginLoss(2.0, c=1.0, aggregation="avg", gradient=gradient, overshoot=1e-9, p=p)
-        out = loss.margins(net(x), y, net, x)
+        out = loss.statistics(net(x), y, net, x)
         torch.testing.assert_close(out.distance, exact.detach(), rtol=1e-7, atol=0)
         assert out.success.all() and (out.iterations == 1).all()
         grad = gradients(analytic, net, retain_graph=True)
@@ -316,7 +316,7 @@ def test_the_envelope_is_the_derivative_of_the_deepfool_norm():
 
     slope = (norms(1e-5) - norms(-1e-5)) / 2e-5
     for n in range(len(x)):
-        out = loss.margins(net(x[n : n + 1]), y[n : n + 1], net, x[n : n + 1])
+        out = loss.statistics(net(x[n : n + 1]), y[n : n + 1], net, x[n : n + 1])
         nearest = shortest(net, x[n : n + 1], y[n : n + 1])[0]
         if float(out.distance[0]) > 1.001 * float(nearest):
             continue  # DeepFool missed the nearest point of the boundary
@@ -330,25 +330,25 @@ def shortest(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Distance to the boundary of class y by projection: steps to the boundary and along it until the perturbation is
     parallel to its normal."""
     best = torch.full((len(x),), math.inf, dtype=x.dtype)
-    for rival in range(CLASSES):
+    for competitor in range(CLASSES):
         delta = torch.zeros_like(x)
         for _ in range(200):
             point = (x + delta).requires_grad_()
             z = net(point)
-            g = z.gather(1, y[:, None])[:, 0] - z[:, rival]
+            g = z.gather(1, y[:, None])[:, 0] - z[:, competitor]
             (w,) = torch.autograd.grad(g.sum(), point)
             # the point of the linearised boundary nearest to x
             delta = w * ((delta * w).sum(1) - g.detach())[:, None] / (w * w).sum(1).clamp_min(1e-12)[:, None]
         z = net(x + delta).detach()
-        on = (z.gather(1, y[:, None])[:, 0] - z[:, rival]).abs() < 1e-8
-        best = torch.where(on & (y != rival), torch.minimum(best, delta.norm(dim=1)), best)
+        on = (z.gather(1, y[:, None])[:, 0] - z[:, competitor]).abs() < 1e-8
+        best = torch.where(on & (y != competitor), torch.minimum(best, delta.norm(dim=1)), best)
     return best
 
 
 def test_distances_are_those_of_deepfool():
     net = small_net()
     x, y = batch(net)
-    out = AdversarialMarginLoss().margins(net(x), y, net, x)
+    out = AdversarialMarginLoss().statistics(net(x), y, net, x)
     found = deepfool(net, x, target=y, max_iter=5, overshoot_mode="step")
     torch.testing.assert_close(out.distance, found.distance, rtol=1e-12, atol=0)
     assert torch.equal(out.iterations, found.iterations) and torch.equal(out.label, found.label)
@@ -380,7 +380,7 @@ def test_the_first_step_needs_no_forward_pass_of_its_own(gradient, wrong):
     shared = MarginTask(counted, loss)(x, y)
     within = list(sizes)
     sizes.clear()
-    alone = loss.margins(counted(x), y, counted, x)
+    alone = loss.statistics(counted(x), y, counted, x)
     saved = wrong < 20  # where all move toward their targets, a pass for the one candidate is cheaper on its own
     assert (sum(sizes) - sum(within), sizes[0], within[0]) == (20 * saved, 20, 20)
     for name, value in alone._asdict().items():
@@ -421,7 +421,7 @@ def test_dropout_holds_the_masks_of_the_forward_pass(gradient, aggregation):
     mask = F.dropout(torch.ones(len(x), 8, dtype=x.dtype), 0.3)
     assert torch.equal(after, torch.rand(3))  # the loss drew nothing of its own
     fixed = Dropping(mask).eval()
-    expected = loss.margins(fixed(x), y, fixed, x)
+    expected = loss.statistics(fixed(x), y, fixed, x)
     assert torch.equal(out["selected"], expected.selected) and expected.selected.any()
     torch.testing.assert_close(out["loss"], expected.loss, rtol=1e-9, atol=0)
     torch.testing.assert_close(out["distance"], expected.distance, rtol=1e-9, atol=0)
@@ -435,10 +435,10 @@ def test_without_a_task_dropout_holds_masks_drawn_once():
     x = torch.cat([x, torch.arange(len(x))[:, None] + 0.5], 1)
     logits = model(x)
     torch.manual_seed(7)
-    out = AdversarialMarginLoss().margins(logits, y, model, x)
+    out = AdversarialMarginLoss().statistics(logits, y, model, x)
     torch.manual_seed(7)
     fixed = Dropping(F.dropout(torch.ones(len(x), 8, dtype=x.dtype), 0.3)).eval()
-    expected = AdversarialMarginLoss().margins(fixed(x), y, fixed, x)
+    expected = AdversarialMarginLoss().statistics(fixed(x), y, fixed, x)
     torch.testing.assert_close(out.distance, expected.distance, rtol=1e-9, atol=0)
 
 
@@ -480,7 +480,7 @@ def test_under_no_grad_the_task_returns_logit_statistics():
     x, y = batch(net)
     with torch.no_grad():
         out = MarginTask(net, AdversarialMarginLoss())(x, y)
-    assert set(out) == {"output", "nll", "gap", "index"}
+    assert set(out) == {"output", "nll", "gap", "competitor"}
     torch.testing.assert_close(out["nll"].mean(), F.cross_entropy(net(x), y).detach())
 
 
@@ -490,10 +490,10 @@ def test_without_gradients_the_loss_has_its_value(gradient, mode):
     net = small_net()
     x, y = batch(net)
     loss = AdversarialMarginLoss(weight=3.0, gradient=gradient, aggregation="avg", normalize=True)
-    expected = loss.margins(net(x), y, net, x)
+    expected = loss.statistics(net(x), y, net, x)
     with mode():
         own_x, own_y = x.clone(), y.clone()
-        found = loss.margins(net(own_x), own_y, net, own_x)
+        found = loss.statistics(net(own_x), own_y, net, own_x)
     for value, other in zip(found, expected, strict=True):
         torch.testing.assert_close(value, other.detach(), rtol=1e-12, atol=0)
         assert not value.requires_grad
@@ -506,10 +506,10 @@ def test_an_image_that_is_zero_has_no_relative_distance_and_no_part():
     y[4] = net(x[4:5]).argmax(1)[0]
     for shrinkage in SHRINKAGES:
         loss = AdversarialMarginLoss(weight=3.0, aggregation="avg", normalize=True, shrinkage=shrinkage)
-        out = loss.margins(net(x), y, net, x)
+        out = loss.statistics(net(x), y, net, x)
         assert math.isinf(out.distance[4]) and out.success[4] and not out.selected[4]
         others = torch.arange(len(x)) != 4
-        part = loss.margins(net(x[others]), y[others], net, x[others])
+        part = loss.statistics(net(x[others]), y[others], net, x[others])
         share = (part.loss - part.nll.mean()) * (len(x) - 1) / len(x)
         torch.testing.assert_close(out.loss, share + F.cross_entropy(net(x), y), rtol=1e-10, atol=0)
         assert gradients(out.loss, net).isfinite().all()
@@ -586,7 +586,7 @@ def test_nan_logits_give_a_nan_loss_and_distance():
     net = small_net()
     x, y = batch(net)
     x[3, 2] = math.nan
-    out = AdversarialMarginLoss(aggregation="avg").margins(net(x), y, net, x)
+    out = AdversarialMarginLoss(aggregation="avg").statistics(net(x), y, net, x)
     assert out.loss.isnan() and out.distance[3].isnan() and not out.selected[3]
     assert not out.distance[torch.arange(len(x)) != 3].isnan().any()
 
@@ -619,7 +619,7 @@ def test_masked_classes_change_nothing(request, aggregation, gradient, device):
     net = small_net()
     x, y = batch(net)
     loss = AdversarialMarginLoss(weight=3.0, aggregation=aggregation, gradient=gradient, d=0.4)
-    expected = loss.margins(net(x), y, net, x)
+    expected = loss.statistics(net(x), y, net, x)
     wide = Masked(net)
     found = MarginTask(wide, loss)(x, torch.tensor(Masked.KEPT)[y])
     torch.testing.assert_close(found["distance"], expected.distance, rtol=1e-11, atol=0)
@@ -641,10 +641,10 @@ def test_a_sample_with_one_class_left_takes_no_part(request, gradient, device):
     y[3] = 2
     wide = Masked(net, alone=2)
     loss = AdversarialMarginLoss(weight=3.0, aggregation="avg", gradient=gradient, d=0.4)
-    out = loss.margins(wide(x), y, wide, x)
+    out = loss.statistics(wide(x), y, wide, x)
     assert math.isinf(out.distance[3]) and not out.success[3] and not out.selected[3] and out.iterations[3] == 0
     others = torch.arange(len(x)) != 3
-    part = loss.margins(wide(x[others]), y[others], wide, x[others])
+    part = loss.statistics(wide(x[others]), y[others], wide, x[others])
     share = (part.loss - part.nll.mean()) * (len(x) - 1) / len(x)
     torch.testing.assert_close(out.loss - out.nll.mean(), share, rtol=1e-10, atol=0)
     assert gradients(out.loss, net).isfinite().all()
@@ -653,9 +653,9 @@ def test_a_sample_with_one_class_left_takes_no_part(request, gradient, device):
 def test_half_precision_measures_in_float32():
     net = small_net()
     x, y = batch(net)
-    exact = AdversarialMarginLoss(weight=3.0).margins(net(x), y, net, x)
+    exact = AdversarialMarginLoss(weight=3.0).statistics(net(x), y, net, x)
     half = copy.deepcopy(net).bfloat16()
-    out = AdversarialMarginLoss(weight=3.0).margins(half(x.bfloat16()), y, half, x.bfloat16())
+    out = AdversarialMarginLoss(weight=3.0).statistics(half(x.bfloat16()), y, half, x.bfloat16())
     assert out.loss.dtype == out.distance.dtype == torch.float32
     both = exact.success & out.success
     assert both.sum() > 10
@@ -669,7 +669,7 @@ def test_distances_are_measured_outside_of_autocast(gradient):
     x, y = batch(net.double())
     net, x = net.float(), x.float()
     task = MarginTask(net, AdversarialMarginLoss(weight=3.0, gradient=gradient))
-    plain = task.loss.margins(net(x), y, net, x)._asdict()  # as under autocast: forward passes of its own
+    plain = task.loss.statistics(net(x), y, net, x)._asdict()  # as under autocast: forward passes of its own
     with torch.autocast("cpu", torch.bfloat16):
         mixed = task(x, y)
     assert mixed["output"].dtype == torch.bfloat16
@@ -683,9 +683,9 @@ def test_distances_are_measured_outside_of_autocast(gradient):
 def test_an_empty_batch_and_a_batch_of_one():
     net = small_net()
     x, y = batch(net)
-    one = AdversarialMarginLoss().margins(net(x[:1]), y[:1], net, x[:1])
+    one = AdversarialMarginLoss().statistics(net(x[:1]), y[:1], net, x[:1])
     assert int(one.selected.sum()) == int(one.success.sum()) == 1
-    none = AdversarialMarginLoss().margins(net(x[:0]), y[:0], net, x[:0])
+    none = AdversarialMarginLoss().statistics(net(x[:0]), y[:0], net, x[:0])
     assert none.distance.shape == (0,) and none.selected.shape == (0,)
 
 
@@ -693,7 +693,7 @@ def test_equal_margins_take_the_first_sample():
     net = small_net()
     x, y = batch(net)
     x, y = x[1:2].repeat(10, 1), y[1:2].repeat(10)
-    out = AdversarialMarginLoss().margins(net(x), y, net, x)
+    out = AdversarialMarginLoss().statistics(net(x), y, net, x)
     assert out.selected.nonzero().flatten().tolist() == [0]
 
 
@@ -705,7 +705,7 @@ def test_equal_margins_take_the_first_sample():
         ({"aggregation": "max"}, ValueError, "aggregation must be one of 'avg', 'min', got 'max'"),
         ({"shrinkage": "log"}, ValueError, "shrinkage must be one of 'lin', 'exp', 'inv', got 'log'"),
         ({"gradient": "second"}, ValueError, "gradient must be one of 'unrolled', 'envelope', 'first_order'"),
-        ({"candidates": 1}, ValueError, "candidates must be >= 2, got 1"),
+        ({"top_k": 0}, ValueError, "top_k must be >= 1, got 0"),
         ({"max_iter": 0}, ValueError, "max_iter must be >= 1"),
         ({"p": 0.5}, ValueError, "p must be >= 1"),
         ({"normalize": 1}, TypeError, "normalize must be True or False, got int"),

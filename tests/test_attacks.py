@@ -144,13 +144,13 @@ def test_scaled_logits_stop_neither_attack(network, batch, factor, steps):
     assert factor < 1e5 or not vanished.any()
     z = factor * network.double()(x.double()).detach()
     network.float()
-    rest = (z - z.gather(1, y[:, None])).exp().sum(1) - 1  # of all rivals, relative to the label
+    rest = (z - z.gather(1, y[:, None])).exp().sum(1) - 1  # of all competitors, relative to the label
     for objective in ("ce", "gap"):
         attack = attacks.ifgsm(large, x, y, 0.1, steps=steps, objective=objective)
         assert attack.zero_gradient == 0
         assert attack.saturated == pytest.approx(float((rest < 6e-8).float().mean())) and attack.saturated > 0.8
         same = (attack.images == plain.images).flatten(1).all(1)
-        # two rivals that are all but level share the gradient of the log-odds
+        # two competitors that are all but level share the gradient of the log-odds
         assert same.float().mean() >= (1 if objective == "gap" or factor == 1e5 else 0.9)
 
 

@@ -37,7 +37,7 @@ def smaller(backend, n, classes, k):
 class Truth(NamedTuple):
     """What one row has, as Python numbers, and the gradients of nll, phi and uniform."""
 
-    index: list
+    competitor: list
     gap: list
     nll: float
     phi: float
@@ -48,7 +48,7 @@ class Truth(NamedTuple):
 
 
 def row_of(z, y, k, ignore_index=-100):
-    """The definition for one row of Python floats, as literal loops; sums over the rivals from the smallest term up."""
+    """The definition for one row of Python floats, as literal loops; sums over j != y from the smallest term up."""
     classes = range(len(z))
     if y == ignore_index:
         return Truth(list(classes[:k]), [0.0] * k, 0.0, 0.0, 0.0, *[[0.0 for _ in z]] * 3)
@@ -58,13 +58,13 @@ def row_of(z, y, k, ignore_index=-100):
         skipped = y if 0 <= y < len(z) else 0
         index = [c for c in classes if c != skipped][:k]
         return Truth(index, [math.nan] * k, math.nan, math.nan, math.nan, nothing, nothing, nothing)
-    rivals = [c for c in finite if c != y]
+    competitors = [c for c in finite if c != y]
     index = sorted((c for c in classes if c != y), key=lambda c: (-z[c], c))[:k]
     gap = [-INF if z[c] == -INF else z[c] - z[y] for c in index]
-    if not rivals:
+    if not competitors:
         return Truth(index, gap, 0.0, INF, 0.0, *[[0.0 for _ in z]] * 3)
-    largest = max(z[c] for c in rivals)
-    total = math.fsum(math.exp(z[c] - largest) for c in rivals)
+    largest = max(z[c] for c in competitors)
+    total = math.fsum(math.exp(z[c] - largest) for c in competitors)
     q = [math.exp(v - largest) / total if c != y else 0.0 for c, v in enumerate(z)]
     top = max(z)
     log_all = math.log(math.fsum(math.exp(v - top) for v in z))
@@ -105,7 +105,7 @@ def test_values_are_those_of_a_literal_loop(backend, dtype, n, classes, k):
     index, gap, nll = loop(logits, target, k)
     result = functional.competitors(logits, target, k, backend=backend)
     assert result.gap.dtype == result.nll.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.equal(result.index, index)
+    assert torch.equal(result.competitor, index)
     assert_as_good_as(result.gap, gap, logits.gather(1, index) - logits.gather(1, target[:, None]), FLOOR[dtype])
     assert_as_good_as(result.nll, nll, cross_entropy(logits, target, reduction="none"), FLOOR[dtype])
 
@@ -120,7 +120,7 @@ def test_gradient_is_softmax_and_differences_of_unit_vectors(backend, dtype, n, 
     grad_gap, grad_nll = torch.randn(n, k), torch.randn(n)
     (grad,) = torch.autograd.grad((result.gap * grad_gap).sum() + (result.nll * grad_nll).sum(), logits)
     truth = grad_nll.double()[:, None] * logits.detach().double().softmax(1)
-    truth.scatter_add_(1, result.index, grad_gap.double())
+    truth.scatter_add_(1, result.competitor, grad_gap.double())
     truth.scatter_add_(1, target[:, None], -(grad_nll.double() + grad_gap.double().sum(1))[:, None])
     assert grad.dtype == dtype
     assert_gradients_agree(grad, truth, GRADIENT_FLOOR[dtype])
@@ -131,7 +131,7 @@ def test_gradient_of_the_gap_alone_is_zero_elsewhere(backend):
     logits.requires_grad_()
     result = functional.competitors(logits, target, 2, backend=backend)
     (grad,) = torch.autograd.grad(result.gap.sum(), logits)
-    expected = torch.zeros(4, 50).scatter(1, result.index, 1.0).scatter(1, target[:, None], -2.0)
+    expected = torch.zeros(4, 50).scatter(1, result.competitor, 1.0).scatter(1, target[:, None], -2.0)
     assert torch.equal(grad, expected)
 
 
@@ -170,14 +170,14 @@ def test_ties_go_to_the_lowest_class(backend, k):
     logits[1, 20::7] = 1.0
     target = torch.tensor([0, 27, 69])
     result = functional.competitors(logits, target, k, backend=backend)
-    assert torch.equal(result.index, loop(logits, target, k)[0])
+    assert torch.equal(result.competitor, loop(logits, target, k)[0])
 
 
 def test_label_is_left_out_even_where_every_other_logit_is_very_low(backend):
     logits = torch.full((2, 40), torch.finfo(torch.float32).min / 4)
     logits[:, 3] = 5.0
     result = functional.competitors(logits, torch.tensor([3, 3]), 2, backend=backend)
-    assert result.index.tolist() == [[0, 1], [0, 1]]
+    assert result.competitor.tolist() == [[0, 1], [0, 1]]
     assert result.nll.tolist() == [0.0, 0.0]
 
 
@@ -190,9 +190,11 @@ def test_a_row_with_a_non_finite_logit_gives_nan_and_leaves_the_others_alone(bac
     logits.requires_grad_()
     result = functional.competitors(logits, target, k, backend=backend)
     assert result.gap[1].isnan().all() and result.nll[1].isnan()
-    assert result.index[1].tolist() == [i for i in range(classes) if i != target[1]][:k]
+    assert result.competitor[1].tolist() == [i for i in range(classes) if i != target[1]][:k]
     for row in (0, 2):
-        assert torch.equal(result.gap[row], clean.gap[row]) and torch.equal(result.index[row], clean.index[row])
+        assert torch.equal(result.gap[row], clean.gap[row]) and torch.equal(
+            result.competitor[row], clean.competitor[row]
+        )
     (grad,) = torch.autograd.grad(result.gap.sum() + result.nll.sum(), logits)
     assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
 
@@ -205,12 +207,12 @@ def special_rows(classes, dtype):
     """Logits and targets of every row of the table in `functional.competitors`; ignore_index is 1."""
     rows, target = sample_logits(12, classes, dtype, seed=3)
     target[target == 1] = 0
-    rows[1, (target[1] + 1) % classes] = -INF  # a masked class (C = 2: no rival)
-    rows[2, :] = -INF  # no rival
+    rows[1, (target[1] + 1) % classes] = -INF  # a masked class (C = 2: no competitor)
+    rows[2, :] = -INF  # no competitor
     rows[2, target[2]] = 2.0
     rows[3, target[3]] = -INF  # the label
     rows[4, :] = -INF  # every class
-    rows[5, :] = -INF  # fewer than k finite rivals
+    rows[5, :] = -INF  # fewer than k finite competitors
     rows[5, [classes // 2, int(target[5]), classes - 1]] = torch.tensor([1.0, 2.0, 3.0]).to(rows)
     target[6] = 1  # ignored
     rows[7, classes - 1] = math.nan
@@ -231,7 +233,7 @@ def test_what_leaves_every_kind_of_row(backend, classes, k, dtype):
     logits.requires_grad_()
     expected = truth(logits.detach(), target, k, ignore_index=1)
     result = functional.competitors(logits, target, k, ignore_index=1, uniform=True, backend=backend)
-    assert torch.equal(result.index, expected.index)
+    assert torch.equal(result.competitor, expected.competitor)
     assert result.valid.tolist() == [y != 1 for y in target.tolist()]
     for name in ("gap", "nll", "phi", "uniform"):
         ours, true = getattr(result, name), getattr(expected, name)
@@ -246,7 +248,7 @@ def test_what_leaves_every_kind_of_row(backend, classes, k, dtype):
     (grad,) = torch.autograd.grad(result.gap, logits, weight.expand(len(target), k), retain_graph=True)
     true = torch.zeros(len(target), classes, dtype=torch.float64)
     for n in range(len(target)):
-        for j, i in enumerate(expected.index[n].tolist()):
+        for j, i in enumerate(expected.competitor[n].tolist()):
             if math.isfinite(expected.gap[n, j]) and target[n] != 1:
                 true[n, i] += weight[j].double()
                 true[n, target[n]] -= weight[j].double()
@@ -345,7 +347,7 @@ def test_float32_is_right_over_long_rows(backend):
     logits, target = (t.to(torch.get_default_device()) for t in (logits, target))
     logits.requires_grad_()
     result = functional.competitors(logits, target, 1, uniform=True, backend=backend)
-    assert torch.equal(result.index, expected.index)
+    assert torch.equal(result.competitor, expected.competitor)
     assert ((result.phi.double() - expected.phi).abs() <= 1e-6 * expected.phi.abs().clamp(min=1)).all()
     spread = torch.tensor([15.0, 1, 1, 50, 15, 2])  # of the finite logits
     assert ((result.nll.double() - expected.nll).abs() <= (1e-6 + 6e-8 * spread) * expected.nll).all()
@@ -373,7 +375,7 @@ def test_no_competitor_is_asked_for(backend, classes):
     logits.requires_grad_()
     none = functional.competitors(logits, target, 0, uniform=True, backend=backend)
     one = functional.competitors(logits, target, 1, uniform=True, backend=backend)
-    assert none.index.shape == none.gap.shape == (4, 0) and none.index.dtype == torch.int64
+    assert none.competitor.shape == none.gap.shape == (4, 0) and none.competitor.dtype == torch.int64
     for name in ("nll", "phi", "uniform"):
         assert torch.equal(getattr(none, name), getattr(one, name))
         a, b = (torch.autograd.grad(getattr(r, name).sum(), logits, retain_graph=True)[0] for r in (none, one))
@@ -389,7 +391,7 @@ def test_ignored_rows_leave_the_others_as_they_are(backend):
     for ours, before in zip(result[:5], clean[:5], strict=True):
         assert torch.equal(ours[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
         assert (ours[[1, 4]] == 0).all() or ours.dtype == torch.int64
-    assert result.index[[1, 4]].tolist() == [[0, 1], [0, 1]]
+    assert result.competitor[[1, 4]].tolist() == [[0, 1], [0, 1]]
     assert result.valid.tolist() == [True, False, True, True, False, True]
 
 
@@ -413,7 +415,7 @@ def test_drawn_rows_agree_with_the_definition(backend, seed):
     logits, target = (t.to(torch.get_default_device()) for t in (logits, target))
     logits.requires_grad_()
     result = functional.competitors(logits, target, k, uniform=True, backend=backend)
-    assert torch.equal(result.index, expected.index)
+    assert torch.equal(result.competitor, expected.competitor)
     for name in ("gap", "nll", "phi", "uniform"):
         ours = getattr(result, name)
         torch.testing.assert_close(ours, getattr(expected, name), rtol=1e-12, atol=1e-13, equal_nan=True, msg=name)
@@ -447,7 +449,7 @@ def test_any_strides(backend, layout):
     }[layout]
     a = functional.competitors(logits, target, 4, backend=backend)
     b = functional.competitors(logits.clone(memory_format=torch.contiguous_format), target, 4, backend=backend)
-    assert torch.equal(a.index, b.index) and torch.equal(a.gap, b.gap)
+    assert torch.equal(a.competitor, b.competitor) and torch.equal(a.gap, b.gap)
     assert torch.allclose(a.nll, b.nll, rtol=1e-6)
 
 
@@ -525,7 +527,7 @@ def test_property_gaps_decrease_and_nll_bounds_the_first(data):
     )
     target = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n)))
     result = functional.competitors(logits, target, k)
-    assert torch.equal(result.index, loop(logits, target, k)[0])
+    assert torch.equal(result.competitor, loop(logits, target, k)[0])
     assert (result.gap[:, :-1] >= result.gap[:, 1:]).all()
     low = result.gap[:, 0].clamp(min=0)
     assert (result.nll >= low - 1e-4).all()

@@ -99,7 +99,7 @@ def test_the_tangents_of_a_split_second_order_step() -> None:
     "loss",
     [
         MarginSensitivityLoss(),
-        MarginSensitivityLoss(candidates=1, p="inf", power=1),
+        MarginSensitivityLoss(top_k=1, p="inf", power=1),
         MarginSensitivityLoss(classification="cross_entropy"),
         OneToNLoss(1.0),
         OneToNLoss(0.2, bound="positive", cross_entropy=True),
@@ -114,7 +114,7 @@ def test_steps_of_the_other_losses_are_those_of_eager(loss) -> None:
 @pytest.mark.parametrize("aggregation", ["min", "avg"])
 def test_adversarial_margins_are_those_of_eager(gradient, aggregation) -> None:
     """Without a mask read on the way: every sample goes every step, and takes part if it is selected."""
-    loss = AdversarialMarginLoss(2.0, gradient=gradient, aggregation=aggregation, candidates=3, max_iter=3)
+    loss = AdversarialMarginLoss(2.0, gradient=gradient, aggregation=aggregation, top_k=2, max_iter=3)
     assert_same_step(*twins(loss), *batch())
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.library import opcheck
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
@@ -135,14 +134,6 @@ def test_it_is_differentiable_twice_in_both_factors(shape) -> None:
     forward = F.conv2d(v, w, None, 1, at[0], at[1])
     torch.testing.assert_close(product, (g * forward).sum(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(product, g, retain_graph=True)[0], forward, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(dtype, requires_grad) -> None:
-    shape = SMALL[0]
-    g, w = (t.requires_grad_(requires_grad) for t in operands(*shape, dtype=dtype))
-    opcheck(torch.ops.margin_kernels.convolution_input_gradient.default, (g, w, shape[5], shape[6], shape[3]))
 
 
 def test_it_compiles_into_one_graph_for_any_size() -> None:

@@ -70,7 +70,7 @@ def test_norms_equal_foolbox(network, images, bounds, steps, candidates):
     labels = network(images).argmax(1)
     attack = foolbox.attacks.L2DeepFoolAttack(steps=steps, candidates=candidates, overshoot=0.02)
     theirs = attack.run(wrapped, images, foolbox.criteria.Misclassification(labels))
-    ours = deepfool(network, images, max_iter=steps, candidates=candidates, bounds=bounds)
+    ours = deepfool(network, images, max_iter=steps, top_k=candidates - 1, bounds=bounds)
     norms = (theirs - images).flatten(1).norm(dim=1)
     torch.testing.assert_close(ours.distance, norms, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(images + ours.perturbation, theirs, atol=1e-5, rtol=1e-5)
@@ -163,7 +163,7 @@ def test_an_empty_batch_is_empty(network):
         ({"overshoot": math.nan}, "overshoot must be finite and >= 0, got nan"),
         ({"overshoot": math.inf}, "overshoot must be finite and >= 0, got inf"),
         ({"overshoot_mode": "once"}, "overshoot_mode must be one of 'total', 'step', got 'once'"),
-        ({"candidates": 1}, "candidates must be >= 2, got 1"),
+        ({"top_k": 0}, "top_k must be >= 1, got 0"),
         ({"step_limit": math.nan}, "step_limit must be > 0, got nan"),
         ({"step_limit": 0}, "step_limit must be > 0, got 0"),
         ({"bounds": (1.0, 0.0)}, r"bounds must be \(low, high\) with low < high, got \(1.0, 0.0\)"),
@@ -184,7 +184,7 @@ def test_wrong_arguments_are_named(network, images, arguments, message):
     [
         ({"p": "two"}, "p must be a number, got 'two'"),
         ({"max_iter": 2.5}, "max_iter must be an integer, got float"),
-        ({"candidates": True}, "candidates must be an integer, got bool"),
+        ({"top_k": True}, "top_k must be an integer, got bool"),
         ({"overshoot": "no"}, "overshoot must be a number, got 'no'"),
         ({"bounds": 1.0}, r"bounds must be \(low, high\) or None, got 1.0"),
         ({"target": torch.zeros(16)}, r"target must be int64 class indices, got torch.float32 \[16\]"),
@@ -269,7 +269,7 @@ def test_masked_classes_are_no_boundary(images):
             assert found.success.all() and not masked[found.label].any()
 
 
-def test_without_an_unmasked_rival_the_distance_is_infinite(images):
+def test_without_an_unmasked_other_the_distance_is_infinite(images):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).double()
 

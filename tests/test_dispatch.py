@@ -35,6 +35,7 @@ def op_samples():
         t.detach() for t in torch.ops.margin_kernels.deepfool_step(gaps, layers[1], active, 3.0)
     )
     step_grads = torch.randn_like(step).requires_grad_(), torch.randn_like(distance).requires_grad_()
+    convolution = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(3, 1, 3, 2, requires_grad=True)
     return [
         ("competitors", (logits, target, 2)),
         ("competitors", (logits, target, 2, 3, True)),
@@ -67,11 +68,12 @@ def op_samples():
         ),
         ("deepfool_step", (gaps, layers[1], active, 3.0)),
         ("deepfool_step_backward", (*step_grads, gaps, layers[1], choice, norm, active, 3.0)),
+        ("convolution_input_gradient", (*convolution, (1, 0), (1, 2), (5, 6))),
     ]
 
 
 @needs_extension
-@pytest.mark.parametrize("which", range(13))
+@pytest.mark.parametrize("which", range(14))
 def test_opcheck(which):
     name, arguments = op_samples()[which]
     results = opcheck(getattr(torch.ops.margin_kernels, name).default, arguments)
@@ -90,7 +92,7 @@ def margin_loss(logits, target, layers, backend="auto"):
     step = functional.deepfool_step(result.gap, layers[-1], None, 3, backend=backend)
     total = functional.margin_hinge(result.gap, norm, 1.0, backend=backend) + result.nll.mean()
     total = total + 0.5 * result.phi.mean() + result.uniform.mean()
-    total = total + functional.row_distance(logits.t(), result.index[:, :1], target, 3, backend=backend).mean()
+    total = total + functional.row_distance(logits.t(), result.competitor[:, :1], target, 3, backend=backend).mean()
     return total + functional.one_to_n(logits, target, backend=backend) + step.distance.mean() + step.step.mean()
 
 
@@ -216,7 +218,7 @@ def test_results_are_the_same_for_every_instruction_set():
         "l = mk.functional.one_to_n(z, y, reduction='none', backend='cpu'); "
         "d = mk.functional.row_distance(z, y[:, None] % 5, y % 4, 3, backend='cpu'); "
         "s = mk.functional.deepfool_step(r.gap[:2, :2], g, None, 3, backend='cpu'); "
-        "print([*r.index.flatten().tolist(), *r.gap.flatten().tolist(), *r.nll.tolist(), "
+        "print([*r.competitor.flatten().tolist(), *r.gap.flatten().tolist(), *r.nll.tolist(), "
         "*r.phi.tolist(), *r.uniform.tolist(), *n.flatten().tolist(), "
         "*l.tolist(), *d.flatten().tolist(), *s.distance.tolist(), *s.step[:, :40].flatten().tolist()])"
     )

@@ -202,7 +202,7 @@ def test_first_order_gradient_is_the_slope_with_the_norms_held_fixed() -> None:
             for p, v in zip(moved.parameters(), directions, strict=True):
                 p += step * v
             z = moved(x)
-            gap = z.gather(1, out["index"]) - z.gather(1, y[:, None])
+            gap = z.gather(1, out["competitor"]) - z.gather(1, y[:, None])
             d = -gap[..., None] / (loss.eps + out["norm"])
             return float((3.0 - d).clamp(min=0).sum(1).mean())
 
@@ -242,8 +242,8 @@ def test_statistics_are_those_of_the_formulas_and_detached() -> None:
     out = MarginTask(net, loss, LAYERS)(x, y)
     z = net(x)
     masked = z.scatter(1, y[:, None], -math.inf)
-    assert torch.equal(out["index"], masked.topk(2).indices)
-    torch.testing.assert_close(out["gap"], z.gather(1, out["index"]) - z.gather(1, y[:, None]))
+    assert torch.equal(out["competitor"], masked.topk(2).indices)
+    torch.testing.assert_close(out["gap"], z.gather(1, out["competitor"]) - z.gather(1, y[:, None]))
     torch.testing.assert_close(out["nll"], nn.functional.cross_entropy(z, y, reduction="none"))
     torch.testing.assert_close(out["distance"], -out["gap"][..., None] / (1e-6 + out["norm"]))
     gamma = torch.tensor(loss.gamma, dtype=torch.float64)

@@ -105,7 +105,7 @@ def test_reductions(reduction) -> None:
     expected = {"mean": per_sample.mean(), "sum": per_sample.sum(), "none": per_sample}[reduction]
     loss = OneToNLoss(reduction=reduction)
     torch.testing.assert_close(loss(net(x), y), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(loss.margins(net(x), y).loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss.statistics(net(x), y).loss, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
@@ -128,10 +128,10 @@ def test_statistics_are_those_of_the_formulas_and_detached() -> None:
     z = net(x).detach()
     torch.testing.assert_close(out["per_sample"], oracle(z, y, 0.5, "symmetric", False))
     torch.testing.assert_close(out["nll"], nn.functional.cross_entropy(z, y, reduction="none"))
-    rival = z.masked_fill(nn.functional.one_hot(y, CLASSES).bool(), -math.inf).amax(1)
-    torch.testing.assert_close(out["gap"], rival - z.gather(1, y[:, None])[:, 0])
+    competitor = z.masked_fill(nn.functional.one_hot(y, CLASSES).bool(), -math.inf).amax(1)
+    torch.testing.assert_close(out["gap"], competitor - z.gather(1, y[:, None])[:, 0])
     assert [name for name, value in out.items() if value.requires_grad] == ["output", "loss"]
-    assert isinstance(loss.margins(z, y), OneToNMargins)
+    assert isinstance(loss.statistics(z, y), OneToNMargins)
 
 
 def test_without_gradients_there_are_the_same_statistics_and_no_loss() -> None:

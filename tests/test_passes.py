@@ -65,7 +65,7 @@ def test_the_closed_forms_are_those_of_the_formulas(p) -> None:
     x, y = batch()
     net = pooled_net()
     out = MarginTask(net, LargeMarginLoss(p=p, top_k=2), ("1", "3", "output"))(x, y)
-    rows = net[4].weight[out["index"]] - net[4].weight[y][:, None]
+    rows = net[4].weight[out["competitor"]] - net[4].weight[y][:, None]
     ord_ = {1: float("inf"), 2: 2, "inf": 1}[p]
     norm = torch.linalg.vector_norm(rows, ord_, dim=-1)
     positions = 16
@@ -144,7 +144,7 @@ def test_the_pass_starts_at_the_heads_input_with_the_rows(calls) -> None:
     x, y = batch()
     net = pooled_net()
     out = MarginTask(net, LargeMarginLoss(), LAYERS)(x, y)
-    rows = net[4].weight[out["index"][:, 0]] - net[4].weight[y]
+    rows = net[4].weight[out["competitor"][:, 0]] - net[4].weight[y]
     assert torch.equal(calls[0]["seed"], rows)
     assert calls[0]["start"].shape == (6, 4)
 
@@ -153,7 +153,7 @@ def test_without_a_head_the_pass_starts_at_the_logits(calls) -> None:
     x, y = batch()
     out = MarginTask(pooled_net(HiddenHead), LargeMarginLoss(), LAYERS)(x, y)
     one_hot = nn.functional.one_hot
-    expected = one_hot(out["index"][:, 0], CLASSES) - one_hot(y, CLASSES)
+    expected = one_hot(out["competitor"][:, 0], CLASSES) - one_hot(y, CLASSES)
     assert torch.equal(calls[0]["seed"], expected.double())
 
 
@@ -219,7 +219,7 @@ def test_second_order_norms_carry_a_graph_and_first_order_norms_do_not() -> None
     x, y = batch()
     net = pooled_net()
     captured = Taps(net, LAYERS).capture(net, x)
-    index = functional.competitors(captured.logits, y, 2).index
+    index = functional.competitors(captured.logits, y, 2).competitor
     assert difference_norms(captured, y, index, second_order=True).requires_grad
     assert not difference_norms(captured, y, index).requires_grad
 
@@ -230,7 +230,7 @@ def test_wide_and_narrow_taps_are_measured_together() -> None:
     net = pooled_net().float()
     with torch.autocast("cpu", torch.bfloat16):
         captured = Taps(net, LAYERS).capture(net, x.float())
-    index = functional.competitors(captured.logits, y, 2).index
+    index = functional.competitors(captured.logits, y, 2).competitor
     norm = difference_norms(captured, y, index)
     assert norm.dtype == torch.float32
     exact = Taps(net, LAYERS).capture(net, x.float())
@@ -251,7 +251,7 @@ def test_small_gradients_do_not_vanish_in_float16(monkeypatch, second_order, spa
         monkeypatch.setattr(plan, "FLOAT16_SCALE", scale)
         with torch.autocast("cpu", torch.float16):
             captured = Taps(net, LAYERS).capture(net, x.float())
-        index = functional.competitors(captured.logits, y, 2).index
+        index = functional.competitors(captured.logits, y, 2).competitor
         norm = difference_norms(captured, y, index, 1, space, second_order=second_order)
         exact = difference_norms(Taps(net, LAYERS).capture(net, x.float()), y, index, 1, space)
         errors[scale] = float(((norm - exact).abs() / exact).max().detach())

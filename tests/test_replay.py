@@ -118,7 +118,7 @@ def test_distances_are_those_of_the_function_that_gave_the_logits(gradient):
     task = MarginTask(model, loss)
     out = task(x, y)
     fixed.load_state_dict(model.state_dict())  # the vectors u and v of the one pass
-    expected = loss.margins(fixed(x), y, fixed, x)
+    expected = loss.statistics(fixed(x), y, fixed, x)
     torch.testing.assert_close(out["output"], fixed(x), rtol=1e-12, atol=0)
     torch.testing.assert_close(out["distance"], expected.distance, rtol=1e-10, atol=0)
     torch.testing.assert_close(out["loss"], expected.loss, rtol=1e-10, atol=0)
@@ -279,7 +279,7 @@ def test_without_a_task_the_model_is_left_as_it_was_before():
     x, y = batch()
     logits = model(x)
     before, features = record(model), model.features
-    AdversarialMarginLoss().margins(logits, y, model, x)
+    AdversarialMarginLoss().statistics(logits, y, model, x)
     assert_same_state(model, before)
     assert model.features is features
 

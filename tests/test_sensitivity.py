@@ -1,4 +1,4 @@
-"""MarginSensitivityLoss against a literal loop over samples and rivals, in double precision."""
+"""MarginSensitivityLoss against a literal loop over samples and competitors, in double precision."""
 
 import copy
 import math
@@ -43,19 +43,19 @@ def q_norm(g: Tensor, p: float) -> Tensor:
 
 
 def oracle(loss: MarginSensitivityLoss, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[int]]:
-    """Equations 18 and 19 one sample and one rival at a time: the loss of each sample, and the rival of its norm."""
+    """Equations 18 and 19 one sample and one competitor at a time: the loss of each sample and its competitor."""
     losses, chosen = [], []
     for n in range(len(y)):
         h = x[n : n + 1].detach().clone().requires_grad_()
         z, label = model(h)[0], int(y[n])
-        rivals = sorted((j for j in range(len(z)) if j != label), key=lambda j: -float(z[j].detach()))
+        competitors = sorted((j for j in range(len(z)) if j != label), key=lambda j: -float(z[j].detach()))
         norms = {}
-        for j in rivals[: loss.candidates]:
+        for j in competitors[: loss.top_k]:
             (g,) = torch.autograd.grad(z[label] - z[j], h, create_graph=True)
             norms[j] = q_norm(g, loss.p)
         widest = max(norms, key=lambda j: float(norms[j].detach()))
         if loss.classification == "hinge":
-            term = torch.clamp(1 + z[rivals[0]] - z[label], min=0)
+            term = torch.clamp(1 + z[competitors[0]] - z[label], min=0)
         else:
             term = torch.logsumexp(z, 0) - z[label]
         losses.append(term + loss.weight * norms[widest] ** loss.power)
@@ -74,27 +74,27 @@ def assert_equal_with_gradients(actual: Tensor, expected: Tensor, model: nn.Modu
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("candidates", [None, 1, 2])
+@pytest.mark.parametrize("top_k", [None, 1, 2])
 @pytest.mark.parametrize("classification", ["hinge", "cross_entropy"])
 @pytest.mark.parametrize("power", [1, 1.5, 2])
 @pytest.mark.parametrize("p", NORMS)
-def test_value_and_gradient_equal_the_literal_loop(p, power, classification, candidates) -> None:
-    loss = MarginSensitivityLoss(0.7, p, power, classification, candidates)
+def test_value_and_gradient_equal_the_literal_loop(p, power, classification, top_k) -> None:
+    loss = MarginSensitivityLoss(0.7, p, power, classification, top_k)
     net, (x, y) = small_net(), batch()
     expected, chosen = oracle(loss, net, x, y)
     expected = expected.mean()
     out = MarginTask(net, loss)(x, y)
-    assert out["index"].tolist() == chosen
+    assert out["competitor"].tolist() == chosen
     leaf = x.clone().requires_grad_()
     for actual in (out["loss"], loss(net(leaf), y, [leaf])):
         assert_equal_with_gradients(actual, expected, net)
 
 
 def test_the_batch_holds_what_the_loop_is_compared_on() -> None:
-    """Satisfied and violated hinges; rivals of the largest norm that are not the strongest, nor among the first two."""
+    """Satisfied and violated hinges; the largest norm is not that of the strongest competitor, nor of the first two."""
     net, (x, y) = small_net(), batch()
-    first, two, every = (MarginTask(net, MarginSensitivityLoss(candidates=c))(x, y) for c in (1, 2, None))
-    assert (first["index"] != two["index"]).any() and (two["index"] != every["index"]).any()
+    first, two, every = (MarginTask(net, MarginSensitivityLoss(top_k=c))(x, y) for c in (1, 2, None))
+    assert (first["competitor"] != two["competitor"]).any() and (two["competitor"] != every["competitor"]).any()
     scaled = copy.deepcopy(net)
     with torch.no_grad():
         scaled[4].weight *= 6
@@ -139,9 +139,9 @@ def test_at_a_hidden_tap_the_norm_is_that_of_its_gradient(layer) -> None:
     for n in range(len(y)):
         h = hidden(x[n : n + 1])
         z, label = rest(h)[0], int(y[n])
-        rivals = [j for j in range(CLASSES) if j != label]
-        norms = [torch.autograd.grad(z[label] - z[j], h, create_graph=True)[0].norm() for j in rivals]
-        hinge = torch.clamp(1 + max(z[j] for j in rivals) - z[label], min=0)
+        competitors = [j for j in range(CLASSES) if j != label]
+        norms = [torch.autograd.grad(z[label] - z[j], h, create_graph=True)[0].norm() for j in competitors]
+        hinge = torch.clamp(1 + max(z[j] for j in competitors) - z[label], min=0)
         losses.append(hinge + 0.7 * max(norms) ** 2)
     assert_equal_with_gradients(out["loss"], torch.stack(losses).mean(), net)
 
@@ -153,8 +153,8 @@ def test_of_a_linear_model_it_is_the_hinge_and_the_widest_row_difference(p) -> N
     w = model.weight
     widest = torch.stack([max(q_norm(w[i] - w[j], float(p)) for j in range(CLASSES) if j != i) for i in y.tolist()])
     z = model(x)
-    rival = z.masked_fill(nn.functional.one_hot(y, CLASSES).bool(), -math.inf).amax(1)
-    hinge = torch.relu(1 + rival - z.gather(1, y[:, None])[:, 0])
+    competitor = z.masked_fill(nn.functional.one_hot(y, CLASSES).bool(), -math.inf).amax(1)
+    hinge = torch.relu(1 + competitor - z.gather(1, y[:, None])[:, 0])
     expected = hinge.mean() + 0.2 * (widest**2).mean()
     assert_equal_with_gradients(MarginTask(model, MarginSensitivityLoss(0.2, p))(x, y)["loss"], expected, model)
 
@@ -214,17 +214,17 @@ def test_one_logit_is_two_classes_at_half_its_value() -> None:
             torch.testing.assert_close(one[name], two[name])
 
 
-def test_all_candidates_are_no_candidates() -> None:
+def test_all_top_k_are_no_top_k() -> None:
     net, (x, y) = small_net(), batch()
     every = MarginTask(net, MarginSensitivityLoss())(x, y)
-    named = MarginTask(net, MarginSensitivityLoss(candidates=CLASSES - 1))(x, y)
+    named = MarginTask(net, MarginSensitivityLoss(top_k=CLASSES - 1))(x, y)
     assert all(torch.equal(every[name], named[name]) for name in every)
     pairs = zip(gradients(every["loss"], net), gradients(named["loss"], net), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_of_equal_norms_the_stronger_rival_is_differentiated() -> None:
-    """Rows 1 and 2 differ from row 0 by vectors of the same norm; the bias makes class 2 the stronger rival."""
+def test_of_equal_norms_the_stronger_other_is_differentiated() -> None:
+    """Rows 1 and 2 differ from row 0 by vectors of the same norm; the bias makes class 2 the stronger competitor."""
     model = nn.Linear(2, 3).double()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0]]))
@@ -232,7 +232,7 @@ def test_of_equal_norms_the_stronger_rival_is_differentiated() -> None:
     out = MarginTask(model, MarginSensitivityLoss(1.0, power=1))(
         torch.tensor([[0.01, 0.01]], dtype=torch.float64), torch.tensor([0])
     )
-    assert out["index"].tolist() == [2] and out["norm"].tolist() == [3.0]
+    assert out["competitor"].tolist() == [2] and out["norm"].tolist() == [3.0]
     slope = gradients(out["loss"], model)[0]
     # hinge: x on row 2 and -x on row 0; norm: the unit vector (0, 1) on row 2 and against it on row 0.
     expected = torch.tensor([[-0.01, -1.01], [0, 0], [0.01, 1.01]], dtype=torch.float64)
@@ -279,14 +279,14 @@ def test_statistics_are_those_of_the_formulas_and_detached() -> None:
     loss = MarginSensitivityLoss(0.5, power=1)
     out = MarginTask(net, loss)(x, y)
     z = net(x).detach()
-    rival = z.masked_fill(nn.functional.one_hot(y, CLASSES).bool(), -math.inf).amax(1)
-    torch.testing.assert_close(out["gap"], rival - z.gather(1, y[:, None])[:, 0])
+    competitor = z.masked_fill(nn.functional.one_hot(y, CLASSES).bool(), -math.inf).amax(1)
+    torch.testing.assert_close(out["gap"], competitor - z.gather(1, y[:, None])[:, 0])
     torch.testing.assert_close(out["classification"], (1 + out["gap"]).clamp(min=0))
     torch.testing.assert_close(out["nll"], nn.functional.cross_entropy(z, y, reduction="none"))
     torch.testing.assert_close(out["loss"], (out["classification"] + 0.5 * out["norm"]).mean())
     assert [name for name, value in out.items() if value.requires_grad] == ["output", "loss"]
     leaf = x.clone().requires_grad_()
-    direct = loss.margins(net(leaf), y, explicit(net(leaf), [leaf], None))
+    direct = loss.statistics(net(leaf), y, explicit(net(leaf), [leaf], None))
     assert isinstance(direct, SensitivityMargins) and torch.equal(direct.norm, out["norm"])
 
 
@@ -300,8 +300,8 @@ def test_without_gradients_there_are_only_the_logits_statistics() -> None:
         assert all(torch.equal(out[name], full[name]) for name in out)
 
 
-@pytest.mark.parametrize("candidates", [1, 3])
-def test_only_the_chosen_pair_is_differentiated(monkeypatch, candidates) -> None:
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_only_the_chosen_pair_is_differentiated(monkeypatch, top_k) -> None:
     seen: list[bool] = []
     original = torch.autograd.grad
 
@@ -310,14 +310,14 @@ def test_only_the_chosen_pair_is_differentiated(monkeypatch, candidates) -> None
         return original(*args, create_graph=create_graph, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", spy)
-    MarginTask(small_net(), MarginSensitivityLoss(candidates=candidates))(*batch())
-    assert seen == ([True] if candidates == 1 else [False] * candidates + [True])
+    MarginTask(small_net(), MarginSensitivityLoss(top_k=top_k))(*batch())
+    assert seen == ([True] if top_k == 1 else [False] * top_k + [True])
 
 
-@pytest.mark.parametrize("candidates", [None, 1])
-def test_cutting_the_gradient_of_the_input_changes_no_other(monkeypatch, candidates) -> None:
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_cutting_the_gradient_of_the_input_changes_no_other(monkeypatch, top_k) -> None:
     net, (x, y) = small_net(), batch()
-    task = MarginTask(net, MarginSensitivityLoss(candidates=candidates))
+    task = MarginTask(net, MarginSensitivityLoss(top_k=top_k))
     cut = gradients(task(x, y)["loss"], net)
     monkeypatch.setattr(loop, "EXTENSION", None)
     uncut = gradients(task(x, y)["loss"], net)
@@ -346,7 +346,7 @@ def batchnorm_net() -> nn.Sequential:
 def test_frozen_batch_norm_measures_norms_with_running_statistics_and_gaps_with_the_batch() -> None:
     net, (x, y) = batchnorm_net(), batch()
     net[3].p = 0.0
-    loss = MarginSensitivityLoss(0.7, candidates=CLASSES - 1)
+    loss = MarginSensitivityLoss(0.7, top_k=CLASSES - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = MarginTask(net, loss, batchnorm="frozen")(x, y)
@@ -354,8 +354,8 @@ def test_frozen_batch_norm_measures_norms_with_running_statistics_and_gaps_with_
     trained.load_state_dict(batchnorm_net().state_dict())
     evaluated.load_state_dict(batchnorm_net().state_dict())
     z = trained(x)
-    rival = z.masked_fill(nn.functional.one_hot(y, CLASSES).bool(), -math.inf).amax(1)
-    hinge = torch.relu(1 + rival - z.gather(1, y[:, None])[:, 0])
+    competitor = z.masked_fill(nn.functional.one_hot(y, CLASSES).bool(), -math.inf).amax(1)
+    hinge = torch.relu(1 + competitor - z.gather(1, y[:, None])[:, 0])
     norms = []
     for n in range(len(y)):
         h = x[n : n + 1].clone().requires_grad_()
@@ -386,9 +386,9 @@ def test_synchronised_batch_norm_is_refused() -> None:
 
 def test_autocast_keeps_norm_and_loss_in_float32() -> None:
     net, (x, y) = small_net().float(), batch()
-    expected = MarginTask(net, MarginSensitivityLoss(candidates=1))(x.float(), y)
+    expected = MarginTask(net, MarginSensitivityLoss(top_k=1))(x.float(), y)
     with torch.autocast("cpu", torch.bfloat16):
-        out = MarginTask(net, MarginSensitivityLoss(candidates=1))(x.float(), y)
+        out = MarginTask(net, MarginSensitivityLoss(top_k=1))(x.float(), y)
     assert out["output"].dtype == torch.bfloat16 and out["loss"].dtype == out["norm"].dtype == torch.float32
     torch.testing.assert_close(out["loss"], expected["loss"], rtol=0.05, atol=0.01)
     out["loss"].backward()
@@ -398,7 +398,7 @@ def test_autocast_keeps_norm_and_loss_in_float32() -> None:
 def test_a_bfloat16_model_is_near_the_one_in_double() -> None:
     x, y = batch()
     for outputs, target in ((CLASSES, y), (1, signs())):
-        task = MarginTask(small_net(outputs), MarginSensitivityLoss(candidates=1 if outputs > 1 else None))
+        task = MarginTask(small_net(outputs), MarginSensitivityLoss(top_k=1 if outputs > 1 else None))
         expected = task(x, target)["loss"]
         actual = task.bfloat16()(x.bfloat16(), target)["loss"]
         assert actual.dtype == torch.float32
@@ -410,7 +410,7 @@ def test_an_empty_batch_sums_to_zero() -> None:
         out = MarginTask(small_net(outputs), MarginSensitivityLoss(reduction="sum"))(
             torch.empty(0, 6, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
         )
-        assert out["loss"] == 0 and out["index"].shape == (0,)
+        assert out["loss"] == 0 and out["competitor"].shape == (0,)
         out["loss"].backward()
 
 
@@ -439,8 +439,8 @@ def test_training_lowers_the_loss_and_the_norms() -> None:
         ({"power": 0.5}, ValueError, "power must be finite and >= 1, got 0.5"),
         ({"power": math.inf}, ValueError, "power must be finite and >= 1, got inf"),
         ({"classification": "ce"}, ValueError, "classification must be one of 'hinge', 'cross_entropy', got 'ce'"),
-        ({"candidates": 0}, ValueError, "candidates must be >= 1"),
-        ({"candidates": 1.0}, TypeError, "candidates must be an integer, got float"),
+        ({"top_k": 0}, ValueError, "top_k must be >= 1"),
+        ({"top_k": 1.0}, TypeError, "top_k must be an integer, got float"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
         ({"backend": "gpu"}, ValueError, "backend must be one of .*, got 'gpu'"),
     ],
@@ -455,8 +455,8 @@ def test_what_cannot_be_measured_is_named() -> None:
     net, (x, y) = small_net(), batch()
     with pytest.raises(ValueError, match="MarginSensitivityLoss measures at one tap, got 2: input, 1"):
         MarginTask(net, MarginSensitivityLoss(), ("input", "1"))(x, y)
-    with pytest.raises(ValueError, match="candidates must be at most the number of classes - 1 = 4, got 5"):
-        MarginTask(net, MarginSensitivityLoss(candidates=5))(x, y)
+    with pytest.raises(ValueError, match="top_k must be at most the number of classes - 1 = 4, got 5"):
+        MarginTask(net, MarginSensitivityLoss(top_k=5))(x, y)
     with pytest.raises(ValueError, match=r"target must be in \[0, 5\)"):
         MarginTask(net, MarginSensitivityLoss())(x, y + CLASSES)
     with pytest.raises(ValueError, match="target must be -1 or \\+1 for one logit, got 0"):
@@ -471,8 +471,8 @@ def test_what_cannot_be_measured_is_named() -> None:
 
 
 def test_the_representation_names_what_differs_from_the_default() -> None:
-    assert repr(MarginSensitivityLoss(0.01, "inf", 1, candidates=3)) == (
-        "MarginSensitivityLoss(weight=0.01, p=inf, power=1, candidates=3)"
+    assert repr(MarginSensitivityLoss(0.01, "inf", 1, top_k=3)) == (
+        "MarginSensitivityLoss(weight=0.01, p=inf, power=1, top_k=3)"
     )
 
 

@@ -368,7 +368,7 @@ def test_more_reasons_against_it(monkeypatch) -> None:
     x, y = batch()
     with pytest.raises(ValueError, match="no tap needs a pass"):
         MarginTask(plain().double(), LargeMarginLoss(), ("output",), "split")(x, y)
-    with pytest.raises(ValueError, match='classification="hinge" and candidates=1'):
+    with pytest.raises(ValueError, match='classification="hinge" and top_k=1'):
         MarginTask(plain().double(), MarginSensitivityLoss(), ("input",), "split")(x, y)
     with pytest.raises(ValueError, match=r'a forward pass of their own \(batchnorm="frozen"\)'):
         MarginTask(batchnorm().double(), LargeMarginLoss(), ("input",), "split", batchnorm="frozen")(x, y)

@@ -127,14 +127,14 @@ def test_the_large_margin_gradients_are_those_of_differentiating_twice(name, opt
 @pytest.mark.parametrize("options", [{}, {"p": "inf", "power": 1}, {"reduction": "none", "power": 1.5}], ids=str)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_sensitivity_gradients_are_those_of_differentiating_twice(name, options) -> None:
-    loss = MarginSensitivityLoss(0.7, candidates=1, **options)
+    loss = MarginSensitivityLoss(0.7, top_k=1, **options)
     layers = NETWORKS[name][1][:1]
     split, loop = (gradients(build(name), loss, layers, passes) for passes in ("split", "loop"))
     assert_same(split, loop)
 
 
 def test_values_and_statistics_are_those_of_the_loop_and_auto_takes_the_split() -> None:
-    for loss in (LargeMarginLoss(3.0, second_order=True), MarginSensitivityLoss(candidates=1)):
+    for loss in (LargeMarginLoss(3.0, second_order=True), MarginSensitivityLoss(top_k=1)):
         auto, loop = (MarginTask(build("plain"), loss, ("input",), passes)(*batch()) for passes in ("auto", "loop"))
         assert "_WeightGradients" in type(auto["loss"].grad_fn).__name__ and auto.keys() == loop.keys()
         for name, value in auto.items():
@@ -298,21 +298,21 @@ def test_what_is_not_exact_is_refused_by_name_and_avoided_by_auto(model, loss, m
 
 
 @pytest.mark.parametrize(
-    "options", [{"candidates": 2}, {"candidates": None}, {"candidates": 1, "classification": "cross_entropy"}], ids=str
+    "options", [{"top_k": 2}, {"top_k": None}, {"top_k": 1, "classification": "cross_entropy"}], ids=str
 )
 def test_sensitivity_takes_it_for_the_hinge_and_one_candidate(options) -> None:
-    with pytest.raises(ValueError, match=r'takes more than one logit, classification="hinge" and candidates=1'):
+    with pytest.raises(ValueError, match=r'takes more than one logit, classification="hinge" and top_k=1'):
         MarginTask(build("plain"), MarginSensitivityLoss(**options), passes="split")(*batch())
 
 
 @pytest.mark.parametrize("passes", ["auto", "loop", "split"])
 def test_what_the_loss_says_of_its_gradient_goes_before_the_passes(passes) -> None:
-    losses = {how: MarginSensitivityLoss(candidates=1, gradient=how) for how in ("tangent", "double_backward")}
+    losses = {how: MarginSensitivityLoss(top_k=1, gradient=how) for how in ("tangent", "double_backward")}
     outs = {how: MarginTask(build("plain"), loss, passes=passes)(*batch())["loss"] for how, loss in losses.items()}
     taken = {how: "_WeightGradients" in type(out.grad_fn).__name__ for how, out in outs.items()}
     assert taken == {"tangent": True, "double_backward": False}
     assert_same(*(gradients(build("plain"), loss, ("input",), passes) for loss in losses.values()))
-    assert repr(losses["tangent"]) != repr(MarginSensitivityLoss(candidates=1))  # what compiled steps are told apart by
+    assert repr(losses["tangent"]) != repr(MarginSensitivityLoss(top_k=1))  # what compiled steps are told apart by
 
 
 @pytest.mark.parametrize("name", ["plain", "residual"])
@@ -320,7 +320,7 @@ def test_tangents_in_fp32_agree_with_double_backward_to_1e_6(name) -> None:
     results = []
     for how in ("tangent", "double_backward"):
         model, (x, y) = build(name).float(), batch()
-        MarginTask(model, MarginSensitivityLoss(candidates=1, gradient=how))(x.float(), y)["loss"].backward()
+        MarginTask(model, MarginSensitivityLoss(top_k=1, gradient=how))(x.float(), y)["loss"].backward()
         results.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert results[1].abs().max() > 1e-3
     assert (results[0] - results[1]).norm() < 1e-6 * results[1].norm()
@@ -330,11 +330,11 @@ def test_a_tangent_of_activations_of_your_own_is_refused() -> None:
     x, y = batch()
     x.requires_grad_()
     with pytest.raises(ValueError, match='gradient="tangent" is not possible: the activations were kept by the caller'):
-        MarginSensitivityLoss(candidates=1, gradient="tangent")(build("plain")(x), y, [x])
+        MarginSensitivityLoss(top_k=1, gradient="tangent")(build("plain")(x), y, [x])
 
 
 def test_a_tangent_that_is_not_exact_is_refused_by_the_name_of_the_operation() -> None:
     with pytest.raises(ValueError, match=r'gradient="tangent" is not possible: .*TanhBackward0 is not known to be'):
-        MarginTask(smooth().double(), MarginSensitivityLoss(candidates=1, gradient="tangent"))(*batch())
+        MarginTask(smooth().double(), MarginSensitivityLoss(top_k=1, gradient="tangent"))(*batch())
     with pytest.raises(ValueError, match="gradient must be one of"):
         MarginSensitivityLoss(gradient="envelope")

@@ -202,7 +202,7 @@ class TestFrozenStems:
         out = measure(model, ("input",), x)
         out["loss"].backward()
         z = model(x)
-        gap = z.gather(1, out["index"]) - z.gather(1, TARGET[:, None])
+        gap = z.gather(1, out["competitor"]) - z.gather(1, TARGET[:, None])
         terms = (5.0 + gap[..., None] / (1e-6 + out["norm"])).clamp(min=0)
         (expected,) = torch.autograd.grad(terms.max(1).values.mean(), x)
         torch.testing.assert_close(x.grad, expected)

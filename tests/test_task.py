@@ -83,7 +83,7 @@ def norms_one_sample_at_a_time(model: nn.Module, layers, out: dict[str, Tensor],
         for handle in handles:
             handle.remove()
         row = []
-        for i in out["index"][n]:
+        for i in out["competitor"][n]:
             found = torch.autograd.grad(z[0, i] - z[0, y[n]], [kept[name] for name in layers], retain_graph=True)
             row.append(torch.stack([g.norm() for g in found]))
         rows.append(torch.stack(row))
@@ -144,7 +144,7 @@ def test_without_gradients_there_are_only_the_logits_statistics() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out = task(x, y)
-        assert sorted(out) == ["gap", "index", "nll", "output"]
+        assert sorted(out) == ["competitor", "gap", "nll", "output"]
         assert all(torch.equal(out[name], full[name]) for name in out)
     task(x, y)["loss"].backward()
 
@@ -275,7 +275,7 @@ class TestBatchNorm:
         assert len(caught) == 1
         leaf = x.clone().requires_grad_()
         z = copy.deepcopy(net)(leaf)
-        gap = z.gather(1, out["index"]) - z.gather(1, y[:, None])
+        gap = z.gather(1, out["competitor"]) - z.gather(1, y[:, None])
         (g,) = torch.autograd.grad(gap.sum(), leaf)
         torch.testing.assert_close(out["norm"][:, 0, 0], g.flatten(1).norm(dim=1))
 
@@ -297,8 +297,8 @@ class TestBatchNorm:
             warnings.simplefilter("error")
             out = MarginTask(net, loss, self.layers, batchnorm="frozen")(x, y)
         torch.testing.assert_close(out["output"], logits, rtol=0, atol=0)
-        torch.testing.assert_close(out["gap"], logits.gather(1, out["index"]) - logits.gather(1, y[:, None]))
-        same = (out["index"] == evaluated["index"])[:, 0]
+        torch.testing.assert_close(out["gap"], logits.gather(1, out["competitor"]) - logits.gather(1, y[:, None]))
+        same = (out["competitor"] == evaluated["competitor"])[:, 0]
         assert same.sum() >= 3
         assert torch.equal(out["norm"][same], evaluated["norm"][same])
         for name, buffer in net.named_buffers():

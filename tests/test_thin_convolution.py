@@ -95,7 +95,7 @@ def test_any_layout_and_both_wide_types(taken, dtype, layout) -> None:
     task = MarginTask(model.to(dtype, memory_format=layout), MarginSensitivityLoss())
     actual = task(x.to(dtype).contiguous(memory_format=layout), y)["loss"].detach()
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
-    assert taken == [8]  # three rivals and the chosen pair, twice
+    assert taken == [8]  # three competitors and the chosen pair, twice
 
 
 class Twice(nn.Module):

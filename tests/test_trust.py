@@ -256,9 +256,7 @@ def test_a_registered_function_is_part_of_the_proof() -> None:
         register_row_local(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "loss", [LargeMarginLoss(3.0, second_order=True), MarginSensitivityLoss(candidates=1)], ids=repr
-)
+@pytest.mark.parametrize("loss", [LargeMarginLoss(3.0, second_order=True), MarginSensitivityLoss(top_k=1)], ids=repr)
 @pytest.mark.parametrize(
     "between",
     [
@@ -456,7 +454,7 @@ def test_a_degenerate_sample_leaves_the_others_as_they_are() -> None:
     torch.testing.assert_close(out["loss"][others], alone["loss"])
 
 
-def test_cross_entropy_pulls_at_a_confident_label_as_hard_as_its_rivals_push() -> None:
+def test_cross_entropy_pulls_at_a_confident_label_as_hard_as_its_others_push() -> None:
     z = torch.tensor([[20.0] + [0.0] * 9], requires_grad=True)
     loss = LargeMarginLoss(margin_weight=0.0, cross_entropy_weight=1.0)
     loss(z, torch.tensor([0]), [z]).backward()
@@ -483,8 +481,8 @@ LOSSES = [
     LargeMarginLoss(3.0, top_k=2, cross_entropy_weight=1.0),
     LargeMarginLoss(3.0, second_order=True),
     LargeMarginLoss(3.0, top_k=CLASSES + 1, aggregation="mean_distance"),
-    MarginSensitivityLoss(candidates=2),
-    MarginSensitivityLoss(classification="cross_entropy", candidates=1),
+    MarginSensitivityLoss(top_k=2),
+    MarginSensitivityLoss(classification="cross_entropy", top_k=1),
     OneToNLoss(1.0),
 ]
 
@@ -557,7 +555,7 @@ def test_a_tap_on_a_module_that_returns_several_tensors_is_its_first(kind) -> No
     assert torch.equal(out["norm"][..., 0], out["norm"][..., 1])
     leaf = model.layer(x)[0].detach().requires_grad_()
     z = model.head(leaf[:, -1])
-    gap = z.gather(1, out["index"])[:, 0] - z.gather(1, y[:, None])[:, 0]
+    gap = z.gather(1, out["competitor"])[:, 0] - z.gather(1, y[:, None])[:, 0]
     (g,) = torch.autograd.grad(gap.sum(), leaf)
     torch.testing.assert_close(out["norm"][:, 0, 0], g.flatten(1).norm(dim=1))
     with pytest.raises(ValueError, match=r"layer 'layer\[7\]': what the module returns has no item \[7\]"):
@@ -709,7 +707,9 @@ def test_a_head_without_closed_form_gets_its_pass(make, shape, passes) -> None:
     model = make().double()
     x, y = batch(4, *shape)
     out = MarginTask(model, LargeMarginLoss(3.0), passes=passes)(x, y)
-    torch.testing.assert_close(out["norm"][:, 0, 0], literal_norm(model, x, y, out["index"]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        out["norm"][:, 0, 0], literal_norm(model, x, y, out["competitor"]), rtol=1e-9, atol=1e-12
+    )
     out["loss"].backward()
     MarginTask(model, LargeMarginLoss(3.0), passes=passes)(x[:1], y[:1])["loss"].backward()
 
@@ -721,7 +721,7 @@ def test_a_tap_before_a_pooling_of_lines() -> None:
     out = MarginTask(model, LargeMarginLoss(3.0), ("layer",))(x, y)
     h = model.layer(x).detach()
     behind = nn.Sequential(model.pool, nn.Flatten(1), model.head)
-    torch.testing.assert_close(out["norm"][:, 0, 0], literal_norm(behind, h, y, out["index"]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(out["norm"][:, 0, 0], literal_norm(behind, h, y, out["competitor"]), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("where", ["hook", "function", "weight"])
@@ -768,7 +768,9 @@ def test_a_batch_that_is_spread_over_two_dimensions() -> None:
         model = Spread().double()
         x, y = batch(4)
         out = MarginTask(model, LargeMarginLoss(3.0), ("input", "act"), passes)(x, y)
-        torch.testing.assert_close(out["norm"][:, 0, 0], literal_norm(model, x, y, out["index"]), rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            out["norm"][:, 0, 0], literal_norm(model, x, y, out["competitor"]), rtol=1e-9, atol=0
+        )
         out["loss"].backward()
         found.append([parameter.grad for parameter in model.parameters()])
     assert_same_gradients(*found, least=4)

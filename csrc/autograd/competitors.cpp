@@ -1,4 +1,4 @@
-// With p = softmax(z), q the softmax over the rivals alone, e = e_y, M finite classes (math/competitors.h):
+// With p = softmax(z), q the softmax over the competitors alone, e = e_y, M finite classes (math/competitors.h):
 //   dz = g_nll (p - e) + g_phi (e - q) + g_uniform (p - 1 / M) + sum_j g_gap_j (e_{I_j} - e)
 #include <ATen/ops/amax.h>
 #include <ATen/ops/logsumexp.h>
@@ -67,7 +67,7 @@ struct CompetitorsBackwardFunction : Function<CompetitorsBackwardFunction> {
     const auto acc = check::accumulate_type(logits.scalar_type());
     const Tensor sum = normalizer.narrow(1, 1, 1);
     const Tensor silent = sum.eq(0), poisoned = sum.isnan();
-    // An ignored row, or one without rivals, has no gradient; a row that holds NaN has NaN.
+    // An ignored row, or one without competitors, has no gradient; a row that holds NaN has NaN.
     const Tensor v = grads[0].to(acc).masked_fill(silent, 0).masked_fill(poisoned, kNaN);
     const Tensor y = target.unsqueeze(1).clamp(0, logits.sym_size(1) - 1);
     const Tensor z = logits.to(acc).masked_fill(silent.logical_or(poisoned), 0);
@@ -80,10 +80,10 @@ struct CompetitorsBackwardFunction : Function<CompetitorsBackwardFunction> {
                   .to(at::ScalarType(ctx->saved_data["gap_type"].toInt()));
     }
     if (grad_nll.defined() || grad_phi.defined() || grad_uniform.defined()) {
-      const Tensor rivals = z.scatter(1, y, -kInfinity), q = at::softmax(rivals, 1);
-      const Tensor max = at::amax(rivals, 1, /*keepdim=*/true).detach();
-      const Tensor phi = z.gather(1, y) - max - at::logsumexp(rivals - max, 1, /*keepdim=*/true);
-      const Tensor rest = at::sigmoid(-phi), v_rivals = (v * q).sum(1, /*keepdim=*/true), t = v_rivals - v_label;
+      const Tensor others = z.scatter(1, y, -kInfinity), q = at::softmax(others, 1);
+      const Tensor max = at::amax(others, 1, /*keepdim=*/true).detach();
+      const Tensor phi = z.gather(1, y) - max - at::logsumexp(others - max, 1, /*keepdim=*/true);
+      const Tensor rest = at::sigmoid(-phi), v_others = (v * q).sum(1, /*keepdim=*/true), t = v_others - v_label;
       const Tensor label = at::zeros_like(z).scatter(1, y, 1);
       const auto column = [&](const Tensor& g) { return g.to(acc).unsqueeze(1); };
       const auto like = [](const Tensor& value, const Tensor& g) { return value.squeeze(1).to(g.scalar_type()); };
@@ -107,8 +107,8 @@ struct CompetitorsBackwardFunction : Function<CompetitorsBackwardFunction> {
         d_phi = like(-t.masked_fill(label_is_finite.logical_not(), 0), grad_phi);
         weight = weight.defined() ? weight - from_phi : -from_phi;
       }
-      const Tensor of_rivals = weight * q * (v - v_rivals);
-      d_logits = (d_logits.defined() ? d_logits + of_rivals : of_rivals).to(logits.scalar_type());
+      const Tensor of_others = weight * q * (v - v_others);
+      d_logits = (d_logits.defined() ? d_logits + of_others : of_others).to(logits.scalar_type());
     }
     return {d_gap, d_nll, d_phi, d_uniform, d_logits, Tensor(), Tensor(), Tensor()};
   }

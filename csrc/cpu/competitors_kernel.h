@@ -140,8 +140,8 @@ MK_FN typename L::vector replace_label(typename L::vector v, int64_t begin, int6
   return lane == static_cast<integer>(y - begin) ? typename L::vector{} + value : v;
 }
 
-// The list best[0, k) of the largest rivals in a row of at most one vector (best[0] for k = 0 too), and S of the row;
-// `poison` is NaN if a class, the label too, is not finite.
+// The list best[0, k) of the largest competitors in a row of at most one vector (best[0] for k = 0 too), and S of the
+// row; `poison` is NaN if a class, the label too, is not finite.
 template <class scalar_t>
 MK_FN double scan_short_row(const scalar_t* z, int64_t classes, int64_t y, int64_t k,
                             Best<typename Lane<scalar_t>::acc>* best, typename Lane<scalar_t>::acc& poison) {
@@ -150,10 +150,10 @@ MK_FN double scan_short_row(const scalar_t* z, int64_t classes, int64_t y, int64
   using acc = typename L::acc;
   constexpr acc lowest = -std::numeric_limits<acc>::infinity();
   const vector zero{}, one = zero + acc(1), v = load_part(z, classes, lowest);
-  const vector rivals = replace_label<L>(v, 0, y, lowest);
+  const vector others = replace_label<L>(v, 0, y, lowest);
   const uint32_t used = (1u << classes) - 1;
   if (lanes_above(v * acc(0) == zero ? zero : one, acc(0)) & used) poison = std::numeric_limits<acc>::quiet_NaN();
-  vector left = rivals;
+  vector left = others;
   for (int64_t j = 0; j < std::max<int64_t>(k, 1); ++j) {
     const acc max = largest_lane(left);
     const uint32_t where = lanes_above(left == zero + max ? one : zero, acc(0));
@@ -161,12 +161,12 @@ MK_FN double scan_short_row(const scalar_t* z, int64_t classes, int64_t y, int64
     best[j] = {max, __builtin_ctz(where)};
     if (j + 1 < k) left = replace_label<L>(left, 0, best[j].index, lowest);
   }
-  return best[0].value > lowest ? sum(fold(exp_nonpositive(rivals - best[0].value))) : 0;
+  return best[0].value > lowest ? sum(fold(exp_nonpositive(others - best[0].value))) : 0;
 }
 
-// S = sum over the rivals of exp(z_j - max): the vector that holds the label first, then the others in order.
+// S = sum over the competitors of exp(z_j - max): the vector that holds the label first, then the others in order.
 template <class scalar_t>
-MK_FN double sum_exp_of_rivals(const scalar_t* z, int64_t classes, int64_t y, typename Lane<scalar_t>::acc max) {
+MK_FN double sum_exp_of_others(const scalar_t* z, int64_t classes, int64_t y, typename Lane<scalar_t>::acc max) {
   using L = Lane<scalar_t>;
   using vector = typename L::vector;
   using acc = typename L::acc;
@@ -211,12 +211,12 @@ MK_FN double sum_exp_of_rivals(const scalar_t* z, int64_t classes, int64_t y, ty
 
 template <class acc>
 struct Spread {
-  double deficit;  // sum over the finite rivals of max - z_j
-  acc count;       // finite rivals
+  double deficit;  // sum over the finite competitors of max - z_j
+  acc count;       // finite competitors
 };
 
 template <class scalar_t>
-MK_FN Spread<typename Lane<scalar_t>::acc> spread_of_rivals(const scalar_t* z, int64_t classes, int64_t y,
+MK_FN Spread<typename Lane<scalar_t>::acc> spread_of_others(const scalar_t* z, int64_t classes, int64_t y,
                                                             typename Lane<scalar_t>::acc max) {
   using L = Lane<scalar_t>;
   using vector = typename L::vector;
@@ -259,7 +259,7 @@ struct PendingLosses<float> {
   int64_t waiting = 0, rows[8];
   double leads[8] = {}, sums[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 
-  // sum = 0 (no rival) and a masked label, whose lead is not finite, are the business of math::row_losses alone.
+  // sum = 0 (no competitor) and a masked label, whose lead is not finite, are the business of math::row_losses alone.
   MK_FN void add(int64_t n, float z_label, float max, float total) {
     if (total == 0 || math::is_masked(z_label)) {
       const math::RowLosses<float> losses = math::row_losses(z_label, max, total);
@@ -374,14 +374,14 @@ MK_TARGET void forward_rows(const CompetitorsForward<scalar_t>& at, int64_t begi
       }
     }
     for (int64_t j = 0; j < k; ++j) gap[j] = math::gap(static_cast<acc>(z[index[j]]), z_label);
-    if (!is_short && max > lowest) total = sum_exp_of_rivals(z, classes, y, max);
+    if (!is_short && max > lowest) total = sum_exp_of_others(z, classes, y, max);
     const acc sum = static_cast<acc>(total);
     losses.add(n, z_label, max, sum);
     normalizer[0] = max;
     normalizer[1] = sum;
     normalizer[2] = 0;
     if (at.uniform) {
-      const auto spread = max > lowest ? spread_of_rivals(z, classes, y, max) : Spread<acc>{0, 0};
+      const auto spread = max > lowest ? spread_of_others(z, classes, y, max) : Spread<acc>{0, 0};
       at.uniform[n] = math::uniform_loss(z_label, max, sum, static_cast<acc>(spread.deficit), spread.count);
       normalizer[2] = spread.count + (z_label > lowest ? acc(1) : acc(0));
     }
@@ -389,7 +389,7 @@ MK_TARGET void forward_rows(const CompetitorsForward<scalar_t>& at, int64_t begi
   losses.finish();
 }
 
-// The rivals' entries of a whole row from one read; then those of label and competitors, again from float32 where
+// The competitors' entries of a whole row from one read; then those of label and competitors, again from float32 where
 // dlogits are narrower.
 template <class scalar_t>
 MK_TARGET void backward_rows(const CompetitorsBackward<scalar_t>& at, int64_t begin, int64_t end) {
@@ -405,7 +405,7 @@ MK_TARGET void backward_rows(const CompetitorsBackward<scalar_t>& at, int64_t be
     const int64_t y = at.target[n * at.target_stride];
     const int64_t* index = at.index + n * k;
     const acc max = at.normalizer[3 * n], sum = at.normalizer[3 * n + 1], count = at.normalizer[3 * n + 2];
-    if (!(sum > 0)) {  // no rival, or ignored: 0; or NaN
+    if (!(sum > 0)) {  // no competitor, or ignored: 0; or NaN
       std::fill_n(dz, classes, static_cast<scalar_t>(sum));
       continue;
     }
@@ -416,7 +416,7 @@ MK_TARGET void backward_rows(const CompetitorsBackward<scalar_t>& at, int64_t be
     }
     const acc z_label = static_cast<acc>(z[y]);
     const math::RowWeights<acc> row(at.grad_nll[n], at.grad_phi[n], at.grad_uniform[n], z_label, max, sum, count);
-    const acc factor = row.of_rivals / sum;
+    const acc factor = row.of_others / sum;
     if (row.is_zero()) {
       std::memset(static_cast<void*>(dz), 0, classes * sizeof(scalar_t));
     } else if (row.share == 0) {
@@ -437,14 +437,14 @@ MK_TARGET void backward_rows(const CompetitorsBackward<scalar_t>& at, int64_t be
     acc total = 0;
     const bool label_is_masked = math::is_masked(z_label);
     for (int64_t j = 0; j < k && at.grad_gap && !label_is_masked; ++j) {
-      const acc z_rival = static_cast<acc>(z[index[j]]);
-      if (math::is_masked(z_rival)) continue;
+      const acc z_other = static_cast<acc>(z[index[j]]);
+      if (math::is_masked(z_other)) continue;
       const acc grad_gap = at.grad_gap[n * at.gap_strides[0] + j * at.gap_strides[1]];
       if (std::is_same_v<scalar_t, acc> && row.share == 0) {
         dz[index[j]] += static_cast<scalar_t>(grad_gap);
       } else {
-        const acc q = row.of_rivals == 0 ? acc(0) : std::exp(z_rival - max) / sum;
-        dz[index[j]] = static_cast<scalar_t>(row.rival(q, false) + grad_gap);
+        const acc q = row.of_others == 0 ? acc(0) : std::exp(z_other - max) / sum;
+        dz[index[j]] = static_cast<scalar_t>(row.other(q, false) + grad_gap);
       }
       total += grad_gap;
     }

@@ -9,9 +9,9 @@
 // Rows of more than 128 classes are read in 16-byte words, several of them under way per thread. A warp keeps its k
 // best as a sorted list, one entry per lane; a class is looked at more closely only where it beats the last of them,
 // which happens about k log(C / k) times per row. The order is that of comparisons of the logits themselves, equal ones
-// by class, so ties are exact in every type. The sum of exponentials over the rivals is taken in the same read,
-// relative to the largest rival so far. k > 32 reads the row again for every further 32 competitors, from the cache; so
-// does a row with fewer than k finite rivals, to name its masked classes.
+// by class, so ties are exact in every type. The sum of exponentials over the competitors is taken in the same read,
+// relative to the largest competitor so far. k > 32 reads the row again for every further 32 competitors, from the
+// cache; so does a row with fewer than k finite competitors, to name its masked classes.
 //
 // Forward moves N C logits in and N (2 k + 5) numbers out; backward N C in and N C out, both once.
 #pragma once
@@ -71,8 +71,8 @@ struct Label {
   }
 };
 
-// Over the rivals of a row: sum_i exp(z_i - max), how many are finite, and sum of (max - z_i) over the finite ones.
-// poison > 0 where a logit, the label's too, is NaN or +inf.
+// Over the competitors of a row: sum_i exp(z_i - max), how many are finite, and sum of (max - z_i) over the finite
+// ones. poison > 0 where a logit, the label's too, is NaN or +inf.
 template <class acc>
 struct SumExp {
   acc max = -infinite<acc>(), sum = 0, count = 0, deficit = 0, poison = 0;
@@ -93,7 +93,7 @@ struct SumExp {
     }
     poison += other.poison;
   }
-  // Adds a rival whose logit is not above max.
+  // Adds a competitor whose logit is not above max.
   __device__ __forceinline__ void add(acc z, bool with_deficit) {
     if (z > -infinite<acc>()) {
       count += acc(1);
@@ -141,7 +141,7 @@ __device__ __forceinline__ void write_losses(const CompetitorsIn<T>& in, int64_t
 }
 
 // Entry j of the list. An ignored row names the first k classes, one with NaN the first k other than the label, so that
-// a gather stays legal. Behind the finite rivals come the masked ones, in their order.
+// a gather stays legal. Behind the finite competitors come the masked ones, in their order.
 template <class T>
 __device__ __forceinline__ void write_competitor(const CompetitorsIn<T>& in, int64_t n, int j, const Label& label,
                                                  bool usable, acc_t<T> finite, acc_t<T> value, int index,
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kRowThreads) competitors_short_kernel(Competit
     if (z[e] > total.max) total.max = z[e];
   }
   total.max = reduce_lanes(total.max, width, [](acc a, acc b) { return a > b ? a : b; });
-  // Rivals that are all masked have the sum 0: nothing is subtracted from -inf.
+  // Competitors that are all masked have the sum 0: nothing is subtracted from -inf.
   const acc max = total.max > -infinite<acc>() ? total.max : acc(0);
   MK_UNROLL
   for (int e = 0; e < kShortLogits; ++e) {
@@ -516,7 +516,7 @@ struct CompetitorsBackwardIn {
   T* dlogits;                                       // [N, C] contiguous
 };
 
-// The rivals' entries, and those of label and competitors. One row, or [begin, end) of it.
+// The competitors' entries, and those of label and competitors. One row, or [begin, end) of it.
 template <class T>
 struct RowGradient {
   using acc = acc_t<T>;
@@ -529,7 +529,7 @@ struct RowGradient {
   math::RowWeights<acc> weights;
   acc factor;
 
-  // sum = 0: a row that is ignored, or without a rival, has no gradient; its target may be no class. NaN: all NaN.
+  // sum = 0: a row that is ignored, or without a competitor, has no gradient; its target may be no class. NaN: all NaN.
   __device__ RowGradient(const CompetitorsBackwardIn<T>& in_, int64_t n_)
       : in(in_),
         n(n_),
@@ -545,7 +545,7 @@ struct RowGradient {
     z_label = widen(z[y]);
     weights = math::RowWeights<acc>(in_.grad_nll[n_], in_.grad_phi[n_], in_.grad_uniform[n_], z_label, max, sum,
                                     in_.normalizer[3 * n_ + 2]);
-    factor = weights.of_rivals / sum;
+    factor = weights.of_others / sum;
   }
 
   __device__ bool is_nan() const { return sum != sum; }
@@ -565,13 +565,13 @@ struct RowGradient {
     acc total = 0;
     for (int j = lane; j < in.k && in.grad_gap && !silent && !label_is_masked; j += width) {
       const int64_t i = in.index[n * in.k + j];
-      const acc z_rival = widen(z[i]);
-      if (math::is_masked(z_rival)) continue;
+      const acc z_other = widen(z[i]);
+      if (math::is_masked(z_other)) continue;
       const acc grad_gap = in.grad_gap[n * in.gap_strides[0] + j * in.gap_strides[1]];
       total += grad_gap;
       if (i < begin || i >= end) continue;
-      const acc q = weights.of_rivals == acc(0) ? acc(0) : static_cast<acc>(exp(z_rival - max)) / sum;
-      dz[i] = narrow<T>(weights.rival(q, false) + grad_gap);
+      const acc q = weights.of_others == acc(0) ? acc(0) : static_cast<acc>(exp(z_other - max)) / sum;
+      dz[i] = narrow<T>(weights.other(q, false) + grad_gap);
     }
     total = sum_lanes(total, width);
     if (lane != 0 || silent || y < begin || y >= end) return;

@@ -1,4 +1,4 @@
-// One row of logits z with label y, in terms of its rivals (the classes j != y):
+// One row of logits z with label y, in terms of its competitors (the classes j != y):
 //
 //   R = max_j z_j     S = sum_j exp(z_j - R)     q_j = exp(z_j - R) / S     s = sum_j exp(z_j - z_y) = S exp(R - z_y)
 //   phi = z_y - R - log S                        log-odds of the label       d phi / dz = e_y - q
@@ -38,7 +38,7 @@ struct RowLosses {
   T nll, phi;
 };
 
-// nll and phi of a row from R and S. S = 0: no rival is left.
+// nll and phi of a row from R and S. S = 0: no competitor is left.
 template <class T>
 MK_HOST_DEVICE RowLosses<T> row_losses(T z_label, T max, T sum) {
   const T infinite = static_cast<T>(HUGE_VAL);
@@ -61,7 +61,8 @@ MK_HOST_DEVICE LabelProbability<T> label_probability(T z_label, T max, T sum) {
   return {label / (label + rest), rest / (label + rest)};
 }
 
-// The mean of -log p_c over the finite classes, from the `count` finite rivals and deficit = sum over them of R - z_j.
+// The mean of -log p_c over the finite classes, from the `count` finite competitors and deficit = sum over them of R -
+// z_j.
 template <class T>
 MK_HOST_DEVICE T uniform_loss(T z_label, T max, T sum, T deficit, T count) {
   if (sum == T(0)) return T(0);
@@ -71,25 +72,26 @@ MK_HOST_DEVICE T uniform_loss(T z_label, T max, T sum, T deficit, T count) {
   return std::log(sum + std::exp(lead)) + (deficit - lead) / (count + T(1));
 }
 
-// The gradient of a row with S > 0: a rival j gets rival(q_j), the label gets label(); the gaps' part comes on top.
+// The gradient of a row with S > 0: a competitor j gets other(q_j), the label gets label(); the gaps' part comes on
+// top.
 template <class T>
 struct RowWeights {
-  T of_rivals, of_label;  // factor of q_j; entry of the label but for `share`
+  T of_others, of_label;  // factor of q_j; entry of the label but for `share`
   T share;                // every finite class loses grad_uniform / number of finite classes
 
   MK_HOST_DEVICE RowWeights(T grad_nll, T grad_phi, T grad_uniform, T z_label, T max, T sum, T count)
-      : of_rivals(0), of_label(0), share(0) {
+      : of_others(0), of_label(0), share(0) {
     // phi of a masked label is -inf: a margin without slope.
     if (is_masked(z_label)) grad_phi = T(0);
     if (grad_nll == T(0) && grad_phi == T(0) && grad_uniform == T(0)) return;
     const LabelProbability<T> p = label_probability(z_label, max, sum);
     const T weight = grad_nll * p.rest - grad_phi;
-    of_rivals = weight + grad_uniform * p.rest;
+    of_others = weight + grad_uniform * p.rest;
     of_label = grad_uniform * p.label - weight;
     if (grad_uniform != T(0)) share = grad_uniform / count;
   }
-  MK_HOST_DEVICE bool is_zero() const { return of_rivals == T(0) && of_label == T(0) && share == T(0); }
-  MK_HOST_DEVICE T rival(T q, bool masked) const { return of_rivals * q - (masked ? T(0) : share); }
+  MK_HOST_DEVICE bool is_zero() const { return of_others == T(0) && of_label == T(0) && share == T(0); }
+  MK_HOST_DEVICE T other(T q, bool masked) const { return of_others * q - (masked ? T(0) : share); }
   MK_HOST_DEVICE T label(bool masked) const { return of_label - (masked ? T(0) : share); }
 };
 

@@ -25,6 +25,7 @@ from ..backends import BACKENDS
 from ..batchnorm import running_statistics, training_batchnorms
 from ..deepfool import Search, convolves, differentiable, host_sees, outside_inference_mode, search
 from ..deepfool_checks import check_search, described
+from ..deprecation import former, renamed
 from ..gradients.loop import pair_gradient
 from ..reference.dual_norm import dual_exponent
 from ..replay import ReplayedModel
@@ -82,7 +83,7 @@ class AdversarialMarginLoss(MarginLoss):
             crossed are left out; R is divided by N all the same.
         shrinkage: "lin", "exp" or "inv".
         normalize: distances relative to the norm of the sample (Deep Defense).
-        max_iter, overshoot, candidates: as in `deepfool`; candidates are the largest logits, fixed at x.
+        max_iter, overshoot, top_k: as in `deepfool`.
         gradient: "unrolled": through all steps, second order in the network. "first_order": the same steps with the
             gradients w of the scores taken as constants. "envelope": by the envelope theorem at the boundary point
             x* = x + Delta, d m = d g(x*) / ||grad_x g(x*)||_q with g the gap that x* closes; one forward and one
@@ -110,7 +111,7 @@ class AdversarialMarginLoss(MarginLoss):
 
     needs = "model"
     shown = (
-        "weight", "c", "d", "aggregation", "shrinkage", "normalize", "max_iter", "overshoot", "candidates",
+        "weight", "c", "d", "aggregation", "shrinkage", "normalize", "max_iter", "overshoot", "top_k",
         "gradient", "p",
     )  # fmt: skip
     checks: ClassVar = {
@@ -122,12 +123,15 @@ class AdversarialMarginLoss(MarginLoss):
         "normalize": flag,
         "max_iter": count,
         "overshoot": non_negative,
-        "candidates": count,
+        "top_k": count,
         "gradient": one_of(*GRADIENTS),
         "p": exponent,
         "backend": one_of("auto", *BACKENDS),
     }
 
+    candidates = former("candidates", "top_k", less=1)
+
+    @renamed("candidates", "top_k", less=1)
     def __init__(
         self,
         weight: float = 32.0,
@@ -138,25 +142,25 @@ class AdversarialMarginLoss(MarginLoss):
         normalize: bool = False,
         max_iter: int = 5,
         overshoot: float = 0.02,
-        candidates: int = 10,
+        top_k: int = 9,
         gradient: str = "unrolled",
         p: float | str = 2,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.keep(locals())
-        check_search(self.p, self.max_iter, self.overshoot, self.candidates)
+        check_search(self.p, self.max_iter, self.overshoot, self.top_k)
 
     def forward(self, logits: Tensor, target: Tensor, model: nn.Module, x: Tensor) -> Tensor:
         """The loss [] of logits [N,C] = model(x) and target [N] int64; model and x [N,*] to measure distances with."""
-        return self.margins(logits, target, model, x).loss
+        return self.statistics(logits, target, model, x).loss
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What the logits alone show, detached: gap, index [N,1] and nll [N]."""
-        rivals = functional.competitors(logits, target, 1, NOTHING, backend=self.backend)
-        return {"nll": rivals.nll, "gap": rivals.gap, "index": rivals.index}
+        """What the logits alone show, detached: gap, competitor [N,1] and nll [N]."""
+        found = functional.competitors(logits, target, 1, NOTHING, backend=self.backend)
+        return {"nll": found.nll, "gap": found.gap, "competitor": found.competitor}
 
-    def margins(
+    def statistics(
         self,
         logits: Tensor,
         target: Tensor,
@@ -203,7 +207,7 @@ class AdversarialMarginLoss(MarginLoss):
                 self.max_iter,
                 self.overshoot,
                 "step",
-                self.candidates,
+                self.top_k,
                 logits=differentiable(logits) if same else None,
                 source=source if shared else None,
                 whole_batch=held.draws,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -201,6 +202,11 @@ class MarginLoss(nn.Module):
     def passes(self, asked: str) -> str:
         """The mode of `passes` that holds, where a task asks for one and the loss may know better."""
         return asked
+
+    def margins(self, *args: Any, **kwargs: Any) -> Any:
+        """The former name of `statistics`."""
+        warnings.warn("margins() is now statistics(); margins() goes in 0.2", DeprecationWarning, stacklevel=2)
+        return self.statistics(*args, **kwargs)
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached."""

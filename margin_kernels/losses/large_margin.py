@@ -119,7 +119,7 @@ class LargeMarginLoss(MarginLoss):
     ) -> Tensor:
         """The loss, [] or [N], of logits [N,C], target [N] int64 and activations h_l of the same forward, which require
         grad. batch_dim names their batch dimension where the graph of the logits does not show it."""
-        return self.margins(logits, target, explicit(logits, activations, batch_dim)).loss
+        return self.statistics(logits, target, explicit(logits, activations, batch_dim)).loss
 
     def request(self, classes: int) -> Request:
         """What this loss asks of a forward pass with so many classes."""
@@ -127,13 +127,15 @@ class LargeMarginLoss(MarginLoss):
         outside = OUTSIDE if alone else None
         return Request(self.p, self.space, self.layer_scale, self.second_order, self.top_k, outside, self.backend)
 
-    def margins(self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop", **how: Any) -> Margins:
+    def statistics(
+        self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop", **how: Any
+    ) -> Margins:
         """The loss and what it measured, of logits [N,C], target [N] int64 and the forward pass whose taps are measured
         (its logits are others under frozen batch norm); `passes` as in MarginTask, `how` as in `choose`."""
         gradients = choose(passes, self.request(logits.shape[-1]), captured, logits, **how)
         source = gradients.logits
         found = self.gaps(source, target)
-        index, gap, nll = found.index, found.gap, found.nll
+        index, gap, nll = found.competitor, found.gap, found.nll
         # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
         label = target.clamp(0, logits.shape[1] - 1)
         norm = gradients.norms(label, index)
@@ -142,10 +144,10 @@ class LargeMarginLoss(MarginLoss):
         gamma, cap, weights, least = live[:-2].to(norm, non_blocking=True).view(4, -1).unbind(0)
         if self.layer_scale == "numel":  # D was divided by these numbers
             least = least / least.new_tensor([tap.shape.numel() // max(captured.batch, 1) for tap in captured.taps])
-        loss, distance = functional.margin_hinge_with_distance(
-            gap, norm, gamma, cap, self.eps, self.aggregation, self.layer_reduction, self.reduction, weights,
-            min_norm=least, backend=self.backend,
-        )  # fmt: skip
+        loss, distance = functional.hinge_of(
+            gap, norm, gamma, cap, weights, least, self.eps, self.aggregation, self.layer_reduction, self.backend
+        )
+        loss = functional.reduced(loss, self.reduction)
         degenerate = (norm.detach() <= least) & ~gap.detach().isnan().unsqueeze(-1)
         shortfall = gamma - distance
         active = (shortfall > 0) & (shortfall < cap) & ~degenerate
@@ -162,18 +164,18 @@ class LargeMarginLoss(MarginLoss):
         return [*gamma, *cap, *weights, *[least] * layers, self.margin_weight, self.cross_entropy_weight]
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What the logits alone show, detached: gap, index [N,k] and nll [N]."""
+        """What the logits alone show, detached: gap, competitor [N,k] and nll [N]."""
         found = self.gaps(logits, target)
-        return {"nll": found.nll, "gap": found.gap, "index": found.index}
+        return {"nll": found.nll, "gap": found.gap, "competitor": found.competitor}
 
     def gaps(self, logits: Tensor, target: Tensor) -> functional.Competitors:
-        """index [N,k], gap [N,k] in the loss's space and nll [N] of logits [N,C]: all that needs no activations."""
+        """competitor and gap [N,k] in the loss's space, nll [N] of logits [N,C]: all that needs no activations."""
         found = functional.competitors(logits, target, self.top_k, NOTHING, backend=self.backend)
         if self.space == "probability":
             wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
             scores = torch.softmax(logits, 1, dtype=wide)
             label = target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-            found = found._replace(gap=scores.gather(1, found.index) - scores.gather(1, label))
+            found = found._replace(gap=scores.gather(1, found.competitor) - scores.gather(1, label))
         return found
 
     def _total(self, loss: Tensor, nll: Tensor, logits: Tensor, label: Tensor, index: Tensor) -> Tensor:

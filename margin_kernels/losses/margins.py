@@ -10,14 +10,14 @@ from torch import Tensor
 class Margins(NamedTuple):
     """What one evaluation of LargeMarginLoss shows; everything but `loss` is detached.
 
-    loss [] or [N];  nll [N];  gap, index [N,k];  norm D, distance d, active 1[0 < gamma - d < cap] (bool) and
+    loss [] or [N];  nll [N];  gap, competitor [N,k];  norm D, distance d, active 1[0 < gamma - d < cap] (bool) and
     degenerate (bool: D is at most min_norm, the term is left out) [N,k,L]
     """
 
     loss: Tensor
     nll: Tensor
     gap: Tensor
-    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
+    competitor: Tensor
     norm: Tensor
     distance: Tensor
     active: Tensor

@@ -23,7 +23,8 @@ def _linear(name: str, value: Any) -> nn.Linear | None:
 class OneToNMargins(NamedTuple):
     """What one evaluation of OneToNLoss shows; everything but `loss` is detached.
 
-    loss [] or [N];  per_sample [N], the loss of each;  nll [N], the cross-entropy;  gap [N], of the strongest rival
+    loss [] or [N];  per_sample [N], the loss of each;  nll [N], the cross-entropy;
+    gap [N], of the strongest competitor
     """
 
     loss: Tensor
@@ -104,7 +105,7 @@ class OneToNLoss(MarginLoss):
         """The loss, [] or [N], of logits [N,C] and target [N] int64."""
         return functional.reduced(self._per_sample(logits, target), self.reduction)
 
-    def margins(self, logits: Tensor, target: Tensor) -> OneToNMargins:
+    def statistics(self, logits: Tensor, target: Tensor) -> OneToNMargins:
         """The loss of logits [N,C] and target [N] int64, and statistics of each sample."""
         per_sample = self._per_sample(logits, target)
         loss = functional.reduced(per_sample, self.reduction)

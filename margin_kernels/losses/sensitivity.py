@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..backends import BACKENDS
+from ..deprecation import former, renamed
 from ..gradients.choose import choose
 from ..gradients.request import Captured, Request, explicit
 from .base import COMPETITORS, NOTHING, REDUCTIONS, MarginLoss, count, exponent, non_negative, number, one_of, optional
@@ -24,7 +25,8 @@ class SensitivityMargins(NamedTuple):
     """What one evaluation of MarginSensitivityLoss shows; everything but `loss` is detached.
 
     loss [] or [N];  classification [N], the hinge or the cross-entropy;  nll [N], the cross-entropy;
-    gap [N], of the strongest rival;  norm [N], || d (z_y - z_j) / d h ||_q;  index [N], the rival j where it is largest
+    gap [N], of the strongest competitor;
+    norm [N], || d (z_y - z_j) / d h ||_q;  competitor [N], the j where it is largest
     """
 
     loss: Tensor
@@ -32,7 +34,7 @@ class SensitivityMargins(NamedTuple):
     nll: Tensor
     gap: Tensor
     norm: Tensor
-    index: Tensor  # type: ignore[assignment]  # tuple.index is a method
+    competitor: Tensor
 
 
 class MarginSensitivityLoss(MarginLoss):
@@ -43,9 +45,10 @@ class MarginSensitivityLoss(MarginLoss):
         S[n]     = max over j != y_n of || d (z[n,y_n] - z[n,j]) / d h[n] ||_q ** power        q = p / (p - 1)
         loss[n]  = hinge[n] + weight * S[n]
 
-    h is one tap: in MarginTask the input unless `layers` names another. The rival j of S is chosen without a graph, one
-    activation-only backward pass each; then the chosen pair alone is differentiated, exactly (second order). So every
-    layer must be twice differentiable (attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
+    h is one tap: in MarginTask the input unless `layers` names another. The competitor j of S is chosen without a
+    graph, by one activation-only backward pass for each. Then the chosen pair alone is differentiated, exactly (second
+    order). So every layer must be twice differentiable (attention:
+    torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
 
     One logit f, [N,1] or [N], with targets -1 and +1: S = || d f / d h ||_q ** power, gap = -y f, and cross-entropy is
     softplus(-y f).
@@ -57,10 +60,10 @@ class MarginSensitivityLoss(MarginLoss):
         power: of the norm, finite, >= 1. Where the norm is 0 its derivative counts as 0.
         classification: "hinge" or "cross_entropy". The hinge fails where no label has half of the probability, as with
             60 % of wrong labels; cross-entropy does not.
-        candidates: rivals among which j is chosen, the largest logits, 1 <= candidates <= C - 1; None: all C - 1.
-            1 takes the strongest rival and needs no passes for the choice.
+        top_k: competitors among which j is chosen, those with the largest logits, 1 <= top_k <= C - 1; None: all C - 1.
+            1 takes the strongest competitor and needs no passes for the choice.
         gradient: how the norm is differentiated in the parameters. "tangent": by one tangent pass, 4 F in all, exact in
-            piecewise-linear networks with the hinge and candidates=1 (margin_kernels.tangent), in MarginTask; the loss
+            piecewise-linear networks with the hinge and top_k=1 (margin_kernels.tangent), in MarginTask; the loss
             is then connected to the parameters alone. "double_backward": 6 F, any network. "auto": as `passes` says, in
             MarginTask by default a tangent where that is exact.
         reduction: "mean", "sum" or "none" over samples.
@@ -70,7 +73,7 @@ class MarginSensitivityLoss(MarginLoss):
         ValueError, TypeError: naming the argument, its value, and what is allowed; more than one tap; a tangent that
             would not be exact, with the operation that it fails at.
 
-    A NaN or infinite logit makes the loss of its sample NaN. Equal norms: the stronger rival is differentiated.
+    A NaN or infinite logit makes the loss of its sample NaN. Equal norms: the stronger competitor is differentiated.
     Source: Matyasko, Chau. Margin Maximization for Robust Classification using Deep Learning. IJCNN 2017, eq. 14, 18
     and 19; `power` and `weight` of the presets are those of the authors' code.
     """
@@ -83,19 +86,22 @@ class MarginSensitivityLoss(MarginLoss):
         "p": exponent,
         "power": lambda name, value: number(name, value, least=1),
         "classification": one_of(*CLASSIFICATIONS),
-        "candidates": optional(lambda name, value: count(name, value, COMPETITORS)),
+        "top_k": optional(lambda name, value: count(name, value, COMPETITORS)),
         "gradient": one_of(*GRADIENTS),
         "reduction": one_of(*REDUCTIONS),
         "backend": one_of("auto", *BACKENDS),
     }
 
+    candidates = former("candidates", "top_k")
+
+    @renamed("candidates", "top_k")
     def __init__(
         self,
         weight: float = 0.1,
         p: float | str = 2,
         power: float = 2,
         classification: str = "hinge",
-        candidates: int | None = None,
+        top_k: int | None = None,
         gradient: str = "auto",
         reduction: str = "mean",
         backend: str = "auto",
@@ -115,7 +121,7 @@ class MarginSensitivityLoss(MarginLoss):
         activations holds one tensor, h of the same forward: it requires grad and is in the graph of the logits, which
         shows its batch dimension; batch_dim names it where it does not.
         """
-        return self.margins(logits, target, explicit(logits, activations, batch_dim)).loss
+        return self.statistics(logits, target, explicit(logits, activations, batch_dim)).loss
 
     def passes(self, asked: str) -> str:
         return GRADIENTS[self.gradient] or asked
@@ -123,16 +129,16 @@ class MarginSensitivityLoss(MarginLoss):
     def request(self, classes: int) -> Request:
         """What this loss asks of a forward pass with so many classes."""
         outside = None
-        if classes < 2 or self.classification != "hinge" or (self.candidates != 1 and classes > 2):
-            outside = 'it takes more than one logit, classification="hinge" and candidates=1'
+        if classes < 2 or self.classification != "hinge" or (self.top_k != 1 and classes > 2):
+            outside = 'it takes more than one logit, classification="hinge" and top_k=1'
         return Request(self.p, second_order=True, outside=outside, backend=self.backend)
 
     def count(self, logits: Tensor) -> int:
         """Backward passes of one step: of the choice, and of the chosen pair."""
-        choices = 1 if _is_binary(logits) else self.candidates or logits.shape[1] - 1
+        choices = 1 if _is_binary(logits) else self.top_k or logits.shape[1] - 1
         return choices + (choices > 1)
 
-    def margins(
+    def statistics(
         self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop", **how: Any
     ) -> SensitivityMargins:
         """The loss and all that it measured on the way.
@@ -154,18 +160,18 @@ class MarginSensitivityLoss(MarginLoss):
         source = gradients.logits
         competitors, gap, nll = self._gaps(source, target)
         if classes == 1:
-            norm, index = gradients.logit_norms().squeeze(1), competitors.squeeze(1)
+            norm, competitor = gradients.logit_norms().squeeze(1), competitors.squeeze(1)
         else:
             # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
             label = target.clamp(0, logits.shape[1] - 1)
             if competitors.shape[1] > 1:  # the one with the largest norm, of equal ones the first
                 widest = gradients.measured(label, competitors).squeeze(-1).argmax(1, keepdim=True)
                 competitors = competitors.gather(1, widest)
-            norm, index = gradients.norms(label, competitors)[:, 0, 0], competitors.squeeze(1)
+            norm, competitor = gradients.norms(label, competitors)[:, 0, 0], competitors.squeeze(1)
         classification = self._classification(gap, nll)
         loss = functional.reduced(classification + self.weight * norm.pow(self.power), self.reduction)
         loss = gradients.attach(loss)
-        return SensitivityMargins(loss, classification.detach(), nll.detach(), gap.detach(), norm.detach(), index)
+        return SensitivityMargins(loss, classification.detach(), nll.detach(), gap.detach(), norm.detach(), competitor)
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: classification, gap and nll [N]."""
@@ -178,10 +184,10 @@ class MarginSensitivityLoss(MarginLoss):
             gap = _binary_gap(logits, target)
             return torch.zeros(len(gap), 1, dtype=torch.int64, device=gap.device), gap, F.softplus(gap)
         most = logits.shape[1] - 1 if logits.dim() == 2 else 1
-        if self.candidates is not None and logits.dim() == 2 and self.candidates > most:
-            raise ValueError(f"candidates must be at most the number of classes - 1 = {most}, got {self.candidates}")
-        found = functional.competitors(logits, target, self.candidates or most, NOTHING, backend=self.backend)
-        return found.index, found.gap[:, 0], found.nll
+        if self.top_k is not None and logits.dim() == 2 and self.top_k > most:
+            raise ValueError(f"top_k must be at most the number of classes - 1 = {most}, got {self.top_k}")
+        found = functional.competitors(logits, target, self.top_k or most, NOTHING, backend=self.backend)
+        return found.competitor, found.gap[:, 0], found.nll
 
     def _classification(self, gap: Tensor, nll: Tensor) -> Tensor:
         return F.relu(1 + gap) if self.classification == "hinge" else nll

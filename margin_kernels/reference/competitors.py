@@ -28,7 +28,7 @@ def competitors(
     masked = z.detach() == -_INF
     # NaN compares false. A row without any finite logit has no softmax.
     usable = labelled & (z.detach() < _INF).all(dim=1) & ~masked.all(dim=1)
-    no_rival = usable & (masked | is_label).all(dim=1)
+    no_other = usable & (masked | is_label).all(dim=1)
     label_masked = masked.gather(1, y).squeeze(1)
 
     with torch.no_grad():
@@ -43,25 +43,25 @@ def competitors(
     masked = masked & usable.unsqueeze(1)
     z_label = z.gather(1, y)
 
-    z_rivals = torch.where((no_rival | ignored).unsqueeze(1), 0.0, torch.where(is_label, -_INF, z))
+    z_others = torch.where((no_other | ignored).unsqueeze(1), 0.0, torch.where(is_label, -_INF, z))
     # No derivative runs through `largest`: phi and nll do not depend on it.
-    largest = z_rivals.detach().amax(dim=1, keepdim=True)
-    total = torch.exp(z_rivals - largest).sum(dim=1)
+    largest = z_others.detach().amax(dim=1, keepdim=True)
+    total = torch.exp(z_others - largest).sum(dim=1)
     lead = (z_label - largest).squeeze(1)
     phi = lead - torch.log(total)
     # Both branches run in every row, so each gets a number that it can work with.
     ahead = lead.detach() >= 0
     above, below = torch.where(ahead, lead, 0.0), torch.where(ahead, 0.0, lead)
     nll = torch.where(ahead, torch.log1p(total * torch.exp(-above)), torch.log(total + torch.exp(below)) - below)
-    nll = torch.where(no_rival | ignored, 0.0, nll)
+    nll = torch.where(no_other | ignored, 0.0, nll)
     phi = torch.where(label_masked & usable, -_INF, phi)
-    phi = torch.where(no_rival, _INF, torch.where(ignored, 0.0, phi))
+    phi = torch.where(no_other, _INF, torch.where(ignored, 0.0, phi))
 
-    z_index, rival_masked = z.gather(1, index), masked.gather(1, index)
+    z_index, other_masked = z.gather(1, index), masked.gather(1, index)
     finite_label = torch.where(label_masked.unsqueeze(1) & usable.unsqueeze(1), 0.0, z_label)
-    gap = torch.where(rival_masked, 0.0, z_index) - finite_label
+    gap = torch.where(other_masked, 0.0, z_index) - finite_label
     gap = torch.where((label_masked & usable).unsqueeze(1), _INF, gap)
-    gap = torch.where(rival_masked, -_INF, torch.where(ignored.unsqueeze(1), 0.0, gap))
+    gap = torch.where(other_masked, -_INF, torch.where(ignored.unsqueeze(1), 0.0, gap))
     return gap, nll, phi, _uniform(z, masked, ignored) if uniform else None, index
 
 

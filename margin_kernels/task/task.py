@@ -122,9 +122,9 @@ class MarginTask(nn.Module):
         """Loss and statistics of inputs x [N,*] with targets y [N] int64.
 
         Returns a dict: loss [] ([N] for reduction="none") and output (logits [N,C]) with gradient, and the other fields
-        that the loss measured, detached. For LargeMarginLoss: distance, norm, active (bool) [N,k,L], gap, index [N,k],
-        nll [N]; for every loss the fields of what its `margins` returns. Under no_grad: output and what the logits
-        alone show.
+        that the loss measured, detached. For LargeMarginLoss: distance, norm, active (bool) [N,k,L], gap and competitor
+        [N,k], nll [N]; for every loss the fields of what its `statistics` returns. Under no_grad: output and what the
+        logits alone show.
         """
         if getattr(self, "_is_replica", False):
             raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
@@ -141,17 +141,17 @@ class MarginTask(nn.Module):
             check_unchanged(self.model)
         if self.loss.needs == "logits":
             logits = self.model(x)
-            measured = self.loss.margins(logits, y)
+            measured = self.loss.statistics(logits, y)
         elif self.loss.needs == "model":
             with exclusive(self.model):
                 replayed = ReplayedModel(self.model, x)
                 source, sources = in_graph(x)
                 logits = replayed.first(source)
-                measured = self.loss.margins(logits, y, self.model, x, replayed, source)
+                measured = self.loss.statistics(logits, y, self.model, x, replayed, source)
                 cut_sources(measured.loss, Captured(logits, [], sources=sources))
         else:
             logits, captured = self._forward(x)
-            measured = self.loss.margins(logits, y, captured, self.passes, trials=self._trials)
+            measured = self.loss.statistics(logits, y, captured, self.passes, trials=self._trials)
         return {"output": logits, **measured._asdict()}
 
     def compile(self, **options: Any) -> None:
@@ -223,7 +223,7 @@ class MarginTask(nn.Module):
         recorded = 0
         if isinstance(gradients, Split):
             label = y.clamp(0, logits.shape[1] - 1)
-            gradients.norms(label, self.loss.logit_statistics(logits.detach(), y)["index"])
+            gradients.norms(label, self.loss.logit_statistics(logits.detach(), y)["competitor"])
             recorded = gradients.recorded_bytes
         reason = {
             "loop": "exact for every network",

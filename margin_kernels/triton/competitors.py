@@ -1,9 +1,9 @@
 """
 index = the k largest z[n, i] with i != y[n], decreasing, equal logits: lowest class first      [N, k] int64
 gap   = z[n, index] - z[n, y[n]]                                                                [N, k]
-R     = the largest rival,  S = sum of exp(z - R) over the rivals,  phi = z[n, y[n]] - R - log S [N]
+R     = the largest competitor,  S = sum of exp(z - R) over the competitors,  phi = z[n, y[n]] - R - log S [N]
 nll   = log1p(S exp(R - z[n, y[n]])),   uniform = mean over the finite classes of -log p        [N]
-dz    = the rivals' and the label's entries of csrc/math/competitors.h                          [N, C]
+dz    = the competitors' and the label's entries of csrc/math/competitors.h                          [N, C]
 
 Forward: one program for a tile of rows; it runs over the row once for each competitor and once for the sum of
 exponentials, of which only the first read comes from memory, the others from cache. The next competitor is the first
@@ -62,9 +62,9 @@ def _sum_exp(
     values, begin, end, inside, y, top,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sum of exp(z - top) over the rivals in columns [begin, end) of every row, [ROWS].
+    """sum of exp(z - top) over the competitors in columns [begin, end) of every row, [ROWS].
 
-    NaN where a logit, the label's too, is NaN or +inf; 0 where every rival is masked.
+    NaN where a logit, the label's too, is NaN or +inf; 0 where every competitor is masked.
     """
     base = tl.where(top > -_INF, top, 0.0)[:, None]
     lanes = tl.zeros([ROWS, BLOCK], ACC)
@@ -82,7 +82,7 @@ def _spread(
     values, begin, end, inside, y, top,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(how many rivals in columns [begin, end) are finite, the sum of top - z over them), [ROWS] each."""
+    """(how many competitors in columns [begin, end) are finite, the sum of top - z over them), [ROWS] each."""
     counts = tl.zeros([ROWS, BLOCK], ACC)
     deficits = tl.zeros([ROWS, BLOCK], ACC)
     for start in range(begin, end, BLOCK):
@@ -109,7 +109,7 @@ def _put(index, gap, j, usable, ignored, value, place, y, z_label, inside):
 def _put_losses(
     nll, phi, uniform, normalizer, row, usable, ignored, z_label, top, total, count, deficit, inside,
 ):  # fmt: skip
-    """nll, phi, uniform and (R, S, number of finite classes) of each row, from R, S and the rivals' spread."""
+    """nll, phi, uniform and (R, S, number of finite classes) of each row, from R, S and the competitors' spread."""
     constant = tl.where(ignored, 0.0, float("nan"))
     masked = z_label == -_INF
     alone = total == 0
@@ -148,7 +148,7 @@ def _forward(
     nll,  # [N];          CHUNK: not read
     phi,  # [N];          CHUNK: not read
     uniform,  # [N] or None
-    normalizer,  # [N, 3];CHUNK: [N, S, 4], R and S of the chunk, number of its finite rivals and sum of R - z over them
+    normalizer,  # [N, 3];CHUNK: [N, S, 4], R and S of the chunk, number of the finite ones and sum of R - z over them
     samples,
     classes,
     k,
@@ -308,7 +308,7 @@ def _backward(
     y = tl.load(target + row * target_stride, inside, other=0)
     top = tl.load(normalizer + row * 3, inside, other=0.0)
     total = tl.load(normalizer + row * 3 + 1, inside, other=0.0)
-    # S = 0: a row that is ignored, or without a rival, has no gradient; its target may be no class. NaN: all NaN.
+    # S = 0: a row that is ignored, or without a competitor, has no gradient; its target may be no class. NaN: all NaN.
     silent = (total > 0) == 0
     y = tl.where(silent, -1, y)
     z_label = widen(tl.load(values + y, inside & (y >= 0), other=0.0), ACC)
@@ -341,9 +341,9 @@ def _backward(
         of_label = tl.zeros([ROWS], ACC)
         for j in range(k):
             place = tl.load(index + row * k + j, inside, other=0)
-            z_rival = widen(tl.load(values + place, inside, other=0.0), ACC)
+            z_other = widen(tl.load(values + place, inside, other=0.0), ACC)
             g = widen(tl.load(grad_gap + row * gap_stride_n + j * gap_stride_k, inside, other=0.0), ACC)
-            g = tl.where(masked | (z_rival == -_INF), 0.0, g)
+            g = tl.where(masked | (z_other == -_INF), 0.0, g)
             dz += tl.where(column == place[:, None], g[:, None], 0.0)
             of_label += g
         dz -= tl.where(is_label, of_label[:, None], 0.0)
@@ -475,13 +475,13 @@ def _differentiate_backward(ctx, v):
         unused = ~finite.gather(1, index) | label_is_masked
         d_gap = (v.gather(1, index) - v_label).masked_fill(unused, 0.0).to(ctx.gap_dtype)
     if grad_nll is not None or grad_phi is not None or grad_uniform is not None:
-        rivals = z.scatter(1, y, -float("inf"))
-        q = torch.softmax(rivals, 1)
-        largest = rivals.amax(1, keepdim=True).detach()
-        phi = z.gather(1, y) - largest - torch.logsumexp(rivals - largest, 1, keepdim=True)
+        others = z.scatter(1, y, -float("inf"))
+        q = torch.softmax(others, 1)
+        largest = others.amax(1, keepdim=True).detach()
+        phi = z.gather(1, y) - largest - torch.logsumexp(others - largest, 1, keepdim=True)
         rest, label = torch.sigmoid(-phi), torch.zeros_like(z).scatter(1, y, 1.0)
-        v_rivals = (v * q).sum(1, keepdim=True)
-        t = v_rivals - v_label
+        v_others = (v * q).sum(1, keepdim=True)
+        t = v_others - v_label
         both = sum(g.to(acc).unsqueeze(1) for g in (grad_nll, grad_uniform) if g is not None)
         weight = both * rest
         d_logits = both * torch.sigmoid(phi) * rest * t * (q - label)
@@ -493,7 +493,7 @@ def _differentiate_backward(ctx, v):
         if grad_phi is not None:
             d_phi = -t.masked_fill(label_is_masked, 0.0).squeeze(1).to(grad_phi.dtype)
             weight = weight - grad_phi.to(acc).unsqueeze(1).masked_fill(label_is_masked, 0.0)
-        d_logits = (d_logits + weight * q * (v - v_rivals)).to(logits.dtype)
+        d_logits = (d_logits + weight * q * (v - v_others)).to(logits.dtype)
     return d_gap, d_nll, d_phi, d_uniform, d_logits, None, None, None
 
 

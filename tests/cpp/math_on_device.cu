@@ -14,7 +14,7 @@ __global__ void all_formulas(const T* in, T* out) {
   const RowLosses<T> losses = row_losses(a, b, c);
   const RowWeights<T> weights(a, b, c, a, b, c, a);
   out[0] = comes_before(a, 0, b, 1) ? losses.nll + losses.phi : uniform_loss(a, b, c, a, b);
-  out[1] = weights.is_zero() ? gap(a, b) : weights.rival(a, is_masked(b)) + weights.label(is_masked(c));
+  out[1] = weights.is_zero() ? gap(a, b) : weights.other(a, is_masked(b)) + weights.label(is_masked(c));
   out[2] =
       power<Norm::SUM>(a, b) + power<Norm::SQUARE>(a, b) + power<Norm::THREE_HALVES>(a, b) + power<Norm::GENERAL>(a, b);
   out[3] =

@@ -208,7 +208,8 @@ void extreme_values() {
   }
 }
 
-// Masked classes: few, all but a few, all rivals, the label, the label and most rivals, everything; and ignored rows.
+// Masked classes: few, all but a few, all competitors, the label, the label and most competitors, everything; and
+// ignored rows.
 template <class T>
 void masked_classes() {
   for (const int64_t classes : {2, 5, 129, 700, 2600, 33000}) {
