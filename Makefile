@@ -18,7 +18,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*.* python/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=70" wheel
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy ninja
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[experiments,test,dev]"
 	$(BIN)/python -m margin_kernels.info

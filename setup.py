@@ -1,14 +1,19 @@
 """Builds margin_kernels._C from csrc/ and python/.
 
 MARGIN_KERNELS_NO_EXT=1       build nothing: reference and Triton backends only
-MARGIN_KERNELS_CUDA=auto|0|1  CUDA kernels; auto: where torch has CUDA, a toolkit is found and csrc/cuda has kernels
+MARGIN_KERNELS_CUDA=auto|0|1  CUDA kernels; auto: where torch has CUDA and CUDA_HOME, or an nvcc, is found
+CUDA_HOME, CXX                the CUDA toolkit and the C++ compiler; both are checked before anything is compiled
 MARGIN_KERNELS_DEBUG=1        device code asserts that classes are in range, instead of giving NaN
 TORCH_CUDA_ARCH_LIST          default 8.0;9.0+PTX
 """
 
 import os
+import shlex
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
@@ -18,6 +23,48 @@ ROOT = Path(__file__).parent.resolve()
 def sources(*patterns: str) -> list[str]:
     """The folders are globbed, as in CMakeLists.txt: no list of files can drift."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def check_compiler() -> None:
+    """Compiles three lines of C++20, so that a compiler that is missing, broken or too old is one sentence."""
+    # torch compiles with CXX or c++; setuptools links with CXX or the compiler that Python was built with.
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", sysconfig.get_config_var("CXX") or "c++"]
+    program = "#include <concepts>\n#include <version>\nstatic_assert(std::integral<int>);\n"
+    for compiler in compilers:
+        command = [*shlex.split(compiler), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+        try:
+            result = subprocess.run(command, input=program, capture_output=True, text=True, check=False)
+        except OSError as error:
+            found = error.strerror
+        else:
+            if result.returncode == 0:
+                continue
+            found = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[0]
+        sys.exit(
+            f"margin_kernels compiles C++20, and {shlex.quote(compiler)} cannot ({found}): install a C++ compiler (g++ "
+            "11 or newer; CXX names another) or install without the compiled kernels: MARGIN_KERNELS_NO_EXT=1"
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        sys.exit(
+            f"margin_kernels compiles against the headers of Python, and {header} is missing: install them "
+            "(python3-dev on Debian and Ubuntu), or install without the compiled kernels: MARGIN_KERNELS_NO_EXT=1"
+        )
+
+
+def check_toolkit(cuda_home: str) -> None:
+    """torch takes the folder above any nvcc for CUDA_HOME; the headers and the compiler must be there."""
+    home = Path(cuda_home)
+    headers = [home / "include" / "cuda_runtime.h", *home.glob("targets/*/include/cuda_runtime.h")]
+    for name, found in (
+        ("include/cuda_runtime.h", any(header.is_file() for header in headers)),
+        ("bin/nvcc", (home / "bin" / "nvcc").is_file()),
+    ):
+        if not found:
+            sys.exit(
+                f"CUDA kernels cannot be built: CUDA_HOME={cuda_home} has no {name}. Set CUDA_HOME to the folder of a "
+                "CUDA toolkit that has it, or build the CPU kernels alone: MARGIN_KERNELS_CUDA=0"
+            )
 
 
 def wants_cuda(torch_has_cuda: bool, cuda_home: str | None) -> bool:
@@ -33,7 +80,7 @@ def wants_cuda(torch_has_cuda: bool, cuda_home: str | None) -> bool:
     return possible and setting != "0"
 
 
-def extension() -> dict:
+def extension() -> dict[str, Any]:
     try:
         import torch
         from torch.utils import cpp_extension
@@ -42,7 +89,10 @@ def extension() -> dict:
             "margin_kernels is built against the torch that is installed, and none was found here. Install torch, then "
             "run: pip install --no-build-isolation .   (MARGIN_KERNELS_NO_EXT=1 installs without the compiled kernels)"
         )
+    check_compiler()
     cuda = wants_cuda(torch.version.cuda is not None, cpp_extension.CUDA_HOME)
+    if cuda:
+        check_toolkit(cpp_extension.CUDA_HOME)
     version = torch.__version__.split("+")[0]
     (ROOT / "margin_kernels" / "_build.py").write_text(
         f'"""Written by setup.py: the torch that _C was built for."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
