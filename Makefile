@@ -4,6 +4,7 @@
 #   make test     the tests                 make bench    every benchmark, few rounds
 #   make lint     ruff, mypy, clang-format  make cpptest  the C++ library and its tests
 #   make test-triton  the Triton kernels without a GPU: interpreted by the op tests, compiled for sm_90
+#   make release      source archive and wheel in dist/, each installed in an empty environment and tried
 #
 # PYTHON  the interpreter for .venv          TORCH  what to install as torch, e.g. TORCH="torch==2.12.*"
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test test-fuzz test-triton bench lint format cpptest clean
+.PHONY: install demo test test-fuzz test-triton bench lint format cpptest release clean
 
 install: $(STAMP)
 
@@ -67,6 +68,9 @@ cpptest: install
 	    -DMARGIN_KERNELS_CUDA_CHECK=$(or $(CUDA_CHECK),OFF) -DMARGIN_KERNELS_SANITIZE=$(or $(SANITIZE),OFF)
 	cmake --build $(CPPTEST)
 	ctest --test-dir $(CPPTEST) --output-on-failure
+
+release: install
+	TORCH="$(TORCH)" bash .ci/release
 
 clean:
 	rm -rf build dist *.egg-info margin_kernels/_C*.so margin_kernels/_build.py
