@@ -23,3 +23,8 @@ __all__ = [
     "gradients",
     "keep_freed_memory",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names: submodules that were imported on the way are not among them."""
+    return sorted(__all__)

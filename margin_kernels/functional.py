@@ -17,7 +17,22 @@ from . import checks
 from .backends import choose
 from .checks import Layerwise
 
+__all__ = [
+    "Competitors",
+    "DeepFoolStep",
+    "competitors",
+    "deepfool_step",
+    "dual_norm",
+    "margin_hinge",
+    "one_to_n",
+    "row_distance",
+]
 _COMPILED = ("cpu", "cuda")
+
+
+def __dir__() -> list[str]:
+    """The public names: what is imported here, and what losses take from here besides, are not among them."""
+    return sorted(__all__)
 
 
 class Competitors(NamedTuple):
