@@ -35,7 +35,7 @@ assert model.weight.grad.abs().sum() > 0
 try:
     found = mk.functional.competitors(logits, torch.tensor([0, 1, 2]), backend="cpu")
     assert compiled, "backend='cpu' ran without the extension"
-    assert torch.equal(found.index.flatten(), torch.tensor([1, 0, 0]))
+    assert torch.equal(found.competitor.flatten(), torch.tensor([1, 0, 0]))
 except mk.BackendError as error:
     assert not compiled and "was not built: reinstall with" in str(error), error
     print("without the extension:", error)

@@ -18,10 +18,12 @@ CLASSES, FEATURES, SAMPLES, COMPETITORS = 100_000, 512, 256, 5
 
 def forward(kind: str, p: float, rows: torch.Tensor) -> tuple[Callable[[], torch.Tensor], int]:
     """A function that measures the next 256 x 5 pairs of a permutation of all classes, and the bytes that it reads."""
-    batches = []
-    for batch in torch.randperm(len(rows)).split(SAMPLES * (COMPETITORS + 1)):
-        if len(batch) == SAMPLES * (COMPETITORS + 1):
-            batches.append((batch[SAMPLES:].view(SAMPLES, COMPETITORS), batch[:SAMPLES]))
+    drawn = SAMPLES * (COMPETITORS + 1)
+    batches = [
+        (batch[SAMPLES:].view(SAMPLES, COMPETITORS), batch[:SAMPLES])
+        for batch in torch.randperm(len(rows)).split(drawn)
+        if len(batch) == drawn
+    ]
     turn = 0
 
     def run():

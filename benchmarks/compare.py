@@ -83,7 +83,7 @@ def compare(trees: list[Path], name: str, taps: str, threads: int, rounds: int) 
         worker.communicate()
     ratios = [[margin / cross_entropy for cross_entropy, margin in of_tree] for of_tree in times]
     middle = [statistics.median(of_tree) for of_tree in ratios]
-    cell = {
+    cell: dict[str, Any] = {
         "network": name,
         "taps": "hidden" if taps == "hidden" else "input + hidden",
         "threads": threads,

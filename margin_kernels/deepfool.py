@@ -102,6 +102,7 @@ def deepfool(
         p: in [1, inf]; float("inf") or "inf".
         max_iter: at least 1.
         overshoot: finite, >= 0.
+        overshoot_mode: "total" or "step", as above.
         top_k: competitors of the reference class that take part, those with the largest logits at x; 1 to C - 1, larger
             means all.
         bounds: (low, high) clips x + perturbation; x must lie inside.

@@ -70,6 +70,7 @@ def competitors(
         k: number of competitors, 0 <= k <= C - 1.
         ignore_index: rows with this target are left out; it may be the number of a class.
         uniform: also return `uniform`, the term of label smoothing.
+        backend: "auto", or the name of the one that must run.
 
     Returns:
         Competitors(competitor [N, k] int64, gap [N, k], nll [N], phi [N], uniform [N] or None, valid [N] bool =
@@ -117,6 +118,7 @@ def dual_norm(gradients: Sequence[Tensor], p: float | str = 2, batch_dims: int =
         gradients: a list of L tensors [N, k, *] (batch_dims=2) or [N, *] (batch_dims=1) with equal leading dimensions.
         p: the norm in which distances are measured, in [1, inf]; "inf" is infinity.
         batch_dims: how many leading dimensions index rows; the others are flattened into the row.
+        backend: "auto", or the name of the one that must run.
 
     Returns:
         [N, k, L] or [N, L]. Neither overflows nor flushes to zero where the norm itself is representable.
@@ -150,6 +152,7 @@ def row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float | str = 2
         index: [N, k] int64 in [0, C): competitors.
         target: [N] int64 in [0, C).
         p: the norm in which distances are measured, in [1, inf]; "inf" is infinity.
+        backend: "auto", or the name of the one that must run.
 
     Returns:
         [N, k]. 0 with gradient 0 where index == target. Nothing of size [N, k, D] is allocated by the compiled
@@ -192,10 +195,16 @@ def margin_hinge(
     Args:
         gap: [N, k], from `competitors`.
         norm: [N, k, L], from `dual_norm`. Detach it for the first-order gradient of the paper.
-        gamma, cap, layer_weights, min_norm: one number, L numbers, or a tensor [L], each >= 0. gamma and cap in units
-            of distance, min_norm in units of norm.
+        gamma: one number, L numbers, or a tensor [L], each >= 0, in units of distance.
+        cap: as gamma; None: no cap.
         eps: added to the norm, >= 0.
-        min_norm: a pair whose norm is at most min_norm_l is left out: its distance means nothing. None: no pair is.
+        aggregation: over the competitors: "max", "sum", "mean" or "mean_distance".
+        layer_reduction: over the layers: "mean" or "sum".
+        reduction: over the samples: "mean", "sum" or "none".
+        layer_weights: one number, L numbers, or a tensor [L], each >= 0; None: 1.
+        backend: "auto", or the name of the one that must run.
+        min_norm: as layer_weights, in units of norm: a pair whose norm is at most min_norm_l is left out, for its
+            distance means nothing. None: no pair is.
 
     Returns:
         the loss, [] or [N] for reduction="none". Equal distances: the competitor with the lowest j takes the gradient.
@@ -296,6 +305,8 @@ def one_to_n(
         delta: half the margin, in units of the logits, finite and > 0. No gradient where z reaches delta (-delta).
         bound: "symmetric": scores bounded to [-delta, delta]; "positive": negatives bounded from 0.
         cross_entropy: adds the sample's own softmax denominator.
+        reduction: over the samples: "mean", "sum" or "none".
+        backend: "auto", or the name of the one that must run.
 
     Returns:
         the loss, [] or [N] for reduction="none". A batch of one class has no negatives: loss and gradient 0 (what
@@ -336,6 +347,7 @@ def deepfool_step(
         active: [N] bool or None for all. Where False: step, choice, distance and gradients 0.
         p: the norm in which distances are measured, in [1, inf]; "inf" is infinity. p = 1: the whole step goes on
             the first of the largest |w_i|.
+        backend: "auto", or the name of the one that must run.
 
     Returns:
         DeepFoolStep(step [N, *] of the dtype of gradients, choice [N] int64, distance [N]); step and distance are

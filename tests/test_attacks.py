@@ -53,7 +53,7 @@ def test_the_attack_on_the_gap_equals_foolbox_with_that_loss(network, batch):
     foolbox = pytest.importorskip("foolbox")
     eagerpy = pytest.importorskip("eagerpy")
 
-    class Gap(foolbox.attacks.LinfBasicIterativeAttack):
+    class Gap(foolbox.attacks.LinfBasicIterativeAttack):  # type: ignore[name-defined]
         def get_loss_fn(self, model, labels):
             def loss(inputs):
                 logits, labels_ = model(inputs).raw, labels.raw

@@ -38,9 +38,15 @@ def test_losses_take_the_former_name_as_argument_and_attribute(loss, less) -> No
 
 
 def test_a_wrong_value_under_the_former_name_is_refused_under_the_new_one() -> None:
-    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="top_k must be an integer, got bool"):
+    with (
+        pytest.warns(DeprecationWarning, match="candidates is now top_k"),
+        pytest.raises(TypeError, match="top_k must be an integer, got bool"),
+    ):
         mk.AdversarialMarginLoss(candidates=True)
-    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
+    with (
+        pytest.warns(DeprecationWarning, match="candidates is now top_k"),
+        pytest.raises(ValueError, match="top_k must be >= 1, got 0"),
+    ):
         mk.deepfool(network(), X, candidates=1)
 
 

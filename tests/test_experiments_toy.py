@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_the_distance_to_a_diamond_is_the_closed_form():
 @pytest.mark.parametrize("seed", range(3))
 def test_between_a_point_and_its_distance_nothing_changes_sign_and_just_behind_it_does(seed):
     torch.manual_seed(seed)
-    model = toy.NETWORKS["ReLU 2-16-16-2"]().double()
+    model: Any = toy.NETWORKS["ReLU 2-16-16-2"]().double()
     with torch.no_grad():
         for layer in model[::2]:
             layer.weight.mul_(3)  # so that the boundary bends

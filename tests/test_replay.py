@@ -36,7 +36,7 @@ class Busy(nn.Module):
         self.number = torch.zeros(2)  # a tensor that is no buffer
         self.features: Tensor | None = None
         self.sizes: list[int] = []
-        self.nested = {"counts": Counter(), "last": deque(maxlen=2), "seen": {0}}
+        self.nested: dict[str, Any] = {"counts": Counter(), "last": deque(maxlen=2), "seen": {0}}
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
@@ -156,7 +156,7 @@ def test_hooks_that_look_on_see_one_pass():
     model[2].register_forward_hook(
         lambda module, args, kwargs, output: log.append(("kwargs", len(output))), with_kwargs=True
     )
-    once = model[3].register_forward_hook(
+    once: Any = model[3].register_forward_hook(
         lambda module, args, output: (log.append(("once", len(output))), once.remove())[0]
     )
     expected = MarginTask(network(), AdversarialMarginLoss())(x, y)
@@ -293,7 +293,7 @@ def test_a_failing_pass_restores_the_model():
     with pytest.raises(RuntimeError), replayed.replaying():
         replayed(torch.zeros(3, 5, dtype=torch.float64))
     assert_same_state(model, before)
-    with pytest.raises(KeyError), untouched(model):
+    with pytest.raises(KeyError), untouched(model):  # noqa: PT012  # what fails is the body of `untouched`
         model(x)
         raise KeyError
     assert_same_state(model, before)

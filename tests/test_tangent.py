@@ -182,9 +182,9 @@ def test_hooks_accumulation_and_terms_of_the_users() -> None:
         assert calls == [1, 1]
         results.append([parameter.grad for parameter in model.parameters()])
     assert_same(*results)
+    task = MarginTask(build("residual"), LargeMarginLoss(3.0, second_order=True), ("input",), "split")
     with pytest.raises(ValueError, match="the gradient in the tapped input is asked for as well"):
-        loss = LargeMarginLoss(3.0, second_order=True)
-        MarginTask(build("residual"), loss, ("input",), "split")(x.requires_grad_(), y)
+        task(x.requires_grad_(), y)
 
 
 @pytest.mark.parametrize("n", [1, 5])

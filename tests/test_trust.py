@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_a_registered_function_is_part_of_the_proof() -> None:
     finally:
         structure._REGISTERED.clear()
     with pytest.raises(TypeError, match=r"function must be a torch\.autograd\.Function or a node's name"):
-        register_row_local(3)  # type: ignore[arg-type]
+        register_row_local(3)
 
 
 @pytest.mark.parametrize("loss", [LargeMarginLoss(3.0, second_order=True), MarginSensitivityLoss(top_k=1)], ids=repr)
@@ -312,10 +313,9 @@ def test_a_time_major_tap_is_measured_along_its_batch_also_with_as_many_steps_as
     for n in range(6):
         alone = MarginTask(model, LargeMarginLoss(3.0), layers)(x[n : n + 1], y[n : n + 1])
         torch.testing.assert_close(out["norm"][n], alone["norm"][0], rtol=1e-10, atol=0)
-    with pytest.raises(ValueError, match="is given as 0, but the graph shows the batch elsewhere"):
-        if steps == 6:
+    if steps == 6:
+        with pytest.raises(ValueError, match="is given as 0, but the graph shows the batch elsewhere"):
             MarginTask(model, LargeMarginLoss(3.0), layers, batch_dim={"norm": 0})(x, y)
-        raise ValueError("is given as 0, but the graph shows the batch elsewhere")
 
 
 @pytest.mark.parametrize("passes", ["auto", "loop"])
@@ -384,7 +384,14 @@ def test_options_of_the_loss_may_change_between_steps(compiled) -> None:
     task = MarginTask(model, loss, ("input", "first"))
     if compiled:
         task.compile(backend="aot_eager")
-    changes = [{}, {"gamma": 10.0}, {"alpha": 0.9}, {"layer_weights": [5.0, 0.0]}, {"margin_weight": 0.25}, {"p": 1.0}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"gamma": 10.0},
+        {"alpha": 0.9},
+        {"layer_weights": [5.0, 0.0]},
+        {"margin_weight": 0.25},
+        {"p": 1.0},
+    ]
     options = {"gamma": 3.0, "alpha": 2.0, "layer_weights": [1.0, 2.0]}
     for change in changes:
         for name, value in change.items():

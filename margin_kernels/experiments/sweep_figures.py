@@ -371,7 +371,7 @@ def by_model(study: Study, measure: Measure) -> Iterator[Figure]:
             found: list[Any] = found,
             labels: list[str] = labels,
             marks: dict[str, float] = marks,
-            point=point,
+            point: Any = point,
         ) -> None:
             means = [measure.factor * row[f"{measure.key}_mean"] for row in found]
             stds = [measure.factor * (row[f"{measure.key}_std"] or 0.0) for row in found]

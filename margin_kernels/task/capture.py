@@ -317,7 +317,7 @@ def _hooks(handles: Iterator[RemovableHandle]) -> Iterator[None]:
     registered: list[RemovableHandle] = []
     try:
         for handle in handles:
-            registered.append(handle)
+            registered.append(handle)  # noqa: PERF402  # if one fails, those before it are removed
         yield
     finally:
         for handle in registered:
