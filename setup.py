@@ -90,9 +90,10 @@ def extension() -> dict[str, Any]:
             "run: pip install --no-build-isolation .   (MARGIN_KERNELS_NO_EXT=1 installs without the compiled kernels)"
         )
     check_compiler()
-    cuda = wants_cuda(torch.version.cuda is not None, cpp_extension.CUDA_HOME)
-    if cuda:
-        check_toolkit(cpp_extension.CUDA_HOME)
+    toolkit = cpp_extension.CUDA_HOME
+    cuda = wants_cuda(torch.version.cuda is not None, toolkit)
+    if cuda and toolkit is not None:
+        check_toolkit(toolkit)
     version = torch.__version__.split("+")[0]
     (ROOT / "margin_kernels" / "_build.py").write_text(
         f'"""Written by setup.py: the torch that _C was built for."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
