@@ -5,7 +5,6 @@ import math
 import re
 import statistics
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -158,12 +157,10 @@ def test_saturated_images_are_counted_beside_the_zero_gradients(linear):
         count += sum(math.exp(float(z[j] - z[y])) for j in range(4) if j != y) < 6e-8
     assert 0.2 < count / len(split) < 1 and result["saturated"] == pytest.approx(count / len(split))
     assert result["zero_ce"] == result["zero_gap"] == 0
-    models: list[dict[str, Any]] = [
-        {"label": "a", "evaluation": {**result, "distance": {}, "eps": 0.05}, "history": []}
-    ]
+    models = [{"label": "a", "evaluation": {**result, "distance": {}, "eps": 0.05}, "history": []}]
     rows = {row.key: table.cell(row, models[0]) for section in table.sections(models) for row in section.rows}
     assert rows["saturated"] == f"{100 * count / len(split):.1f} %"
-    del models[0]["evaluation"]["saturated"]  # a record from before
+    del models[0]["evaluation"]["saturated"]  # type: ignore[attr-defined]  # a record from before
     assert all(row.key != "saturated" for section in table.sections(models) for row in section.rows)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -85,9 +84,9 @@ def test_the_distance_to_a_diamond_is_the_closed_form():
 @pytest.mark.parametrize("seed", range(3))
 def test_between_a_point_and_its_distance_nothing_changes_sign_and_just_behind_it_does(seed):
     torch.manual_seed(seed)
-    model: Any = toy.NETWORKS["ReLU 2-16-16-2"]().double()
+    model = toy.NETWORKS["ReLU 2-16-16-2"]().double()
     with torch.no_grad():
-        for layer in model[::2]:
+        for layer in model[::2]:  # type: ignore[attr-defined]
             layer.weight.mul_(3)  # so that the boundary bends
     points = torch.rand(40, 2, dtype=torch.float64) * 6 - 3
     measured = torch.from_numpy(distances(points.numpy(), zero_set(model, 12)))
