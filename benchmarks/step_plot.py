@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from margin_kernels.experiments.figures import MARKERS, SETTINGS
+from margin_kernels.experiments.report.figures import MARKERS, SETTINGS
 
 # Okabe-Ito, by what the step does; the marker says on which network.
 KINDS = {

@@ -13,8 +13,8 @@ import json
 import re
 from pathlib import Path
 
-from margin_kernels.experiments import sweep as sweeps
-from margin_kernels.experiments.summary import MEASURES
+from margin_kernels.experiments import sweeps
+from margin_kernels.experiments.results import MEASURES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = (RESULTS.parents[1] / "README.md", RESULTS / "README.md", RESULTS / "papers" / "README.md")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from margin_kernels import AdversarialMarginLoss, MarginTask, deepfool
-from margin_kernels.experiments import toy
+from margin_kernels.experiments.demo import plane
 from margin_kernels.losses.adversarial import AGGREGATIONS, GRADIENTS, MIN_SHARE, SHRINKAGES
 
 CLASSES = 4
@@ -465,10 +465,10 @@ def test_batch_norm_uses_running_statistics_and_keeps_them():
 def test_the_toy_of_two_rectangles_reaches_the_maximal_margin(gradient):
     """[A]'s 2-D toy with its batches, optimiser and halved learning rates, in 40 epochs and with a linear classifier:
     the rectangles are 2 apart, so that no classifier keeps more than 1 from both."""
-    x, y = toy.rectangles(200, seed=0)
+    x, y = plane.rectangles(200, seed=0)
     torch.manual_seed(0)
-    model = toy.NETWORKS["linear"]()
-    toy.train(model, toy.LOSSES[f"MIN EXP, {gradient}"], x, y, epochs=40, seed=1)
+    model = plane.NETWORKS["linear"]()
+    plane.train(model, plane.LOSSES[f"MIN EXP, {gradient}"], x, y, epochs=40, seed=1)
     (layer,) = model
     w, b = layer.weight[1] - layer.weight[0], layer.bias[1] - layer.bias[0]
     distances = ((2 * y - 1) * (x @ w + b) / w.norm()).detach()

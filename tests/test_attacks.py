@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from margin_kernels.experiments import attacks
+from margin_kernels.experiments.evaluation import attacks
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_experiments_sweep import EVALUATION, TINY, changed, records, run, write
 
-from margin_kernels.experiments import cli, sweep, sweep_run
+from margin_kernels.experiments import cli, sweeps
 from margin_kernels.experiments.config import ConfigError
 
 FAST, SLOW = 0.003, 1e-5
@@ -115,7 +115,7 @@ def test_a_report_shows_what_was_chosen_among_what(finished, tmp_path):
 def test_several_keys_are_chosen_together_and_all_seeds_take_part(tmp_path):
     choose = {"optimiser": {"lr": [0.1, 0.2]}, "model.dropout": [0.0, 0.5]}
     content = changed(models={"a": {"choose": choose}}, grid={}, seeds=[3, 4])
-    cells = {cell.name: cell for cell in sweep.read(write(tmp_path, content))}
+    cells = {cell.name: cell for cell in sweeps.read(write(tmp_path, content))}
     assert len(cells) == 10
     tuned = cells["a__seed3"]
     assert [option.values for option in tuned.choice] == [
@@ -125,7 +125,7 @@ def test_several_keys_are_chosen_together_and_all_seeds_take_part(tmp_path):
     last = cells["a_lr=0.2_dropout=0.5__seed4"]
     assert last.candidate and (last.config.optimiser.lr, last.config.model.dropout) == (0.2, 0.5)
     assert last.needs == [] and len(tuned.needs) == 8
-    assert len(sweep.chosen(list(cells.values()), ["a__seed3"])) == 9
+    assert len(sweeps.chosen(list(cells.values()), ["a__seed3"])) == 9
 
 
 @pytest.mark.parametrize(
@@ -140,13 +140,13 @@ def test_several_keys_are_chosen_together_and_all_seeds_take_part(tmp_path):
 )
 def test_a_choice_that_does_not_fit_is_refused_by_name(tmp_path, choose, message):
     with pytest.raises(ConfigError, match=message):
-        sweep.read(write(tmp_path, changed(models={"a": {"choose": choose}})))
+        sweeps.read(write(tmp_path, changed(models={"a": {"choose": choose}})))
 
 
 def test_what_a_point_sets_is_not_to_be_chosen(tmp_path):
     content = changed(models={"a": {"choose": {"data.label_noise": [0.1]}}})
     with pytest.raises(ConfigError, match=r"models.a.choose.data.label_noise: point 'label_noise=0.0' sets that key"):
-        sweep.read(write(tmp_path, content))
+        sweeps.read(write(tmp_path, content))
 
 
 def test_nothing_is_chosen_where_a_candidate_fails(tmp_path, capsys):
@@ -159,8 +159,8 @@ def test_nothing_is_chosen_where_a_candidate_fails(tmp_path, capsys):
 
 
 def test_cells_on_cuda_take_the_gpu_with_the_fewest_of_them(tmp_path, monkeypatch):
-    cells = sweep.read(write(tmp_path, CHOICE))
-    runner = sweep_run.Runner(cells, tmp_path, sweep_run.Options(), None)
+    cells = sweeps.read(write(tmp_path, CHOICE))
+    runner = sweeps.Runner(cells, tmp_path, sweeps.Options(), None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     taken = []
     for cell in cells[:5]:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from margin_kernels.experiments import cifar, data, idx
-from margin_kernels.experiments.data import DataError
-from margin_kernels.experiments.whitening import Whitening
+from margin_kernels.experiments import data
+from margin_kernels.experiments.data import DataError, cifar, idx
+from margin_kernels.experiments.data.whitening import Whitening
 
 REAL = Path(os.environ.get("MARGIN_KERNELS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from margin_kernels.experiments import checkpoint, cli, config, data, demo, evaluate, figures, models, report, table
+from margin_kernels.experiments import cli, config, data, models
 from margin_kernels.experiments.config import EvaluationConfig
 from margin_kernels.experiments.data import Split
-from margin_kernels.experiments.distance import signed_distance
-from margin_kernels.experiments.training import Trainer
+from margin_kernels.experiments.demo import digits
+from margin_kernels.experiments.evaluation import measure, signed_distance
+from margin_kernels.experiments.report import figures, page, table
+from margin_kernels.experiments.training import Trainer, time_steps
 
 SMALL = EvaluationConfig(
     curve=[0.0, 0.1], deepfool_samples=30, deepfool_iterations=10, distance_samples=30, steps=3, timing_repeats=2
@@ -74,7 +76,7 @@ def test_attacked_accuracy_of_a_linear_classifier_is_exact(linear):
         logits = model(images)
     distance = (logits[:, 0] - logits[:, 1]).abs() / (model.head.weight[0] - model.head.weight[1]).norm(1)
     eps = distance.median().item() + 1e-4
-    result = evaluate.at_radius(model, Split(images, logits.argmax(1)), eps, SMALL)
+    result = measure.at_radius(model, Split(images, logits.argmax(1)), eps, SMALL)
     share = float((distance > eps).float().mean())
     assert 0.3 < share < 0.7
     for key in ("fgsm_gap", "ifgsm_gap", "worst"):
@@ -84,7 +86,7 @@ def test_attacked_accuracy_of_a_linear_classifier_is_exact(linear):
 
 def test_deepfool_norms_count_only_what_is_classified_correctly(linear):
     model, split = linear
-    norms = evaluate.boundary_norms(model, split, SMALL)
+    norms = measure.boundary_norms(model, split, SMALL)
     right = model(split.images).argmax(1) == split.labels
     distance = exact(model, split, 2)[right]
     assert norms["deepfool"] == pytest.approx(float((1.02 * (distance + 1e-4)).mean()), rel=1e-4)
@@ -105,7 +107,7 @@ def test_a_misclassified_sample_counts_by_its_distance_to_another_prediction():
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # boundary x_0 = 0, predicted 0 right of it
     split = Split(torch.tensor([[0.5, 0.2], [0.25, 0.0]]).view(2, 1, 1, 2), torch.tensor([0, 1]))
-    norms = evaluate.boundary_norms(model, split, SMALL)
+    norms = measure.boundary_norms(model, split, SMALL)
     first, second = (1.02 * (distance + 1e-4) for distance in (0.5, 0.25))
     assert norms["margins"] == pytest.approx([first, -second], rel=1e-4)
     assert norms["margin"] == pytest.approx((first + second) / 2, rel=1e-4)
@@ -115,12 +117,12 @@ def test_a_misclassified_sample_counts_by_its_distance_to_another_prediction():
 def test_deepfool_steps_can_be_limited(linear):
     """A linear classifier is crossed in one step of the length of the distance, or in several shorter ones."""
     model, split = linear
-    free = evaluate.boundary_norms(model, split, SMALL)
+    free = measure.boundary_norms(model, split, SMALL)
     limit = statistics.median(abs(margin) for margin in free["margins"]) / 3
-    one = evaluate.boundary_norms(model, split, replace(SMALL, deepfool_iterations=1, deepfool_step_limit=limit))
+    one = measure.boundary_norms(model, split, replace(SMALL, deepfool_iterations=1, deepfool_step_limit=limit))
     near = sum(abs(margin) < limit for margin in free["margins"])
     assert 0 < near < len(split) and one["deepfool_missed"] == len(split) - near
-    many = evaluate.boundary_norms(model, split, replace(SMALL, deepfool_iterations=200, deepfool_step_limit=limit))
+    many = measure.boundary_norms(model, split, replace(SMALL, deepfool_iterations=200, deepfool_step_limit=limit))
     assert many["deepfool_missed"] == 0 and many["margin"] == pytest.approx(free["margin"], rel=0.05)
 
 
@@ -128,19 +130,19 @@ def test_a_sample_without_a_boundary_is_counted_as_missed(linear):
     model, split = linear
     with torch.no_grad():
         model.head.weight.zero_()
-    norms = evaluate.boundary_norms(model, split, SMALL)
+    norms = measure.boundary_norms(model, split, SMALL)
     assert norms["deepfool_missed"] == len(split) and math.isnan(norms["margin"]) and math.isnan(norms["rho_adv"])
 
 
 def test_ifgsm_on_fewer_images_is_ifgsm_on_the_first_of_them(linear):
     model, split = linear
-    part = evaluate.at_radius(model, split, 0.1, replace(SMALL, ifgsm_samples=20, batch_size=7))
-    whole, first = (evaluate.at_radius(model, s, 0.1, SMALL) for s in (split, split.head(20)))
+    part = measure.at_radius(model, split, 0.1, replace(SMALL, ifgsm_samples=20, batch_size=7))
+    whole, first = (measure.at_radius(model, s, 0.1, SMALL) for s in (split, split.head(20)))
     for key in ("ifgsm_ce", "ifgsm_gap", "worst"):
         assert part[key] == first[key]
     for key in ("fgsm_ce", "fgsm_gap", "zero_ce", "zero_gap"):
         assert part[key] == pytest.approx(whole[key])
-    none = evaluate.at_radius(model, split, 0.1, replace(SMALL, ifgsm_samples=0))
+    none = measure.at_radius(model, split, 0.1, replace(SMALL, ifgsm_samples=0))
     assert "ifgsm_gap" not in none and none["worst"] <= min(none["fgsm_ce"], none["fgsm_gap"])
 
 
@@ -151,7 +153,7 @@ def test_saturated_images_are_counted_beside_the_zero_gradients(linear):
     with torch.no_grad():
         model.head.weight.mul_(100)
         model.head.bias.mul_(100)
-    result = evaluate.at_radius(model, split, 0.05, SMALL)
+    result = measure.at_radius(model, split, 0.05, SMALL)
     count = 0
     for z, y in zip(model(split.images).detach().double(), split.labels.tolist(), strict=True):
         count += sum(math.exp(float(z[j] - z[y])) for j in range(4) if j != y) < 6e-8
@@ -167,10 +169,10 @@ def test_saturated_images_are_counted_beside_the_zero_gradients(linear):
 def test_no_radius_is_attacked_twice_and_zero_not_at_all(linear, monkeypatch):
     model, split = linear
     seen = []
-    original = evaluate.at_radius
-    monkeypatch.setattr(evaluate, "at_radius", lambda m, s, eps, *rest: seen.append(eps) or original(m, s, eps, *rest))
+    original = measure.at_radius
+    monkeypatch.setattr(measure, "at_radius", lambda m, s, eps, *rest: seen.append(eps) or original(m, s, eps, *rest))
     settings = replace(SMALL, eps=0.1, curve=[0.0, 0.1, 0.2, 0.2], ifgsm_samples=10, attack_samples=30)
-    result = evaluate.evaluate(model, split, ("flatten",), settings)
+    result = measure.evaluate(model, split, ("flatten",), settings)
     assert seen == [0.1, 0.2]
     hits = model(split.images).argmax(1) == split.labels
     assert result["curves"]["fgsm_ce"][0] == pytest.approx(float(hits[:30].float().mean()))
@@ -182,7 +184,7 @@ def test_no_radius_is_attacked_twice_and_zero_not_at_all(linear, monkeypatch):
 def test_what_is_not_measured_is_left_out_of_record_table_and_page(linear):
     model, split = linear
     settings = replace(SMALL, ifgsm_samples=0, deepfool_samples=0, distance_samples=0)
-    result = evaluate.evaluate(model, split, ("flatten",), settings)
+    result = measure.evaluate(model, split, ("flatten",), settings)
     assert result["distance"] == {} and "margin" not in result and set(result["curves"]) == {"fgsm_ce", "fgsm_gap"}
     models = [{"label": "a", "config": {"data": {}}, "evaluation": result, "history": []}]
     titles = [section.title for section in table.sections(models)]
@@ -213,7 +215,7 @@ def test_black_box_images_are_made_on_the_attacker_and_reverse_ones_here(linear,
     model, split = linear
     attacker = other_linear(split)
     settings = replace(SMALL, batch_size=16, ifgsm_samples=20)
-    result = evaluate.at_radius(model, split, eps, settings, attacker=attacker)
+    result = measure.at_radius(model, split, eps, settings, attacker=attacker)
 
     def literal(maker, x, y, method, objective):
         steps, size = (1, eps) if method == "fgsm" else (SMALL.steps, 2 * eps / SMALL.steps)
@@ -237,17 +239,17 @@ def test_black_box_images_are_made_on_the_attacker_and_reverse_ones_here(linear,
     for (side, key), share in shares.items():
         assert result[side][key] == pytest.approx(share), (side, key)
     assert len(set(shares.values())) > 2
-    alone = evaluate.at_radius(model, split, eps, settings)
+    alone = measure.at_radius(model, split, eps, settings)
     assert "black_box" not in alone and all(result[key] == alone[key] for key in alone)
 
 
 def test_curves_of_the_black_box_stand_beside_the_white_box_ones(linear, monkeypatch, tmp_path):
     model, split = linear
     attacker = other_linear(split)
-    monkeypatch.setattr(evaluate, "load_attacker", lambda folder, part, device: attacker)
+    monkeypatch.setattr(measure, "load_attacker", lambda folder, part, device: attacker)
     settings = replace(SMALL, eps=0.1, curve=[0.0, 0.1, 0.2], attacker="runs/ce", ifgsm_samples=10)
-    result = evaluate.evaluate(model, split, ("flatten",), settings)
-    at = evaluate.at_radius(model, split, 0.2, settings, attacker=attacker)
+    result = measure.evaluate(model, split, ("flatten",), settings)
+    at = measure.at_radius(model, split, 0.2, settings, attacker=attacker)
     for side in ("black_box", "reverse"):
         assert set(result[f"{side}_curves"]) == set(result["curves"])
         for key, values in result[f"{side}_curves"].items():
@@ -265,35 +267,35 @@ def test_curves_of_the_black_box_stand_beside_the_white_box_ones(linear, monkeyp
 def test_accuracy_under_noise_is_that_of_a_literal_loop(linear):
     model, split = linear
     settings = replace(SMALL, noise_sigmas=[0.0, 0.2, 0.6], noise_seed=3)
-    result = evaluate.evaluate(model, split, ("flatten",), settings)
+    result = measure.evaluate(model, split, ("flatten",), settings)
     noise = torch.randn(split.images.shape, generator=torch.Generator().manual_seed(3))
     for sigma, share in zip([0.0, 0.2, 0.6], result["noise"], strict=True):
         noisy = [(x + sigma * n).clamp(0, 1) for x, n in zip(split.images, noise, strict=True)]
         assert share == pytest.approx(sum(literal_right(model, noisy, split.labels)) / 50)
     assert result["noise"][0] == result["clean"] > result["noise"][2] and result["noise_sigmas"] == [0.0, 0.2, 0.6]
-    assert evaluate.under_noise(model, split, replace(settings, batch_size=7)) == result["noise"]
-    part = evaluate.evaluate(model, split, ("flatten",), replace(settings, noise_samples=20))
-    assert part["noise"] == evaluate.under_noise(model, split.head(20), settings) != result["noise"]
-    assert evaluate.under_noise(model, split, replace(settings, noise_seed=4)) != result["noise"]
+    assert measure.under_noise(model, split, replace(settings, batch_size=7)) == result["noise"]
+    part = measure.evaluate(model, split, ("flatten",), replace(settings, noise_samples=20))
+    assert part["noise"] == measure.under_noise(model, split.head(20), settings) != result["noise"]
+    assert measure.under_noise(model, split, replace(settings, noise_seed=4)) != result["noise"]
     images = torch.cat([split.images] * 2).mul(255).byte()
-    assert evaluate.under_noise(model, Split(images, split.labels.repeat(2)), settings)[0] > 0.5  # bytes are scaled
+    assert measure.under_noise(model, Split(images, split.labels.repeat(2)), settings)[0] > 0.5  # bytes are scaled
     with pytest.raises(ValueError, match=r"evaluation.noise_sigmas is \[-0.1\]; allowed: numbers >= 0"):
-        evaluate.under_noise(model, split, replace(settings, noise_sigmas=[-0.1]))
+        measure.under_noise(model, split, replace(settings, noise_sigmas=[-0.1]))
 
 
 def test_an_attacker_must_be_there_and_take_the_same_images(linear, tmp_path):
     _, split = linear
-    with pytest.raises(checkpoint.CheckpointError, match=r"model.json: missing; .* is not the folder of a trained run"):
-        evaluate.load_attacker(tmp_path, split)
+    with pytest.raises(models.CheckpointError, match=r"model.json: missing; .* is not the folder of a trained run"):
+        measure.load_attacker(tmp_path, split)
     description = {"name": "digits_cnn", "shape": [1, 8, 8], "classes": 10, "options": {}}
-    checkpoint.save_model(tmp_path, models.build("digits_cnn", (1, 8, 8), 10), description)
+    models.save_model(tmp_path, models.build("digits_cnn", (1, 8, 8), 10), description)
     with pytest.raises(ValueError, match=r"evaluation.attacker: .* images of shape \[1, 8, 8\], these are \[1, 2, 3\]"):
-        evaluate.load_attacker(tmp_path, split)
+        measure.load_attacker(tmp_path, split)
     with pytest.raises(ValueError, match=r"takes images with data.preprocess 'none', these have 'gcn_zca'"):
-        evaluate.load_attacker(tmp_path, replace(split, preprocess="gcn_zca"))
-    checkpoint.save_model(tmp_path, models.build("digits_cnn", (1, 8, 8), 10), {**description, "preprocess": "gcn_zca"})
+        measure.load_attacker(tmp_path, replace(split, preprocess="gcn_zca"))
+    models.save_model(tmp_path, models.build("digits_cnn", (1, 8, 8), 10), {**description, "preprocess": "gcn_zca"})
     with pytest.raises(ValueError, match=r"takes images with data.preprocess 'gcn_zca', these have 'none'"):
-        evaluate.load_attacker(tmp_path, Split(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])))
+        measure.load_attacker(tmp_path, Split(torch.rand(2, 1, 8, 8), torch.tensor([0, 1])))
 
 
 def test_whitened_images_are_not_clipped(linear):
@@ -309,19 +311,19 @@ def test_whitened_images_are_not_clipped(linear):
     distance = (logits[:, 0] - logits[:, 1]).abs() / (model.head.weight[0] - model.head.weight[1]).norm(1)
     eps = distance.median().item() + 1e-4
     whitened = Split(images, logits.argmax(1), "gcn_zca")
-    result = evaluate.at_radius(model, whitened, eps, SMALL)
+    result = measure.at_radius(model, whitened, eps, SMALL)
     for key in ("fgsm_gap", "ifgsm_gap", "worst"):
         assert result[key] == pytest.approx(float((distance > eps).float().mean()))
     settings = replace(SMALL, noise_sigmas=[1.0])
     noisy = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(settings.noise_seed))
     share = float((model(noisy).argmax(1) == whitened.labels).float().mean())
-    assert evaluate.under_noise(model, whitened, settings) == [pytest.approx(share)]
+    assert measure.under_noise(model, whitened, settings) == [pytest.approx(share)]
     assert whitened.head(3).preprocess == "gcn_zca"
 
 
 def test_worst_of_the_attacks_is_at_most_the_weakest_accuracy(linear):
     model, split = linear
-    result = evaluate.evaluate(model, split, ("flatten",), SMALL)
+    result = measure.evaluate(model, split, ("flatten",), SMALL)
     for i, eps in enumerate(SMALL.curve):
         values = [result["curves"][key][i] for key in result["curves"]]
         if eps == 0:
@@ -400,35 +402,35 @@ def test_print_config_shows_the_resolved_config(capsys):
 
 def test_gamma_is_chosen_by_attacked_accuracy_among_the_accurate():
     scores = [(0.97, 0.5), (0.965, 0.8), (0.90, 0.9)]
-    assert demo.choose(scores, floor=0.965) == 1
-    assert demo.choose(scores, floor=0.97) == 0
-    assert demo.choose(scores, floor=0.99) == 0  # none is accurate enough: the most accurate
+    assert digits.choose(scores, floor=0.965) == 1
+    assert digits.choose(scores, floor=0.97) == 0
+    assert digits.choose(scores, floor=0.99) == 0  # none is accurate enough: the most accurate
 
 
 def test_steps_are_timed_on_fresh_networks():
     dataset = data.load("digits")
     base = config.parse(["--training.batch_size", "16"])
     hinge = replace(base, loss=config.LossConfig(kind="hinge"))
-    timed = evaluate.time_steps(base, {"same": base, "hinge": hinge}, dataset, repeats=3)
+    timed = time_steps(base, {"same": base, "hinge": hinge}, dataset, repeats=3)
     for result in timed.values():
         assert result["ms_per_step"] > 0 and result["baseline_ms_per_step"] > 0 and result["ratio"] > 0
 
 
 def test_best_values_are_marked_by_what_is_printed(linear):
     model, split = linear
-    evaluation = evaluate.evaluate(model, split, ("flatten",), SMALL)
+    evaluation = measure.evaluate(model, split, ("flatten",), SMALL)
     models = [{"label": label, "evaluation": dict(evaluation)} for label in ("a", "b", "c")]
     models[1]["evaluation"]["clean"] = evaluation["clean"] + 1e-5  # prints the same
     models[2]["evaluation"]["clean"] = evaluation["clean"] - 0.1
     (accuracy, *_) = table.sections(models)
     assert table.best(accuracy.rows[0], models) == {0, 1}
-    assert report.tuning_cell([1.5, 2.0]) == "1.5, 2" and report.tuning_cell(0.9751) == "97.5 %"
+    assert page.tuning_cell([1.5, 2.0]) == "1.5, 2" and page.tuning_cell(0.9751) == "97.5 %"
 
 
 def test_evaluating_leaves_the_network_trainable():
     trainer = Trainer(config.parse(["--training.epochs", "1", "--training.distance_samples", "0"]), data.load("digits"))
     before = [p.clone() for p in trainer.model.parameters()]
     trainer.model.train()
-    evaluate.evaluate(trainer.model, trainer.dataset.test.head(20), trainer.hidden, SMALL)
+    measure.evaluate(trainer.model, trainer.dataset.test.head(20), trainer.hidden, SMALL)
     assert trainer.model.training
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

@@ -10,21 +10,10 @@ import torch
 from test_experiments_report import record
 from torch import nn
 
-from margin_kernels.experiments import (
-    checkpoint,
-    cli,
-    config,
-    data,
-    evaluate,
-    figures,
-    histogram,
-    models,
-    sweep,
-    sweep_distances,
-    sweep_figures,
-    sweep_images,
-    sweep_report,
-)
+from margin_kernels.experiments import cli, config, data, models, sweeps
+from margin_kernels.experiments.evaluation import histogram
+from margin_kernels.experiments.evaluation.measure import boundary_norms
+from margin_kernels.experiments.report import figures, study_distances, study_figures, study_images, study_page
 
 
 def lines_of(figure_list, monkeypatch, module):
@@ -91,7 +80,7 @@ def test_an_evaluation_keeps_the_counts_of_its_margins():
     torch.manual_seed(0)
     split = data.Split(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
     model = models.build("digits_cnn", (1, 8, 8), 10).eval()
-    norms = evaluate.boundary_norms(model, split, config.EvaluationConfig(deepfool_iterations=10))
+    norms = boundary_norms(model, split, config.EvaluationConfig(deepfool_iterations=10))
     margins = norms["margins"]
     assert norms["histograms"]["margin"] == histogram.counts(margins, "margin")
     relative = [m / float(x.norm()) for m, x in zip(margins, split.images, strict=True)]
@@ -107,20 +96,20 @@ def test_densities_of_a_sweep_add_up_its_seeds_and_older_records_still_load(monk
         made["evaluation"]["rho_adv"] = 0.2
     records.append(record("old", "", 0, margins=[0.5, -0.5, None], deepfool=0.5))
     records.append(record("older", "", 0, margin=1.0))
-    study = sweep_figures.Study("s", "cpu", records, {})
-    assert sum(sweep_distances.total(study.of("plain", ""), "margin")) == 20
-    assert sum(sweep_distances.total(study.of("old", ""), "margin")) == 2
-    assert sweep_distances.total(study.of("older", ""), "margin") is None
-    seen = lines_of(lambda: sweep_distances.densities(study, "", "margin"), monkeypatch, sweep_distances)
+    study = study_figures.Study("s", "cpu", records, {})
+    assert sum(study_distances.total(study.of("plain", ""), "margin")) == 20
+    assert sum(study_distances.total(study.of("old", ""), "margin")) == 2
+    assert study_distances.total(study.of("older", ""), "margin") is None
+    seen = lines_of(lambda: study_distances.densities(study, "", "margin"), monkeypatch, study_distances)
     ((name, caption, [(_, lines, ticks)]),) = seen
     assert name == "s_margin_density" and ticks == ["old", "plain"]
     assert "all seeds together" in caption and "cpu" in caption
     means = sorted(points[0][0] for points in lines.values() if points[0][0] == points[1][0])
     assert means == [0, 0.5, 1.5]  # the line at 0, and the mean of each model
-    seen = lines_of(lambda: sweep_distances.densities(study, "", "rho_adv"), monkeypatch, sweep_distances)
+    seen = lines_of(lambda: study_distances.densities(study, "", "rho_adv"), monkeypatch, study_distances)
     assert seen[0][2][0][2] == ["plain"]
-    few = sweep_figures.Study("s", "cpu", records[3:], {})
-    assert sweep_distances.all_figures(few) == {}
+    few = study_figures.Study("s", "cpu", records[3:], {})
+    assert study_distances.all_figures(few) == {}
 
 
 def course_record(model, seed, values):
@@ -133,16 +122,16 @@ def course_record(model, seed, values):
 def test_courses_are_the_means_over_the_seeds_at_each_tap(monkeypatch):
     records = [course_record("plain", 0, [0.1, 0.3]), course_record("plain", 1, [0.3, 0.5])]
     records.append(course_record("margin", 0, [0.2, 0.6, 0.8]))
-    study = sweep_figures.Study("s", "full", records, {})
-    assert sweep_distances.course(study.of("plain", ""), "input")[1] == pytest.approx([0.2, 0.4])
-    seen = lines_of(lambda: sweep_distances.courses(study, ""), monkeypatch, sweep_distances)
+    study = study_figures.Study("s", "full", records, {})
+    assert study_distances.course(study.of("plain", ""), "input")[1] == pytest.approx([0.2, 0.4])
+    seen = lines_of(lambda: study_distances.courses(study, ""), monkeypatch, study_distances)
     ((name, caption, (first, second)),) = seen
     assert name == "s_course" and (first[0], second[0]) == ("input", "output")
     assert np.allclose(first[1]["plain"], [[1, 0.2], [2, 0.4]]) and np.allclose(second[1]["plain"], [[1, 2], [2, 4]])
     assert first[1]["margin"] == [[1, 0.2], [2, 0.6], [3, 0.8]]
     assert "validation images" in caption and "budget full, 1 to 2 seeds" in caption
-    unmeasured = sweep_figures.Study("s", "full", [record("plain", "", 0)], {})
-    assert not list(sweep_distances.courses(unmeasured, ""))
+    unmeasured = study_figures.Study("s", "full", [record("plain", "", 0)], {})
+    assert not list(study_distances.courses(unmeasured, ""))
 
 
 class Bright(nn.Module):
@@ -162,7 +151,7 @@ def test_attacked_images_are_those_of_the_attacks_and_their_norms_deepfools():
     x[1] += 0.3
     y = torch.tensor([0, 1])
     settings = config.EvaluationConfig(eps=0.15, steps=2)
-    shown = sweep_images.attack(Bright(0.5), x, y, settings)
+    shown = study_images.attack(Bright(0.5), x, y, settings)
     assert shown.labels["clean"].tolist() == [0, 1] and shown.labels["FGSM gap"].tolist() == [1, 1]
     torch.testing.assert_close(shown.images["FGSM gap"][0], x[0] + 0.15)
     torch.testing.assert_close(shown.images["IFGSM gap"][1], x[1] - 0.15)
@@ -176,40 +165,40 @@ def test_whitened_images_are_attacked_without_bounds_and_shown_over_their_own_ra
     x = torch.tensor([-2.0, 3.0]).repeat_interleave(8).view(1, 1, 4, 4)  # mean 0.5
     settings = config.EvaluationConfig(eps=0.75, steps=2)
     free = (-math.inf, math.inf)
-    shown = sweep_images.attack(Bright(0.4), x, torch.tensor([1]), settings, free)
+    shown = study_images.attack(Bright(0.4), x, torch.tensor([1]), settings, free)
     torch.testing.assert_close(shown.images["FGSM gap"], x - 0.75)
     torch.testing.assert_close(shown.images["IFGSM gap"], x - 0.75)
     axes = MagicMock()
-    sweep_images._picture(axes, shown.images["FGSM gap"][0], "1", True, (-2.0, 3.0))
+    study_images._picture(axes, shown.images["FGSM gap"][0], "1", True, (-2.0, 3.0))
     (drawn,) = axes.imshow.call_args.args
     np.testing.assert_allclose(drawn, np.repeat([0.0, 0.85], 8).reshape(4, 4), rtol=1e-5)
 
 
 def test_axes_name_the_units_of_the_images():
     made = record("plain", "", 0)
-    assert sweep_figures.Study("s", "cpu", [made], {}).units == "images in [0, 1]"
+    assert study_figures.Study("s", "cpu", [made], {}).units == "images in [0, 1]"
     whitened = record("hinge", "", 0)
     whitened["config"]["data"]["preprocess"] = "gcn_zca"
-    assert sweep_figures.Study("s", "cpu", [whitened], {}).units == "whitened images"
-    assert sweep_figures.Study("s", "cpu", [made, whitened], {}).units == "images in [0, 1] and whitened images"
+    assert study_figures.Study("s", "cpu", [whitened], {}).units == "whitened images"
+    assert study_figures.Study("s", "cpu", [made, whitened], {}).units == "images in [0, 1] and whitened images"
 
 
 def test_the_caption_says_whether_all_models_know_the_image():
     x = torch.full((2, 1, 4, 4), 0.4)
     shown = {
-        str(v): sweep_images.attack(Bright(v), x, torch.tensor([0, 1]), config.EvaluationConfig()) for v in (0.5, 0.6)
+        str(v): study_images.attack(Bright(v), x, torch.tensor([0, 1]), config.EvaluationConfig()) for v in (0.5, 0.6)
     }
-    assert "all these networks classify correctly" in sweep_images._why(shown, 0, 0)
-    assert "all know none among the first 500" in sweep_images._why(shown, 1, 1)
+    assert "all these networks classify correctly" in study_images._why(shown, 0, 0)
+    assert "all know none among the first 500" in study_images._why(shown, 1, 1)
 
 
 def test_the_images_that_all_models_know_come_first_one_of_a_class():
     values = torch.tensor([0.1, 0.2, 0.55, 0.9, 0.8, 0.3])
     split = data.Split(values[:, None, None, None].expand(6, 1, 2, 2).clone(), torch.tensor([0, 0, 1, 1, 0, 1]))
-    assert sweep_images.chosen([Bright(0.5)], split).tolist() == [0, 2]
-    assert sweep_images.chosen([Bright(0.5), Bright(0.6)], split).tolist() == [0, 3]
+    assert study_images.chosen([Bright(0.5)], split).tolist() == [0, 2]
+    assert study_images.chosen([Bright(0.5), Bright(0.6)], split).tolist() == [0, 3]
     none = data.Split(split.images[:4], 1 - split.labels[:4])
-    assert sweep_images.chosen([Bright(0.5)], none).tolist() == [0, 2]  # where none is known, any
+    assert study_images.chosen([Bright(0.5)], none).tolist() == [0, 2]  # where none is known, any
 
 
 @pytest.fixture
@@ -222,7 +211,7 @@ def kept(tmp_path):
         (out / "records" / f"{made['cell']}.json").write_text(json.dumps(made))
     torch.manual_seed(0)
     description = {"name": "digits_cnn", "shape": [1, 8, 8], "classes": 10, "options": {}}
-    checkpoint.save_model(out / "cells" / "plain__seed0", models.build("digits_cnn", (1, 8, 8), 10), description)
+    models.save_model(out / "cells" / "plain__seed0", models.build("digits_cnn", (1, 8, 8), 10), description)
     rows = [{"model": "plain", "point": ""}, {"model": "hinge", "point": ""}]
     (out / "summary.json").write_text(json.dumps({"sweep": "own", "budget": "cpu", "rows": rows}))
     return out
@@ -236,9 +225,9 @@ def test_a_report_shows_attacked_images_of_the_weights_that_were_kept(kept, tmp_
     for number in (1, 2, 3):
         assert (tmp_path / "report" / "figures" / f"own_images_{number}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / "report" / "figures" / f"own_images_{number}.svg").read_text()
-    study = sweep_report.load(kept)
+    study = study_page.load(kept)
     assert study.models == ["plain", "hinge"]  # in the order of the summary, not of the files
-    assert list(sweep_images.networks(study, "")) == ["plain"]
+    assert list(study_images.networks(study, "")) == ["plain"]
 
 
 def test_without_weights_or_data_the_page_says_why_there_are_no_attacked_images(kept, tmp_path, capsys):
@@ -258,7 +247,7 @@ def test_without_weights_or_data_the_page_says_why_there_are_no_attacked_images(
 
 def test_the_shipped_sweep_of_distances_measures_them_at_every_epoch():
     for budget in ("full", "cpu", "quick"):
-        cells = sweep.read(sweep.shipped()["distances_mnist"], budget)
+        cells = sweeps.read(sweeps.shipped()["distances_mnist"], budget)
         assert {cell.config.training.distance_samples for cell in cells} == {256}
         assert [cell.model for cell in cells[:5]] == [
             "cross-entropy",

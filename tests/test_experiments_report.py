@@ -8,8 +8,10 @@ import re
 import pytest
 import yaml
 
-from margin_kernels.experiments import cli, figures, summary, sweep, sweep_figures, sweep_report
+from margin_kernels.experiments import cli, sweeps
 from margin_kernels.experiments.config import ConfigError
+from margin_kernels.experiments.report import figures, study_figures, study_page
+from margin_kernels.experiments.results import summary
 
 MODELS = {"plain": {}, "hinge": {"loss.kind": "hinge"}}
 NOISE = {
@@ -28,7 +30,7 @@ def record(model, point, seed, noise=None, clean=0.9, **evaluation):
     values = {} if noise is None else {"data.label_noise": noise}
     attacker = evaluation.pop("attacker", None)
     return {
-        "cell": sweep.cell_name(model, point, seed),
+        "cell": sweeps.cell_name(model, point, seed),
         "model_label": model,
         "point": point,
         "values": values,
@@ -90,17 +92,17 @@ def drawn_lines(figure_list, monkeypatch):
         figures.plt.close(figure)
         return figures.Figure(name, caption, "<svg/>", b"")
 
-    monkeypatch.setattr(sweep_figures, "draw", draw)
+    monkeypatch.setattr(study_figures, "draw", draw)
     list(figure_list())
     return seen
 
 
 def test_error_is_drawn_against_the_swept_value_with_published_marks(folder, monkeypatch):
-    study = sweep_report.load(folder, folder.parent / "sweep.yaml")
-    axis = sweep_figures.swept(study)
+    study = study_page.load(folder, folder.parent / "sweep.yaml")
+    axis = study_figures.swept(study)
     assert (axis.key, axis.logarithmic) == ("data.label_noise", False)
     error = next(m for m in summary.MEASURES if m.key == "error")
-    ((name, points, _, caption),) = drawn_lines(lambda: sweep_figures.against(study, error, axis), monkeypatch)
+    ((name, points, _, caption),) = drawn_lines(lambda: study_figures.against(study, error, axis), monkeypatch)
     assert name == "noise_sweep_error_label_noise"
     assert points["plain"] == [(0.0, 3.0), (40.0, 15.0)]
     assert points["hinge"] == [(0.0, 3.0), (40.0, 20.0)]
@@ -115,10 +117,10 @@ def test_training_fractions_are_drawn_on_a_logarithmic_axis(monkeypatch):
         made["values"] = {"data.train_fraction": fraction, "training.repeat": repeat}
         made["config"]["data"]["train_fraction"] = fraction
         records.append(made)
-    study = sweep_figures.Study("little", "cpu", records, {})
-    axis = sweep_figures.swept(study)
+    study = study_figures.Study("little", "cpu", records, {})
+    axis = study_figures.swept(study)
     margin = next(m for m in summary.MEASURES if m.key == "margin")
-    ((_, points, scale, _),) = drawn_lines(lambda: sweep_figures.against(study, margin, axis), monkeypatch)
+    ((_, points, scale, _),) = drawn_lines(lambda: study_figures.against(study, margin, axis), monkeypatch)
     assert scale == "log" and points["plain"] == [(0.125, 1.0), (100.0, 1.0)]
 
 
@@ -126,8 +128,8 @@ def test_points_that_differ_in_several_ways_are_no_axis():
     first, second = record("plain", "noise", 0, 0.8), record("plain", "few", 0)
     second["values"] = {"data.train_fraction": 0.1}
     first["config"]["data"]["train_fraction"], second["config"]["data"]["train_fraction"] = 1.0, 0.1
-    assert sweep_figures.swept(sweep_figures.Study("mixed", "cpu", [first, second], {})) is None
-    assert sweep_figures.swept(sweep_figures.Study("one", "cpu", [record("plain", "", 0)], {})) is None
+    assert study_figures.swept(study_figures.Study("mixed", "cpu", [first, second], {})) is None
+    assert study_figures.swept(study_figures.Study("one", "cpu", [record("plain", "", 0)], {})) is None
 
 
 def test_white_box_black_box_and_noise_curves_are_those_of_the_records(monkeypatch):
@@ -140,26 +142,26 @@ def test_white_box_black_box_and_noise_curves_are_those_of_the_records(monkeypat
     records[1]["evaluation"]["curves"] = {"fgsm_ce": [0.9, 0.7, 0.3]}
     for made, noise in zip(records, ([0.9, 0.8, 0.7], [0.9, 0.6, 0.5], [0.8, 0.8, 0.4]), strict=True):
         made["evaluation"]["noise"] = noise
-    study = sweep_figures.Study("attacks", "quick", records, {("plain", ""): {"black_box_fgsm_error": 33.0}})
-    white = drawn_lines(lambda: sweep_figures.curves(study, "", ""), monkeypatch)
+    study = study_figures.Study("attacks", "quick", records, {("plain", ""): {"black_box_fgsm_error": 33.0}})
+    white = drawn_lines(lambda: study_figures.curves(study, "", ""), monkeypatch)
     ((name, points, _, caption),) = white
     assert name == "attacks_fgsm_ce" and "1 to 2 seeds" in caption
     assert points["plain"] == [(0.0, 90), (0.1, 60), (0.2, 20)]
-    ((name, points, *_),) = drawn_lines(lambda: sweep_figures.curves(study, "", "black_box"), monkeypatch)
+    ((name, points, *_),) = drawn_lines(lambda: study_figures.curves(study, "", "black_box"), monkeypatch)
     assert name == "attacks_black_box_fgsm_ce"
     assert points["hinge"] == [(0.0, 80), (0.1, 75), (0.2, 70)]
     assert points["plain"] == [(0.0, 90), (0.1, 60), (0.2, 20)]  # the attacker: white box
     assert points["plain, published"] == [(0.1, 67.0)]
-    ((name, points, _, caption),) = drawn_lines(lambda: sweep_figures.curves(study, "", "reverse"), monkeypatch)
+    ((name, points, _, caption),) = drawn_lines(lambda: study_figures.curves(study, "", "reverse"), monkeypatch)
     assert name == "attacks_reverse_fgsm_ce" and "FGSM on cross-entropy, transferred to plain" in caption
     assert points["hinge"] == [(0.0, 90), (0.1, 85), (0.2, 65)]
     assert points["plain"] == [(0.0, 90), (0.1, 60), (0.2, 20)]  # its own: white box
     assert "plain, published" not in points
-    ((_, points, *_),) = drawn_lines(lambda: sweep_figures.noise(study, ""), monkeypatch)
+    ((_, points, *_),) = drawn_lines(lambda: study_figures.noise(study, ""), monkeypatch)
     assert points["plain"] == [(0.0, 90), (0.2, 70), (0.4, 60)]
     records[2]["evaluation"]["curve_eps"] = records[0]["evaluation"]["curve_eps"] = [0.0, 0.1]
-    short = sweep_figures.Study("attacks", "quick", [records[0]], {})
-    assert not drawn_lines(lambda: sweep_figures.curves(short, "", ""), monkeypatch)  # no curve
+    short = study_figures.Study("attacks", "quick", [records[0]], {})
+    assert not drawn_lines(lambda: study_figures.curves(short, "", ""), monkeypatch)  # no curve
 
 
 def test_a_table_like_sweep_is_drawn_by_model_with_all_published_marks(monkeypatch):
@@ -167,9 +169,9 @@ def test_a_table_like_sweep_is_drawn_by_model_with_all_published_marks(monkeypat
     records = [record("plain", "", 0, clean=0.9), record("hinge", "", 0, clean=0.8)]
     records.append(record("vat", "", 0, clean=None))
     marks = {("hinge", ""): {"error": 25.0}, ("vat", ""): {"error": 5.0}, ("[X] best", ""): {"error": 1.0}}
-    study = sweep_figures.Study("table", "cpu", records, marks)
+    study = study_figures.Study("table", "cpu", records, marks)
     error = next(m for m in summary.MEASURES if m.key == "error")
-    ((name, points, _, caption),) = drawn_lines(lambda: sweep_figures.by_model(study, error), monkeypatch)
+    ((name, points, _, caption),) = drawn_lines(lambda: study_figures.by_model(study, error), monkeypatch)
     assert name == "table_error" and "one run each; budget cpu, 1 seed" in caption
     assert points == {
         "ours": [(10.0, 0.0), (20.0, 1.0)],
@@ -179,20 +181,20 @@ def test_a_table_like_sweep_is_drawn_by_model_with_all_published_marks(monkeypat
 
 def test_many_models_are_drawn_beside_the_reference_a_few_at_a_time():
     names = [f"m{i}" for i in range(18)]
-    parts = sweep_figures.together(names)
+    parts = study_figures.together(names)
     assert [len(part) for part in parts] == [7, 7, 6] and all(part[0] == "m0" for part in parts)
     assert [name for part in parts for name in part[1:]] == names[1:]
-    assert sweep_figures.together(["a"]) == [["a"]] and sweep_figures.together(["a", "b"]) == [["a", "b"]]
+    assert study_figures.together(["a"]) == [["a"]] and study_figures.together(["a", "b"]) == [["a", "b"]]
 
 
 def test_ours_published_and_delta_are_in_printed_units(folder):
-    study = sweep_report.load(folder, folder.parent / "sweep.yaml")
-    rows = {(row["model"], row["measure"]): row for row in sweep_report.comparison(study)}
+    study = study_page.load(folder, folder.parent / "sweep.yaml")
+    rows = {(row["model"], row["measure"]): row for row in study_page.comparison(study)}
     assert rows["plain", "error"]["ours"] == pytest.approx(15.0) and rows["plain", "error"]["published"] == 12.5
     assert rows["plain", "error"]["delta"] == pytest.approx(2.5)
     assert rows["plain", "margin"]["ours"] == 1.5 and rows["plain", "margin"]["delta"] == 0
     assert rows["[X] best", "error"]["ours"] is None and rows["[X] best", "error"]["delta"] is None
-    table = sweep_report.published(list(rows.values()))
+    table = study_page.published(list(rows.values()))
     assert "<td>error %</td><td>15.00</td><td>12.5</td><td>+2.50</td>" in table
     assert "<td>[X] best / label_noise=0.0</td><td>error %</td><td>-</td><td>3</td><td>-</td>" in table
 
@@ -251,7 +253,7 @@ def test_published_values_of_nothing_are_refused_by_name(tmp_path, published, me
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({**NOISE, "published": published}))
     with pytest.raises(ConfigError, match=re.escape(message)):
-        sweep.read(path)
+        sweeps.read(path)
 
 
 def test_a_sweep_builds_on_another(tmp_path):
@@ -268,19 +270,19 @@ def test_a_sweep_builds_on_another(tmp_path):
     }
     own["models"] = {"hinge": {"optimiser.lr": 0.5}, "vat": {"loss.kind": "vat"}}
     child.write_text(yaml.safe_dump(own))
-    cells = sweep.read(child)
+    cells = sweeps.read(child)
     assert [cell.name for cell in cells] == [
         f"{model}__few__seed{seed}" for seed in (0, 1) for model in ("plain", "hinge", "vat")
     ]
     hinge = cells[1].config
     assert (hinge.loss.kind, hinge.optimiser.lr, hinge.loss.top_k, hinge.data.seed) == ("hinge", 0.5, 2, 5)
-    assert sweep.published(child) == {} and len(sweep.published(parent)) == 2
+    assert sweeps.published(child) == {} and len(sweeps.published(parent)) == 2
     child.write_text(yaml.safe_dump({"extends": str(child)}))
     with pytest.raises(ConfigError, match="extends: the file extends itself"):
-        sweep.read(child)
+        sweeps.read(child)
     child.write_text(yaml.safe_dump({"extends": "no_such"}))
     with pytest.raises(ConfigError, match="sweep no_such: no such file"):
-        sweep.read(child)
+        sweeps.read(child)
 
 
 def test_a_sweep_leaves_out_models_of_the_one_it_builds_on(tmp_path):
@@ -290,14 +292,14 @@ def test_a_sweep_leaves_out_models_of_the_one_it_builds_on(tmp_path):
 
     def read(**own):
         child.write_text(yaml.safe_dump({"extends": str(parent), **own}))
-        return [cell.name for cell in sweep.read(child)]
+        return [cell.name for cell in sweeps.read(child)]
 
     assert read(without=["margin*", "second"]) == ["plain__seed0"]
     # a label that is left out is free again: nothing of the extended sweep's model remains
     assert read(without=["margin l1"], models={"margin l1": {}}) == [
         f"{model}__seed0" for model in ("plain", "margin_l2", "second", "margin_l1")
     ]
-    assert next(cell for cell in sweep.read(child) if cell.model == "margin l1").config.loss.kind != "hinge"
+    assert next(cell for cell in sweeps.read(child) if cell.model == "margin l1").config.loss.kind != "hinge"
     with pytest.raises(ConfigError, match=r"models.second.after: unknown model above it 'margin l2'"):
         read(without=["margin*"])
     with pytest.raises(ConfigError, match="without: no model matches 'margn'; there are plain, margin l1, margin l2"):
@@ -306,4 +308,4 @@ def test_a_sweep_leaves_out_models_of_the_one_it_builds_on(tmp_path):
         read(without="plain")
     child.write_text(yaml.safe_dump({"base": {}, "models": models, "without": ["plain"]}))
     with pytest.raises(ConfigError, match="without: leaves out models of the sweep that `extends` names"):
-        sweep.read(child)
+        sweeps.read(child)

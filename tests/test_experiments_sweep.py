@@ -14,8 +14,10 @@ import time
 import pytest
 import yaml
 
-from margin_kernels.experiments import attacks, checkpoint, cli, data, models, summary, sweep
+from margin_kernels.experiments import cli, data, models, sweeps
 from margin_kernels.experiments.config import ConfigError
+from margin_kernels.experiments.evaluation import attacks
+from margin_kernels.experiments.results import summary
 
 EVALUATION = {
     "curve": [0.0, 0.1],
@@ -183,12 +185,12 @@ def test_cells_are_chosen_by_name_with_those_that_they_go_on_from(tmp_path):
     path = tmp_path / "chain.yaml"
     models = {"first": {}, "second": {"after": "first"}, "third": {"after": "second"}, "other": {}}
     path.write_text(yaml.safe_dump(changed(grid={}, seeds=[0, 1], budgets={}, models=models)))
-    every = sweep.read(path)
-    names = [cell.name for cell in sweep.chosen(every, ["second*seed1", "other__seed0"])]
+    every = sweeps.read(path)
+    names = [cell.name for cell in sweeps.chosen(every, ["second*seed1", "other__seed0"])]
     assert names == ["other__seed0", "first__seed1", "second__seed1"]
-    assert sweep.chosen(every, ["*"]) == every
+    assert sweeps.chosen(every, ["*"]) == every
     with pytest.raises(ConfigError, match=r"--cells fourth\*: no cell has such a name; --dry-run lists them"):
-        sweep.chosen(every, ["first*", "fourth*"])
+        sweeps.chosen(every, ["first*", "fourth*"])
 
 
 def test_a_killed_sweep_goes_on_from_records_and_checkpoints(tmp_path):
@@ -278,7 +280,7 @@ def test_a_model_can_go_on_from_the_weights_of_another(tmp_path):
     assert found["same__seed3"]["config"]["model"]["initial"] == "first__seed3"
     assert found["longer__seed3"]["evaluation"] != found["first__seed3"]["evaluation"]
     assert [folder.name for folder in (out / "cells").iterdir()] == ["first__seed3"]
-    assert checkpoint.load_model(out / "cells" / "first__seed3")[1]["name"] == "digits_cnn"
+    assert models.load_model(out / "cells" / "first__seed3")[1]["name"] == "digits_cnn"
     assert not (out / "cells" / "first__seed3" / "checkpoint.pt").exists()
 
 
@@ -301,7 +303,7 @@ def test_a_model_is_attacked_by_another_of_its_point_and_seed(tmp_path):
     assert not any(str(tmp_path) in file.read_text() for file in (out / "records").glob("*.json"))
     # only the attacker's weights were needed, and with them its accuracies can be had again
     assert [folder.name for folder in (out / "cells").iterdir()] == ["cross-entropy__seed0"]
-    model, _ = checkpoint.load_model(out / "cells" / "cross-entropy__seed0")
+    model, _ = models.load_model(out / "cells" / "cross-entropy__seed0")
     split = data.load("digits").test
     x, y = split.batch(slice(0, 40))
     images = attacks.fgsm(model, x, y, 0.1, "gap").images
@@ -315,16 +317,16 @@ def test_a_model_is_attacked_by_another_of_its_point_and_seed(tmp_path):
 
 
 def test_an_attacker_comes_first_and_with_the_cells_that_it_attacks(tmp_path):
-    cells = sweep.read(write(tmp_path, ATTACKED))
+    cells = sweeps.read(write(tmp_path, ATTACKED))
     assert [cell.needs for cell in cells] == [[], ["cross-entropy__seed0"]]
-    assert sweep.chosen(cells, ["hinge*"]) == cells
+    assert sweeps.chosen(cells, ["hinge*"]) == cells
     for labels, message in (
         (["hinge", "cross-entropy"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'"),
         (["hinge"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'; allowed: none"),
     ):
         content = {**ATTACKED, "models": {label: {} for label in labels}}
         with pytest.raises(ConfigError, match=message):
-            sweep.read(write(tmp_path, content))
+            sweeps.read(write(tmp_path, content))
 
 
 def test_another_evaluation_is_made_from_kept_weights_and_trains_nothing(tmp_path, capsys):
@@ -368,7 +370,7 @@ def test_another_evaluation_without_weights_is_refused(tiny, tmp_path, capsys):
 def test_weights_are_kept_on_request(tmp_path):
     one = changed(models={"only": {}}, grid={}, seeds=[0])
     assert run(write(tmp_path, one), tmp_path / "out", "--keep-weights", "--budget", "quick") == 0
-    model, description = checkpoint.load_model(tmp_path / "out" / "cells" / "only__seed0")
+    model, description = models.load_model(tmp_path / "out" / "cells" / "only__seed0")
     assert description["name"] == "digits_cnn" and not model.training
 
 
@@ -380,7 +382,7 @@ def test_points_budgets_and_seed_keys_decide_the_configs(tmp_path):
         budgets={"cpu": {"training.batch_size": 16, "seeds": [5, 6], "grid": {"loss.gamma": [1.0]}}},
     )
     path = write(tmp_path, content)
-    cells = sweep.read(path)
+    cells = sweeps.read(path)
     assert [cell.name for cell in cells[:4]] == [
         "cross-entropy__few_label_noise=0.0__seed4",
         "hinge__few_label_noise=0.0__seed4",
@@ -391,17 +393,17 @@ def test_points_budgets_and_seed_keys_decide_the_configs(tmp_path):
     first, last = cells[0].config, cells[-1].config
     assert (first.data.train_fraction, first.training.epochs, first.training.seed, first.data.seed) == (0.1, 9, 4, 0)
     assert (last.data.label_noise, last.training.epochs, last.training.batch_size) == (0.4, 2, 64)
-    cpu = sweep.read(path, "cpu")
+    cpu = sweeps.read(path, "cpu")
     assert [cell.seed for cell in cpu] == [5] * 4 + [6] * 4 and cpu[0].config.training.batch_size == 16
     assert cpu[0].values == {"data.train_fraction": 0.1, "training.epochs": 9, "loss.gamma": 1.0}
 
 
 def test_a_point_may_have_seeds_of_its_own(tmp_path):
     points = [{"label": "all", "seeds": [0]}, {"label": "few", "data.train_fraction": 0.1}]
-    cells = sweep.read(write(tmp_path, changed(models={"a": {}}, grid={}, points=points, seeds=[0, 7])))
+    cells = sweeps.read(write(tmp_path, changed(models={"a": {}}, grid={}, points=points, seeds=[0, 7])))
     assert [cell.name for cell in cells] == ["a__all__seed0", "a__few__seed0", "a__few__seed7"]
     with pytest.raises(ConfigError, match=r"points\[0\].seeds is \['x'\]; a list of integers is expected"):
-        sweep.read(write(tmp_path, changed(points=[{"seeds": ["x"]}])))
+        sweeps.read(write(tmp_path, changed(points=[{"seeds": ["x"]}])))
 
 
 @pytest.mark.parametrize(
@@ -433,13 +435,13 @@ def test_a_point_may_have_seeds_of_its_own(tmp_path):
 )
 def test_what_does_not_fit_is_refused_by_name_before_anything_runs(tmp_path, keys, message):
     with pytest.raises(ConfigError, match=message):
-        sweep.read(write(tmp_path, changed(**keys)))
+        sweeps.read(write(tmp_path, changed(**keys)))
 
 
 def test_unknown_names_and_impossible_options_are_refused(tmp_path, capsys):
     path = write(tmp_path, TINY)
     with pytest.raises(ConfigError, match=r"--budget: unknown budget 'quik'; did you mean quick"):
-        sweep.read(path, "quik")
+        sweeps.read(path, "quik")
     assert cli.main(["sweep", "no_such_sweep"]) == 1
     assert "no such file, and not one of the shipped sweeps" in capsys.readouterr().err
     assert run(path, tmp_path, "--jobs", "0") == 1
@@ -470,12 +472,12 @@ def test_one_seed_has_a_mean_and_no_std():
     assert summary.cell(summary.MEASURES[0], row) == "25.00"
 
 
-@pytest.mark.parametrize("name", sorted(sweep.shipped()))
+@pytest.mark.parametrize("name", sorted(sweeps.shipped()))
 def test_shipped_sweeps_read_and_build(name):
-    path = sweep.shipped()[name]
+    path = sweeps.shipped()[name]
     assert path.read_text().startswith("# ")
     for budget in ("quick", "cpu", "full"):
-        cells = sweep.read(path, budget)
+        cells = sweeps.read(path, budget)
         assert cells and len({cell.name for cell in cells}) == len(cells)
         for label in {cell.config.model.name for cell in cells}:
             models.build(label, (1, 28, 28), 10)

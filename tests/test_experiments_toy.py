@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from margin_kernels.experiments import cli, toy
-from margin_kernels.experiments.zero_set import distances, zero_set
+from margin_kernels.experiments import cli
+from margin_kernels.experiments.demo import plane
+from margin_kernels.experiments.demo.zero_set import distances, zero_set
 
 CORNERS = torch.tensor([[side * x, y] for side in (-1.0, 1.0) for x in (1.0, 3.0) for y in (-2.0, 2.0)])
 
@@ -38,27 +39,27 @@ def diamond():
 
 
 def test_the_points_fill_two_rectangles_which_are_two_apart():
-    x, y = toy.rectangles(5000, seed=3)
+    x, y = plane.rectangles(5000, seed=3)
     assert x.shape == (10000, 2) and int(y.sum()) == 5000
     for label, (low, high) in enumerate([(-3.0, -1.0), (1.0, 3.0)]):
         own = x[y == label]
         assert own[:, 0].min() >= low and own[:, 0].max() <= high and own[:, 1].abs().max() <= 2
         assert torch.allclose(own.mean(0), torch.tensor([(low + high) / 2, 0.0]), atol=0.05)
         assert torch.allclose(own.var(0), torch.tensor([4 / 12, 16 / 12]), atol=0.05)
-    assert 1 <= toy.attainable(x, y) < 1.01
-    assert torch.equal(toy.rectangles(5000, 3)[0], x) and not torch.equal(toy.rectangles(5000, 4)[0], x)
+    assert 1 <= plane.attainable(x, y) < 1.01
+    assert torch.equal(plane.rectangles(5000, 3)[0], x) and not torch.equal(plane.rectangles(5000, 4)[0], x)
 
 
 def test_the_best_linear_margin_of_the_rectangles_is_one():
     """Over all directions and offsets, at the corners of the rectangles."""
     y = (CORNERS[:, 0] > 0).long()
-    assert toy.attainable(CORNERS, y) == 1.0
+    assert plane.attainable(CORNERS, y) == 1.0
     best = {}
     for angle in np.linspace(-math.pi / 2, math.pi / 2, 181):
         projected = CORNERS.numpy() @ np.array([math.cos(angle), math.sin(angle)])
         best[angle] = (projected[y == 1].min() - projected[y == 0].max()) / 2
     assert max(best.values()) == pytest.approx(1.0, abs=1e-12) and max(best, key=best.get) == pytest.approx(0)
-    found = toy.measure(linear((5.0, 0.0), 0.0), CORNERS, y)
+    found = plane.measure(linear((5.0, 0.0), 0.0), CORNERS, y)
     assert found["margin"] == pytest.approx(1.0, abs=1e-12)
     assert found["deepfool"] == pytest.approx(1.02, abs=1e-3)  # its overshoot
 
@@ -84,7 +85,7 @@ def test_the_distance_to_a_diamond_is_the_closed_form():
 @pytest.mark.parametrize("seed", range(3))
 def test_between_a_point_and_its_distance_nothing_changes_sign_and_just_behind_it_does(seed):
     torch.manual_seed(seed)
-    model = toy.NETWORKS["ReLU 2-16-16-2"]().double()
+    model = plane.NETWORKS["ReLU 2-16-16-2"]().double()
     with torch.no_grad():
         for layer in model[::2]:  # type: ignore[attr-defined]
             layer.weight.mul_(3)  # so that the boundary bends
@@ -107,11 +108,11 @@ def test_between_a_point_and_its_distance_nothing_changes_sign_and_just_behind_i
 
 
 def test_a_network_without_a_boundary_has_no_margin_and_misclassified_points_a_negative_one():
-    x, y = toy.rectangles(20, seed=0)
-    nowhere = toy.measure(linear((0.0, 0.0), 1.0), x, y)
+    x, y = plane.rectangles(20, seed=0)
+    nowhere = plane.measure(linear((0.0, 0.0), 1.0), x, y)
     assert nowhere["margin"] is None and nowhere["boundary"] == []
     assert nowhere["deepfool"] is None and nowhere["deepfool_missed"] == 40
-    wrong = toy.measure(linear((-1.0, 0.0), 0.0), x, y)
+    wrong = plane.measure(linear((-1.0, 0.0), 0.0), x, y)
     assert wrong["margin"] == pytest.approx(-float(x[:, 0].abs().max())) and wrong["deepfool"] < -2.5
     assert len(zero_set(linear((1.0, 0.0), -20.0), 12)) == 0  # beyond the box
     with pytest.raises(ValueError, match="a layer Tanh; allowed: Linear, ReLU"):
@@ -127,39 +128,39 @@ def test_a_network_that_is_flat_at_the_data_deceives_deepfool_and_not_the_margin
         head = nn.Linear(3, 2)
         head.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [0.01, 1.0, -1.0]]))
         head.bias.copy_(torch.tensor([0.0, -0.6]))
-    x, y = toy.rectangles(50, seed=0)
-    found = toy.measure(nn.Sequential(hidden, nn.ReLU(), head), x, y)
+    x, y = plane.rectangles(50, seed=0)
+    found = plane.measure(nn.Sequential(hidden, nn.ReLU(), head), x, y)
     assert 0.9 < found["margin"] < 1.1 and found["deepfool_training"] > 20
 
 
 def test_every_loss_moves_every_weight_of_the_relu_network():
-    x, y = toy.rectangles(10, seed=0)
-    for label, loss in toy.LOSSES.items():
+    x, y = plane.rectangles(10, seed=0)
+    for label, loss in plane.LOSSES.items():
         torch.manual_seed(0)
-        model = toy.NETWORKS["ReLU 2-16-16-2"]()
+        model = plane.NETWORKS["ReLU 2-16-16-2"]()
         before = [w.clone() for w in model.parameters()]
-        toy.train(model, loss, x, y, epochs=3, seed=0)
+        plane.train(model, loss, x, y, epochs=3, seed=0)
         for old, new in zip(before, model.parameters(), strict=True):
             assert new.isfinite().all() and not torch.equal(old, new), label
 
 
 def test_a_quick_run_leaves_a_record_and_a_figure(tmp_path, capsys, monkeypatch):
     labels = ["cross-entropy", "MIN EXP, envelope"]
-    monkeypatch.setattr(toy, "LOSSES", {label: toy.LOSSES[label] for label in labels})
+    monkeypatch.setattr(plane, "LOSSES", {label: plane.LOSSES[label] for label in labels})
     assert cli.main(["toy", "--quick", "--out", str(tmp_path), "--seed", "5"]) == 0
     record = json.loads((tmp_path / "toy.json").read_text())
-    assert [(m["network"], m["model"]) for m in record["models"]] == [(n, m) for n in toy.NETWORKS for m in labels]
-    assert record["epochs"] == toy.QUICK and record["epochs_of_the_paper"] == 1000 and record["versions"]["torch"]
+    assert [(m["network"], m["model"]) for m in record["models"]] == [(n, m) for n in plane.NETWORKS for m in labels]
+    assert record["epochs"] == plane.QUICK and record["epochs_of_the_paper"] == 1000 and record["versions"]["torch"]
     assert record["seeds"] == {"weights and order": 5, "training points": 5, "test points": 6}
     assert record["losses"]["MIN EXP, envelope"]["gradient"] == "envelope"
-    x, y = toy.rectangles(200, 5)
-    assert record["attainable_margin"] == toy.attainable(x, y) >= 1
+    x, y = plane.rectangles(200, 5)
+    assert record["attainable_margin"] == plane.attainable(x, y) >= 1
     for model in record["models"]:
         assert model["train_error"] == model["test_error"] == 0 and 0.3 < model["margin"] <= record["attainable_margin"]
         again = distances(x.double().numpy(), np.array(model["boundary"]))
         assert again.min() == pytest.approx(model["margin"], abs=1e-4)
     assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "toy.svg").read_text()
-    assert toy.figure(record).svg == (tmp_path / "toy.svg").read_text()  # the record is enough to draw it
+    assert plane.figure(record).svg == (tmp_path / "toy.svg").read_text()  # the record is enough to draw it
     assert "MIN EXP, envelope" in capsys.readouterr().out
     assert cli.main(["toy", "--epochs", "0", "--out", str(tmp_path)]) == 1
     assert "--epochs is 0; allowed: at least 1" in capsys.readouterr().err

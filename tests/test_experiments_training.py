@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import margin_kernels as mk
-from margin_kernels.experiments import attacks, checkpoint, config, data, models, objectives, records
+from margin_kernels.experiments import config, data, models, objectives
 from margin_kernels.experiments.data import Dataset, Split
+from margin_kernels.experiments.evaluation import attacks
+from margin_kernels.experiments.results import files
 from margin_kernels.experiments.training import Trainer, TrainingError, build_optimiser, learning_rate
 
 
@@ -82,7 +84,7 @@ def test_two_epochs_resume_and_two_more_are_bitwise_four(digits, tmp_path, argum
     assert torch.equal(weights(straight), weights(second))
     assert without_time(straight.history) == without_time(second.history)
     assert not torch.equal(weights(first), weights(second))
-    loaded, _ = checkpoint.load_model(tmp_path)
+    loaded, _ = models.load_model(tmp_path)
     assert torch.equal(torch.cat([p.flatten() for p in loaded.parameters()]), weights(second))
 
 
@@ -222,7 +224,7 @@ def test_records_hold_every_epoch_the_config_and_no_path(digits, tmp_path):
 def test_resume_refuses_another_config_and_a_broken_file(digits, tmp_path):
     Trainer(settings(), digits, tmp_path).run(until=1)
     other = Trainer(settings("--optimiser.lr", "0.5", "--training.seed", "3"), digits, tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"other settings \(optimiser.lr, training.seed\)"):
+    with pytest.raises(models.CheckpointError, match=r"other settings \(optimiser.lr, training.seed\)"):
         other.resume()
     path = tmp_path / "checkpoint.pt"
     state = torch.load(path, weights_only=True)
@@ -232,28 +234,28 @@ def test_resume_refuses_another_config_and_a_broken_file(digits, tmp_path):
     same.resume()
     assert same.epoch == 1
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoint.pt: not a readable checkpoint"):
+    with pytest.raises(models.CheckpointError, match=r"checkpoint.pt: not a readable checkpoint"):
         Trainer(settings(), digits, tmp_path).resume()
     path.unlink()
-    with pytest.raises(checkpoint.CheckpointError, match="nothing to resume"):
+    with pytest.raises(models.CheckpointError, match="nothing to resume"):
         Trainer(settings(), digits, tmp_path).resume()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
-    records.write_text(path, "old")
+    files.write_text(path, "old")
 
     def fail(file):
         file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        records.write_atomic(path, fail)
+        files.write_atomic(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_json_holds_no_nan(tmp_path):
-    records.write_json(tmp_path / "x.json", {"a": [1.0, math.nan], "b": {"c": math.inf}})
+    files.write_json(tmp_path / "x.json", {"a": [1.0, math.nan], "b": {"c": math.inf}})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1.0, None], "b": {"c": None}}
 
 
@@ -429,7 +431,7 @@ def test_a_centred_run_keeps_the_mean_of_its_training_images(digits, tmp_path):
     mean = digits.train.images.double().mean(0)
     torch.testing.assert_close(trainer.model.center.mean.double(), mean, atol=1e-7, rtol=0)
     trainer.run(until=1)
-    loaded, description = checkpoint.load_model(tmp_path)
+    loaded, description = models.load_model(tmp_path)
     assert torch.equal(loaded.center.mean, trainer.model.center.mean) and description["options"]["center"] is True
     x = digits.test.batch(slice(0, 7))[0]
     assert torch.equal(loaded(x), trainer.model.eval()(x))

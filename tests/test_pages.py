@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from margin_kernels.experiments import summary
+from margin_kernels.experiments.results import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")

@@ -18,12 +18,15 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
 
-from ..deepfool import deepfool
-from . import attacks, checkpoint, config, data
-from .config import DataConfig, EvaluationConfig
+from margin_kernels import deepfool
+
+from .. import config, data
+from ..config import DataConfig, EvaluationConfig
+from ..evaluation import attacks
+from ..models import load_model
+from ..results import Record
 from .figures import Figure, draw_panels
-from .summary import Record
-from .sweep_figures import Study, place, slug
+from .study_figures import Study, place, slug
 
 ROWS = 8  # models at most
 IMAGES = 3  # figures for each point
@@ -87,7 +90,7 @@ def folder_of(study: Study, record: Record) -> Path:
 
 def figures(study: Study, point: str, records: dict[str, Record], dataset: data.Dataset) -> list[Figure]:
     """A figure for each of the chosen images."""
-    models = {label: checkpoint.load_model(folder_of(study, record))[0] for label, record in records.items()}
+    models = {label: load_model(folder_of(study, record))[0] for label, record in records.items()}
     first = next(iter(records.values()))
     settings = config.from_dict(first["config"]).evaluation
     indices = chosen(list(models.values()), dataset.test)

@@ -1,7 +1,7 @@
 """Sweeps as one page: index.html (self-contained), results.csv, results.json, figures/*.png and *.svg.
 
 For each sweep: means and standard deviations over the seeds, published values beside ours with the difference, every
-figure of sweep_figures.py, sweep_distances.py and sweep_images.py, and how it was run.
+figure of study_figures.py, study_distances.py and study_images.py, and how it was run.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import report, summary, sweep, sweep_distances, sweep_figures, sweep_images
+from .. import sweeps
+from ..results import MEASURES, Record, summary, write_csv, write_json, write_text
+from . import page, study_distances, study_figures, study_images
 from .figures import Figure
-from .records import write_csv, write_json, write_text
-from .summary import MEASURES, Record
-from .sweep_figures import Study
+from .study_figures import Study
 
 
 def is_sweep(folder: Path) -> bool:
@@ -36,9 +36,9 @@ def load(folder: Path, file: Path | None = None) -> Study:
     said = json.loads(about.read_text()) if about.is_file() else {}
     name, budget = said.get("sweep") or folder.name, said.get("budget") or "unknown"
     if file is None:
-        file = sweep.shipped().get(name)
+        file = sweeps.shipped().get(name)
     rows = said.get("rows") or []  # in the order of a file that is not there
-    labels = ([row[key] for row in rows] for key in ("model", "point")) if file is None else sweep.labels(file)
+    labels = ([row[key] for row in rows] for key in ("model", "point")) if file is None else sweeps.labels(file)
     models, points = ({label: i for i, label in enumerate(dict.fromkeys(found))} for found in labels)
     end = len(models) + len(points)  # what the file no longer has comes last
     records.sort(key=lambda r: (points.get(r["point"], end), models.get(r["model_label"], end), r["seed"]))
@@ -47,7 +47,7 @@ def load(folder: Path, file: Path | None = None) -> Study:
     done = {(record["model_label"], record["point"]) for record in records}
     values = {
         (model, point): value
-        for (model, point), value in sweep.published(file).items()
+        for (model, point), value in sweeps.published(file).items()
         if (model, point) in done or (model.startswith("[") and any(point == at for _, at in done))
     }
     return Study(name, budget, records, values, folder)
@@ -65,9 +65,9 @@ def distinct(studies: list[Study], folders: list[Path]) -> list[Study]:
 def write(folder: Path, studies: list[Study], title: str, data_dir: str | None = None) -> Path:
     """Writes everything into `folder` and returns the page's path. `data_dir`: where the test images are, for those
     that are shown attacked."""
-    images = {study.name: sweep_images.all_figures(study, data_dir) for study in studies}
+    images = {study.name: study_images.all_figures(study, data_dir) for study in studies}
     drawn = {
-        study.name: {**sweep_figures.all_figures(study), **sweep_distances.all_figures(study), **images[study.name][0]}
+        study.name: {**study_figures.all_figures(study), **study_distances.all_figures(study), **images[study.name][0]}
         for study in studies
     }
     rows = {study.name: summary.rows(study.records) for study in studies}
@@ -81,12 +81,12 @@ def write(folder: Path, studies: list[Study], title: str, data_dir: str | None =
     for groups in drawn.values():
         for figures in groups.values():
             for figure in figures:
-                report.write_bytes(folder / "figures" / f"{figure.name}.png", figure.png)
+                page.write_bytes(folder / "figures" / f"{figure.name}.png", figure.png)
                 write_text(folder / "figures" / f"{figure.name}.svg", figure.svg)
     body = [f"<h1>{html.escape(title)}</h1>"]
     for study in studies:
         body += section(study, drawn[study.name], images[study.name][1])
-    write_text(folder / "index.html", report.document(html.escape(title), body))
+    write_text(folder / "index.html", page.document(html.escape(title), body))
     return folder / "index.html"
 
 
@@ -103,14 +103,14 @@ def section(study: Study, groups: dict[str, list[Figure]], note: str) -> list[st
     if options:
         body += ["<h3>Chosen on the validation images</h3>", chosen(options)]
     for heading, figures in groups.items():
-        body += [f"<h3>{html.escape(heading)}</h3>", *report.gallery(figures)]
+        body += [f"<h3>{html.escape(heading)}</h3>", *page.gallery(figures)]
     if note:
         body.append(f"<p>{html.escape(note)}</p>")
-    body += ["<h3>How it was run</h3>", report.facts(facts(study))]
+    body += ["<h3>How it was run</h3>", page.facts(facts(study))]
     for model in study.models:
         first = next(record for record in study.records if record["model_label"] == model)
         label = ", ".join(filter(None, (model, first["point"])))
-        body.append(report.config_of({"label": label, "config": first["config"]}))
+        body.append(page.config_of({"label": label, "config": first["config"]}))
     return body
 
 
@@ -164,7 +164,7 @@ def choices(study: Study) -> list[dict[str, Any]]:
     result: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in study.records:
         options = [
-            {"setting": sweep.words(option["values"]), **{k: option[k] for k in ("validation_accuracy", "chosen")}}
+            {"setting": sweeps.words(option["values"]), **{k: option[k] for k in ("validation_accuracy", "chosen")}}
             for option in record.get("choice", [])
         ]
         result[record["model_label"], record["point"]] = options

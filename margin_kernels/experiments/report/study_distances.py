@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from . import histogram
+from ..evaluation import histogram
+from ..results import Record
 from .figures import COLOURS, STYLES, Figure, asinh_axis, draw, draw_panels
-from .summary import Record
-from .sweep_figures import Study, finish, mean_words, pages, place, slug
+from .study_figures import Study, finish, mean_words, pages, place, slug
 from .table import norm_name
 
 DENSITIES = {

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import margin_kernels as mk
 
-from . import checkpoint, models, objectives
-from .attacks import eval_mode
-from .config import Config, LossConfig, complete, exponent, to_dict, to_yaml
-from .data import Dataset, Split, augmented
-from .distance import median_distance, signed_distance, tap_names
-from .records import flatten, machine, versions, write_csv, write_json, write_text
+from .. import models, objectives
+from ..config import Config, LossConfig, complete, exponent, to_dict, to_yaml
+from ..data import Dataset, augmented
+from ..evaluation import accuracy, median_distance, signed_distance, tap_names
+from ..results import flatten, machine, versions, write_csv, write_json, write_text
+from .checkpoint import load_state, save_state
 
 MEDIAN_SAMPLES = 1000  # training images by which loss.gamma_unit "median" goes
 # What may differ between a run and its resumption without changing what is computed up to the epoch reached.
@@ -166,7 +166,7 @@ class Trainer:
 
     def _start_from(self, folder: Path) -> None:
         """The weights of another run, which must have trained the same network."""
-        model, description = checkpoint.load_model(folder)
+        model, description = models.load_model(folder)
         if description != self.description:
             raise ValueError(f"model.initial: {folder} holds {description}, and this run trains {self.description}")
         self.model.load_state_dict(model.state_dict())
@@ -203,7 +203,7 @@ class Trainer:
         if self.writer is not None:
             self.writer.flush()
         if self.folder is not None:
-            checkpoint.save_model(self.folder, self.model, self.description)
+            models.save_model(self.folder, self.model, self.description)
         return self.history
 
     def _batches(self) -> Iterator[Tensor]:
@@ -293,7 +293,7 @@ class Trainer:
             return
         write_csv(self.folder / "metrics.csv", [row(item) for item in self.history])
         write_json(self.folder / "run.json", self.summary())
-        checkpoint.save_state(self.folder, self.state())
+        save_state(self.folder, self.state())
 
     def summary(self) -> dict[str, Any]:
         """Everything about the run but its weights."""
@@ -329,10 +329,10 @@ class Trainer:
         runs."""
         if self.folder is None:
             raise ValueError("resume needs the folder of the run")
-        state = checkpoint.load_state(self.folder)
+        state = load_state(self.folder)
         changed = [key for key in differing(complete(state["config"]), to_dict(self.config)) if key not in RESUMABLE]
         if changed:
-            raise checkpoint.CheckpointError(
+            raise models.CheckpointError(
                 f"{self.folder}: the checkpoint was written with other settings ({', '.join(changed)}); "
                 "resume with the same config, or start anew without --resume."
             )
@@ -357,15 +357,6 @@ class Trainer:
                 "training.tensorboard is set, but tensorboard is not installed: pip install tensorboard"
             ) from error
         return SummaryWriter(str(self.folder / "tensorboard"))
-
-
-def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu", batch_size: int = 1000) -> float:
-    """Share of `split` whose largest logit is the label, in eval mode."""
-    hits = 0
-    with eval_mode(model), torch.no_grad():
-        for x, y in split.batches(batch_size, device):
-            hits += int((model(x).argmax(1) == y).sum())
-    return hits / len(split)
 
 
 def row(record: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One cell of a sweep in a process of its own: python -m margin_kernels.experiments.cell FOLDER
+"""One cell of a sweep in a process of its own: python -m margin_kernels.experiments.sweeps.worker FOLDER
 
 FOLDER/job.json says what to train and where the record goes. Training continues from FOLDER/checkpoint.pt where a
 killed process has left one. The record is written at the end, atomically: a record that exists is complete. A cell that
@@ -23,13 +23,13 @@ import torch
 
 from margin_kernels.memory import keep_freed_memory
 
-from . import checkpoint, config, data, models
-from .config import Config, LossConfig
-from .evaluate import evaluate, time_steps
-from .records import write_json
-from .training import Trainer, TrainingError, resolve_device
+from .. import config, data, models
+from ..config import Config, LossConfig
+from ..evaluation import evaluate
+from ..results import write_json
+from ..training import Trainer, TrainingError, resolve_device, time_steps
 
-EXPECTED = (config.ConfigError, data.DataError, checkpoint.CheckpointError, TrainingError, ValueError)
+EXPECTED = (config.ConfigError, data.DataError, models.CheckpointError, TrainingError, ValueError)
 
 
 def run(folder: Path) -> None:
@@ -54,7 +54,7 @@ def run(folder: Path) -> None:
     if job["candidate"]:
         write_json(path, record)
         return
-    model, _ = checkpoint.load_model(folder)
+    model, _ = models.load_model(folder)
     device = resolve_device(settings.training.device)
     hidden = models.hidden_taps(settings.model.name)
     start = time.perf_counter()

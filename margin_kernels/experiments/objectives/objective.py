@@ -26,9 +26,8 @@ from torch.nn import functional as F
 
 import margin_kernels as mk
 
-from . import attacks
-from .attacks import logit_gap
-from .config import AdversarialTrainingConfig, LossConfig, VirtualAdversarialConfig, exponent
+from ..config import AdversarialTrainingConfig, LossConfig, VirtualAdversarialConfig, exponent
+from ..evaluation import attacks, logit_gap
 
 
 def hinge(logits: Tensor, target: Tensor) -> Tensor:

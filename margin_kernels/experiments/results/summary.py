@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from .records import write_csv, write_json
+from .files import write_csv, write_json
 
 Record = dict[str, Any]
 

@@ -29,12 +29,10 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from . import summary
-from .config import complete, to_dict
-from .progress import Meter
-from .records import finite, write_json
-from .sweep import Cell, Option
-from .training import RESUMABLE, differing
+from ..config import complete, to_dict
+from ..results import finite, summary, write_json
+from ..training import RESUMABLE, Meter, differing
+from .file import Cell, Option
 
 TRAINED = 0.9  # share of a cell that counts as done when its epochs are
 
@@ -232,7 +230,7 @@ class Runner:
         if self.trained(cell):
             self.needed.add(cell.name)  # weights that were kept stay
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-        command = [sys.executable, "-m", "margin_kernels.experiments.cell", str(folder)]
+        command = [sys.executable, "-m", "margin_kernels.experiments.sweeps.worker", str(folder)]
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 

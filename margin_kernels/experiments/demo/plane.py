@@ -29,11 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..deepfool import deepfool
-from . import figures, objectives, report
-from .config import AdversarialConfig, LossConfig
-from .progress import Meter
-from .records import machine, versions, write_json, write_text
+from margin_kernels import deepfool
+
+from .. import objectives
+from ..config import AdversarialConfig, LossConfig
+from ..report import figures, write_bytes
+from ..results import machine, versions, write_json, write_text
+from ..training import Meter
 from .zero_set import distances, zero_set
 
 EPOCHS, QUICK = 1000, 4  # of the paper, and of --quick
@@ -188,7 +190,7 @@ def write(folder: Path, record: dict[str, Any]) -> None:
     drawn = figure(record)
     write_json(folder / "toy.json", record)
     write_text(folder / "toy.svg", drawn.svg)
-    report.write_bytes(folder / "toy.png", drawn.png)
+    write_bytes(folder / "toy.png", drawn.png)
 
 
 def show(console: Console, record: dict[str, Any]) -> None:

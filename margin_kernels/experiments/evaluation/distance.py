@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import margin_kernels as mk
 
+from ..data import Split
 from .attacks import eval_mode
-from .data import Split
 
 
 def tap_names(hidden: tuple[str, ...]) -> tuple[str, ...]:

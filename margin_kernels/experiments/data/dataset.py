@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import DataConfig
 from . import cifar, idx
-from .config import DataConfig
 from .idx import DataError
 from .whitening import Whitening
-
-__all__ = ["DATASETS", "DataError", "Dataset", "Split", "augmented", "flip_labels", "load", "of"]
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 PREPROCESSING = {"none": "images in [0, 1]", "gcn_zca": "whitened images"}  # and the words for their units

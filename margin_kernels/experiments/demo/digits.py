@@ -25,9 +25,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import data, report, table
-from .attacks import eval_mode, ifgsm
-from .config import (
+from .. import data
+from ..config import (
     AdversarialConfig,
     Config,
     EvaluationConfig,
@@ -40,11 +39,10 @@ from .config import (
     TrainingConfig,
     to_dict,
 )
-from .distance import signed_distance
-from .evaluate import evaluate, time_steps
-from .progress import Meter
-from .records import machine, versions
-from .training import Trainer, accuracy
+from ..evaluation import accuracy, eval_mode, evaluate, ifgsm, signed_distance
+from ..report import page, table
+from ..results import machine, versions
+from ..training import Meter, Trainer, time_steps
 
 NORMS = ("1", "2", "inf")
 TUNED = (*(f"l{norm} margin" for norm in NORMS), "sensitivity", "adversarial", "1-to-N")
@@ -243,8 +241,8 @@ def _run(folder: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any
     }
     show_tuning(console, tuning)
     table.show(console, models, f"Test split, {len(dataset.test)} images, seed {seed}")
-    page = report.write(folder, results)
-    console.print(f"{seconds:.0f} s. Open {page}", highlight=False, soft_wrap=True)
+    html = page.write(folder, results)
+    console.print(f"{seconds:.0f} s. Open {html}", highlight=False, soft_wrap=True)
     return results
 
 
@@ -303,7 +301,7 @@ def show_tuning(console: Console, rows: list[dict[str, Any]]) -> None:
     shown = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = [key for key in rows[0] if key != "chosen"]
     for column in columns:
-        width = max(len(column), *(len(report.tuning_cell(row[column])) for row in rows))
+        width = max(len(column), *(len(page.tuning_cell(row[column])) for row in rows))
         shown.add_column(
             column,
             justify="left" if column in ("loss", "value") else "right",
@@ -312,5 +310,5 @@ def show_tuning(console: Console, rows: list[dict[str, Any]]) -> None:
             max_width=26 if column == "gamma per tap" else width,
         )
     for row in rows:
-        shown.add_row(*(report.tuning_cell(row[column]) for column in columns), style="bold" if row["chosen"] else "")
+        shown.add_row(*(page.tuning_cell(row[column]) for column in columns), style="bold" if row["chosen"] else "")
     console.print(shown)

@@ -16,11 +16,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from . import summary
-from .data import units
-from .evaluate import METHODS
+from ..data import units
+from ..evaluation import METHODS
+from ..results import MEASURES, Measure, Record, summary
 from .figures import COLOURS, MARKERS, STYLES, Figure, draw
-from .summary import MEASURES, Measure, Record
 
 TOGETHER = 6  # models in one figure beside the reference
 CURVE = 3  # radii that make a curve

@@ -39,9 +39,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from . import config, models, objectives
-from .config import Config, ConfigError, to_dict
-from .summary import MEASURES
+from .. import config, models, objectives
+from ..config import Config, ConfigError, to_dict
+from ..results import MEASURES
 
 KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published", "extends", "without")
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
@@ -83,7 +83,7 @@ class Cell:
 
 def shipped() -> dict[str, Path]:
     """The sweep files that come with the package, by name."""
-    return config.shipped("sweeps")
+    return config.yaml_files("sweeps")
 
 
 def find(name: str) -> Path:

@@ -370,9 +370,14 @@ class ConfigError(ValueError):
     names."""
 
 
-def shipped(kind: str = "configs") -> dict[str, Path]:
-    """The config files, or the `sweeps`, that come with the package, by name."""
-    folder = Path(str(resources.files("margin_kernels.experiments") / kind))
+def shipped() -> dict[str, Path]:
+    """The config files that come with the package, by name."""
+    return yaml_files("config")
+
+
+def yaml_files(room: str) -> dict[str, Path]:
+    """The YAML files in the folder `shipped` of a room of the experiments, by name."""
+    folder = Path(str(resources.files("margin_kernels.experiments") / room / "shipped"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -27,11 +27,12 @@ from rich.console import Console
 from margin_kernels import LargeMarginLoss, MarginTask
 from margin_kernels.memory import keep_freed_memory
 
-from . import checkpoint, config, data, models, records, report, summary, sweep, sweep_report, sweep_run, table
-from .config import Config, ConfigError
-from .evaluate import evaluate, time_steps
-from .progress import Meter
-from .training import Trainer, TrainingError, resolve_device
+from .. import config, data, models, sweeps
+from ..config import Config, ConfigError
+from ..evaluation import evaluate
+from ..report import page, study_page, table
+from ..results import machine, summary, versions, write_json
+from ..training import Meter, Trainer, TrainingError, resolve_device, time_steps
 
 USAGE = """usage: margin-kernels COMMAND [options]
 
@@ -49,7 +50,7 @@ margin-kernels COMMAND --help says more.
 """
 
 # Mistakes of the caller: their message is the whole answer, a traceback would hide it.
-EXPECTED = (ConfigError, data.DataError, checkpoint.CheckpointError, TrainingError, ValueError)
+EXPECTED = (ConfigError, data.DataError, models.CheckpointError, TrainingError, ValueError)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,7 +125,7 @@ def evaluate_runs(arguments: list[str]) -> int:
                 base = replace(settings, loss=config.LossConfig())
                 timed = time_steps(base, {settings.name: settings}, dataset, settings.evaluation.timing_repeats)
                 evaluation["timing"] = timed[settings.name]
-            records.write_json(folder / "evaluation.json", evaluation)
+            write_json(folder / "evaluation.json", evaluation)
     compared = [read_model(folder) for folder in options.runs]
     table.show(console, compared, "Test split")
     console.print(f"next: margin-kernels report {' '.join(map(str, options.runs))} --out report", highlight=False)
@@ -135,7 +136,7 @@ def read_config(folder: Path, options: argparse.Namespace) -> Config:
     """A run's config with the options of the command line applied."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise checkpoint.CheckpointError(f"{path}: missing; {folder} is not the folder of a training run")
+        raise models.CheckpointError(f"{path}: missing; {folder} is not the folder of a training run")
     settings = config.parse(["--config", str(path)])
     if options.data_dir is not None:
         settings = replace(settings, data=replace(settings.data, dir=options.data_dir))
@@ -147,7 +148,7 @@ def read_config(folder: Path, options: argparse.Namespace) -> Config:
 
 def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: Meter) -> dict[str, Any]:
     """Evaluates the network of one run on the test split."""
-    model, _ = checkpoint.load_model(folder)
+    model, _ = models.load_model(folder)
     device = resolve_device(settings.training.device)
     hidden = models.hidden_taps(settings.model.name)
     result = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, meter.advance)
@@ -195,7 +196,7 @@ def make_report(arguments: list[str]) -> int:
         "--data-dir", default=None, help="of sweeps with kept weights: folder of the data files, for attacked images"
     )
     options = parser.parse_args(arguments)
-    if any(map(sweep_report.is_sweep, options.runs)):
+    if any(map(study_page.is_sweep, options.runs)):
         return report_sweeps(options)
     compared = [read_model(folder) for folder in options.runs]
     first = compared[0].pop("run")
@@ -210,25 +211,25 @@ def make_report(arguments: list[str]) -> int:
     }
     console = Console()
     table.show(console, compared, title)
-    page = report.write(options.out, results)
-    console.print(f"open {page}", highlight=False, soft_wrap=True)
+    html = page.write(options.out, results)
+    console.print(f"open {html}", highlight=False, soft_wrap=True)
     return 0
 
 
 def report_sweeps(options: argparse.Namespace) -> int:
     """One page of the sweeps whose folders are given."""
     for folder in options.runs:
-        if not sweep_report.is_sweep(folder):
+        if not study_page.is_sweep(folder):
             raise ValueError(f"{folder} is not the folder of a sweep, others are: report runs and sweeps separately")
-    file = None if options.sweep is None else sweep.find(options.sweep)
-    studies = sweep_report.distinct([sweep_report.load(folder, file) for folder in options.runs], options.runs)
+    file = None if options.sweep is None else sweeps.find(options.sweep)
+    studies = study_page.distinct([study_page.load(folder, file) for folder in options.runs], options.runs)
     console = Console()
     for study in studies:
         summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
     names = ", ".join(study.name.replace("_", " ") for study in studies)
     title = options.title or (names if len(studies) < 3 else f"{len(studies)} sweeps")
-    page = sweep_report.write(options.out, studies, title, options.data_dir)
-    console.print(f"open {page}", highlight=False, soft_wrap=True)
+    html = study_page.write(options.out, studies, title, options.data_dir)
+    console.print(f"open {html}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -252,7 +253,7 @@ def run_sweep(arguments: list[str]) -> int:
         description="Trains and evaluates every cell of a sweep file. Finished cells are never repeated: the same "
         "command continues a sweep that was stopped.",
     )
-    parser.add_argument("sweep", help=f"a YAML file, or one of {', '.join(sweep.shipped())}")
+    parser.add_argument("sweep", help=f"a YAML file, or one of {', '.join(sweeps.shipped())}")
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: sweeps/NAME)")
     parser.add_argument("--budget", default="full", help="quick, cpu, full: what the file offers (default: full)")
@@ -272,15 +273,15 @@ def run_sweep(arguments: list[str]) -> int:
     for name in ("jobs", "threads"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}; allowed: at least 1")
-    path = sweep.find(options.sweep)
-    every = sweep.read(path, options.budget)
-    cells = sweep.chosen(every, options.cells)
+    path = sweeps.find(options.sweep)
+    every = sweeps.read(path, options.budget)
+    cells = sweeps.chosen(every, options.cells)
     out = options.out or Path("sweeps") / path.stem
     console = Console()
-    how = sweep_run.Options(
+    how = sweeps.Options(
         options.data_dir, options.jobs, options.threads, options.device, keep_weights=options.keep_weights
     )
-    runner = sweep_run.Runner(cells, out, how, console)
+    runner = sweeps.Runner(cells, out, how, console)
     if options.dry_run:
         states = [runner.state(cell) for cell in cells]
         for cell, state in zip(cells, states, strict=True):
@@ -306,21 +307,21 @@ def run_sweep(arguments: list[str]) -> int:
 
 
 def run_demo(arguments: list[str]) -> int:
-    from . import demo
+    from ..demo import digits
 
-    parser = argparse.ArgumentParser(prog="margin-kernels demo", description=demo.__doc__)
+    parser = argparse.ArgumentParser(prog="margin-kernels demo", description=digits.__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
     parser.add_argument(
         "--quick", action="store_true", help="fewer epochs and values of gamma: shows that everything works"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    demo.run(options.out, quick=options.quick, seed=options.seed)
+    digits.run(options.out, quick=options.quick, seed=options.seed)
     return 0
 
 
 def run_toy(arguments: list[str]) -> int:
-    from . import toy
+    from ..demo import plane
 
     parser = argparse.ArgumentParser(
         prog="margin-kernels toy",
@@ -329,15 +330,15 @@ def run_toy(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("toy"), help="folder of toy.json, toy.png and toy.svg")
     parser.add_argument(
-        "--epochs", type=int, default=toy.EPOCHS, help=f"at least 1 (default: {toy.EPOCHS}, as in the paper)"
+        "--epochs", type=int, default=plane.EPOCHS, help=f"at least 1 (default: {plane.EPOCHS}, as in the paper)"
     )
-    parser.add_argument("--quick", action="store_true", help=f"{toy.QUICK} epochs: shows that everything works")
+    parser.add_argument("--quick", action="store_true", help=f"{plane.QUICK} epochs: shows that everything works")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    epochs = toy.QUICK if options.quick else options.epochs
+    epochs = plane.QUICK if options.quick else options.epochs
     if epochs < 1:
         raise ValueError(f"--epochs is {epochs}; allowed: at least 1")
-    toy.run(options.out, epochs, options.seed)
+    plane.run(options.out, epochs, options.seed)
     return 0
 
 
@@ -390,11 +391,11 @@ def info(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="margin-kernels info", description="What is installed and what runs here.")
     parser.parse_args(arguments)
     console = Console()
-    for name, value in {**records.versions(), **records.machine()}.items():
+    for name, value in {**versions(), **machine()}.items():
         console.print(f"{name:15} {value}", highlight=False, markup=False)
     console.print(f"{'cuda devices':15} {torch.cuda.device_count()}", highlight=False)
     console.print(f"{'configs':15} {', '.join(config.shipped())}", highlight=False)
-    console.print(f"{'sweeps':15} {', '.join(sweep.shipped())}", highlight=False)
+    console.print(f"{'sweeps':15} {', '.join(sweeps.shipped())}", highlight=False)
     return 0
 
 

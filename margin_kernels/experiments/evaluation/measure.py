@@ -17,22 +17,20 @@ Attacked and noisy images are clipped to [0, 1], whitened ones are not.
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..deepfool import deepfool
-from . import attacks, checkpoint, histogram
-from .config import Config, EvaluationConfig, exponent
-from .data import Dataset, Split
+from margin_kernels import deepfool
+
+from ..config import EvaluationConfig, exponent
+from ..data import Split
+from ..models import load_model
+from . import attacks, histogram
 from .distance import signed_distance, tap_names
-from .training import Trainer, accuracy
 
 METHODS = ("fgsm", "ifgsm")
 SIDES = ("black_box", "reverse")  # with an attacker: attacked by it, and attacking it
@@ -184,7 +182,7 @@ def under_noise(
 def load_attacker(folder: Path, split: Split, device: torch.device | str = "cpu") -> nn.Module:
     """The network of evaluation.attacker. Raises CheckpointError where the folder holds none, ValueError where it
     takes other images."""
-    model, description = checkpoint.load_model(folder)
+    model, description = load_model(folder)
     preprocess = description.get("preprocess", "none")
     if preprocess != split.preprocess:
         raise ValueError(
@@ -241,40 +239,10 @@ def boundary_norms(
     }
 
 
-def time_steps(
-    baseline: Config, configs: dict[str, Config], dataset: Dataset, repeats: int
-) -> dict[str, dict[str, float]]:
-    """Milliseconds per training step of each config and the ratio to `baseline`'s, interleaved pair by pair.
-
-    ratio = median over repeats of (time of a step) / (time of the baseline's step just before it): what slows the
-    machine for a while slows both. Fresh networks, one fixed batch, three steps of each beforehand.
-    """
-    reference = Trainer(baseline, dataset)
-    batch = torch.arange(min(baseline.training.batch_size, len(dataset.train)))
-    results = {}
-    for name, config in configs.items():
-        trainer = Trainer(_of_its_own_loss(config), dataset)
-        for _ in range(3):
-            reference.step(batch)
-            trainer.step(batch)
-        pairs = [(_seconds(reference, batch), _seconds(trainer, batch)) for _ in range(repeats)]
-        results[name] = {
-            "ms_per_step": 1000 * statistics.median(own for _, own in pairs),
-            "baseline_ms_per_step": 1000 * statistics.median(base for base, _ in pairs),
-            "ratio": statistics.median(own / base for base, own in pairs),
-        }
-    return results
-
-
-def _of_its_own_loss(config: Config) -> Config:
-    """The config whose steps are of its own loss from the first one on."""
-    return replace(config, loss=replace(config.loss, cross_entropy_epochs=0, gamma_unit="absolute"))
-
-
-def _seconds(trainer: Trainer, batch: Tensor) -> float:
-    """Wall clock of one step; Trainer.step reads the loss, so it ends when the device has finished."""
-    start = time.perf_counter()
-    trainer.step(batch)
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
-    return time.perf_counter() - start
+def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu", batch_size: int = 1000) -> float:
+    """Share of `split` whose largest logit is the label, in eval mode."""
+    hits = 0
+    with attacks.eval_mode(model), torch.no_grad():
+        for x, y in split.batches(batch_size, device):
+            hits += int((model(x).argmax(1) == y).sum())
+    return hits / len(split)

@@ -11,9 +11,9 @@ import html
 from pathlib import Path
 from typing import Any
 
+from ..results import write_atomic, write_csv, write_json, write_text
 from . import table
 from .figures import Figure, all_figures
-from .records import write_atomic, write_csv, write_json, write_text
 
 STYLE = """
 :root { color-scheme: light; }

@@ -1,0 +1,5 @@
+"""The command line `margin-kernels`."""
+
+from .commands import main
+
+__all__ = ["main"]

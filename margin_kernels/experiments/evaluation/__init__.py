@@ -1,0 +1,21 @@
+"""What a trained network is worth: accuracy, attacks, distances to the decision boundary."""
+
+from . import attacks, histogram
+from .attacks import eval_mode, ifgsm, logit_gap
+from .distance import median_distance, signed_distance, tap_names
+from .measure import METHODS, SIDES, accuracy, evaluate
+
+__all__ = [
+    "METHODS",
+    "SIDES",
+    "accuracy",
+    "attacks",
+    "eval_mode",
+    "evaluate",
+    "histogram",
+    "ifgsm",
+    "logit_gap",
+    "median_distance",
+    "signed_distance",
+    "tap_names",
+]

@@ -1,0 +1,18 @@
+"""Networks by name, and trained ones as files."""
+
+from .networks import MODELS, Center, build, default_shape, has_norm, hidden_taps, normalisation, wide_resnet
+from .saved import CheckpointError, load_model, save_model
+
+__all__ = [
+    "MODELS",
+    "Center",
+    "CheckpointError",
+    "build",
+    "default_shape",
+    "has_norm",
+    "hidden_taps",
+    "load_model",
+    "normalisation",
+    "save_model",
+    "wide_resnet",
+]

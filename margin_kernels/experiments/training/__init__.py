@@ -1,0 +1,17 @@
+"""The training loop, its checkpoints and its progress, and what a step costs."""
+
+from .progress import Meter
+from .timing import time_steps
+from .trainer import RESUMABLE, Trainer, TrainingError, build_optimiser, differing, learning_rate, resolve_device
+
+__all__ = [
+    "RESUMABLE",
+    "Meter",
+    "Trainer",
+    "TrainingError",
+    "build_optimiser",
+    "differing",
+    "learning_rate",
+    "resolve_device",
+    "time_steps",
+]
