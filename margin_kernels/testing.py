@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .triton import INTERPRETED
+from .triton.interpreter import INTERPRETED
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,5 +1,7 @@
 """Each op has its room in every layer, under the same stem, and no layer has a room of no op."""
 
+import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -86,10 +88,71 @@ def test_only_the_bindings_know_python():
             assert "Python.h" not in text and "pybind" not in text and "torch/extension.h" not in text, path
 
 
-def test_nothing_above_the_experiments_imports_them():
-    package = ROOT / "margin_kernels"
-    for path in package.rglob("*.py"):
-        if "experiments" not in path.parts:
-            text = path.read_text()
-            assert "import experiments" not in text and "from .experiments" not in text, path
-            assert "margin_kernels.experiments" not in text, path
+PACKAGE = ROOT / "margin_kernels"
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+# From above to below: a file imports from its own room and from those to the right of it.
+ORDER = ("experiments", "task", "losses", "deepfool", "gradients", "functional", "backends", "triton", "reference")
+
+
+def imported(name: str) -> set[str]:
+    """The files of the package that a file imports, at its top or inside a function."""
+    path = FILES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, (above, node.module)))
+            found |= {full if (full := f"{base}.{alias.name}") in FILES else base for alias in node.names}
+    return (found & FILES.keys()) - {name}
+
+
+IMPORTS = {name: imported(name) for name in FILES}
+
+
+def room(name: str, depth: int = 1) -> str:
+    return ".".join(name.split(".")[1 : 1 + depth])
+
+
+def test_the_imports_are_read_as_they_stand():
+    assert IMPORTS["margin_kernels.functional"] >= {"margin_kernels.backends", "margin_kernels.checks"}
+    assert "margin_kernels.triton.ops" in IMPORTS["margin_kernels.triton"]  # inside a function
+    assert "margin_kernels.experiments.evaluation.attacks" in IMPORTS["margin_kernels.experiments.evaluation"]
+    assert "margin_kernels" in IMPORTS["margin_kernels.experiments.training.trainer"]
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    assert len(list(graphlib.TopologicalSorter(IMPORTS).static_order())) == len(FILES)
+
+
+def test_no_room_of_the_experiments_imports_itself_by_way_of_others():
+    rooms: dict[str, set[str]] = {}
+    for name, found in IMPORTS.items():
+        if room(name) == "experiments":
+            inside = {room(other, 2) for other in found if other.startswith("margin_kernels.experiments.")}
+            rooms.setdefault(room(name, 2), set()).update(inside - {room(name, 2)})
+    folders = {f"experiments.{path.name}" for path in (PACKAGE / "experiments").iterdir() if path.suffix != ".py"}
+    assert rooms.keys() - {"experiments"} == folders - {"experiments.__pycache__"}
+    assert list(graphlib.TopologicalSorter(rooms).static_order())[-1] == "experiments.cli"
+
+
+def test_dependencies_point_one_way():
+    wrong = [
+        f"{name} imports {other}"
+        for name, found in IMPORTS.items()
+        for other in found
+        if room(name) in ORDER and room(other) in ORDER and ORDER.index(room(name)) > ORDER.index(room(other))
+    ]
+    assert not wrong
+    above = {name for name, found in IMPORTS.items() if "margin_kernels" in found}
+    assert {room(name) for name in above} == {"experiments"}  # what users import is for users
+
+
+def test_nothing_below_the_experiments_imports_them():
+    for name, found in IMPORTS.items():
+        assert room(name) == "experiments" or not any(room(other) == "experiments" for other in found), name

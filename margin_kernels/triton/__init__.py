@@ -4,7 +4,6 @@ Nothing here imports triton before a Triton kernel is asked for: it takes as lon
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
@@ -13,12 +12,10 @@ import torch
 from torch import Tensor
 
 from ..tracing import tracing
+from .interpreter import INTERPRETED
 
 OPS = ("competitors", "dual_norm", "row_distance", "margin_hinge", "one_to_n", "deepfool_step")
 OLDEST = (3, 6)
-
-# Triton reads TRITON_INTERPRET when it is imported: set later, it would change nothing.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _why_not_installed() -> str | None:

@@ -22,7 +22,8 @@ from triton.runtime.driver import driver
 
 from ..reference.margin_hinge import AGGREGATIONS
 from ..testing import sample_gradients
-from . import INTERPRETED, ops
+from . import ops
+from .interpreter import INTERPRETED
 
 CAPABILITY = 90
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from . import INTERPRETED
+from .interpreter import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _UP = tl.constexpr(2.0**64)
