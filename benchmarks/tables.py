@@ -3,8 +3,8 @@
     python benchmarks/tables.py            prints all tables under their names
     python benchmarks/tables.py --write    puts them into the pages, between `<!-- table NAME -->` and `<!-- /table -->`
 
-`<!-- table papers/SWEEP error margin -->` is a sweep's table of these measures, `choices` in their place what its
-models have chosen on validation images. A test holds the pages to the results.
+`<!-- table papers/SWEEP error deepfool_norm -->` is a sweep's table of these measures, `choices` in their place what
+its models have chosen on validation images. A test holds the pages to the results.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from margin_kernels.experiments import sweeps
-from margin_kernels.experiments.results import MEASURES
+from margin_kernels.experiments.results import MEASURES, RECORDS, Records
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = (RESULTS.parents[1] / "README.md", RESULTS / "README.md", RESULTS / "papers" / "README.md")
@@ -238,10 +238,10 @@ COLUMNS = {  # measure of a summary -> heading, factor, digits
     "ifgsm_gap_error": ("IFGSM gap error %", 100, 1),
     "black_box_fgsm_error": ("black box FGSM error %", 100, 1),
     "black_box_ifgsm_gap_error": ("black box IFGSM gap error %", 100, 1),
-    "margin": ("margin", 1, 2),
+    "deepfool_norm": ("margin", 1, 2),
     "rho_adv": ("10 rho_adv", 10, 2),
 }
-SHOWN = ("error", "fgsm_error", "ifgsm_gap_error", "margin", "rho_adv")
+SHOWN = ("error", "fgsm_error", "ifgsm_gap_error", "deepfool_norm", "rho_adv")
 
 
 def published(folder: str) -> tuple[str, dict[str, str]]:
@@ -303,17 +303,15 @@ def choices(folder: Path) -> str:
     """What each model of a sweep has chosen at each point, among what, and the validation accuracy of it, %."""
     rows: dict[str, dict[str, str]] = {}
     among: dict[str, str] = {}
-    for path in sorted((folder / "records").glob("*.json")):
-        record = json.loads(path.read_text())
-        best = next(option for option in record["choice"] if option["chosen"])
+    for record in sorted(Records(folder / RECORDS).all(), key=lambda record: record.cell):
+        best = next(tried for tried in record.choice if tried.chosen)
         values: dict[str, list[str]] = {}
-        for option in record["choice"]:
-            for key, value in option["values"].items():
+        for tried in record.choice:
+            for key, value in tried.values.items():
                 values.setdefault(key.rsplit(".", 1)[-1], []).append(f"{value}")
-        model = record["model_label"]
-        among[model] = "; ".join(f"{key} {', '.join(dict.fromkeys(found))}" for key, found in values.items())
-        chosen = ", ".join(f"{value}" for value in best["values"].values())
-        rows.setdefault(model, {})[record["point"]] = f"{chosen} ({100 * best['validation_accuracy']:.1f})"
+        among[record.model] = "; ".join(f"{key} {', '.join(dict.fromkeys(found))}" for key, found in values.items())
+        chosen = ", ".join(f"{value}" for value in best.values.values())
+        rows.setdefault(record.model, {})[record.point] = f"{chosen} ({100 * best.validation_accuracy:.1f})"
     order = list(csv.DictReader((folder / "summary.csv").open()))
     points = list(dict.fromkeys(row["point"] for row in order))
     models = list(dict.fromkeys(row["model"] for row in order))
@@ -348,7 +346,7 @@ def robustness(path: Path) -> str:
         shares = [f"{100 * float(row[name]):.1f}" for name in percent]
         zero = f"{100 * float(row['zero_ce']):.1f} / {100 * float(row['zero_gap']):.1f}"
         ratio = f"{float(row['ratio']):.1f}" if row.get("ratio") else "-"
-        rows.append([row["model"], *shares, zero, f"{float(row['deepfool']):.2f}", ratio])
+        rows.append([row["model"], *shares, zero, f"{float(row['deepfool_norm_correct']):.2f}", ratio])
     head = ["loss", "clean %", "FGSM on CE", "FGSM on gap", "IFGSM on CE", "IFGSM on gap", "zero gradients %"]
     return table([*head, "DeepFool l2", "step to CE"], rows)
 

@@ -1,4 +1,4 @@
-"""DeepFool: the distance to the nearest decision boundary by repeated linearisation ([D], [A],
+"""DeepFool: the distance to the nearest decision boundary by repeated linearisation ([Y], [A],
 Moosavi-Dezfooli 2016).
 
 At x + Delta, for each candidate class j and reference class r:   gap_j = z_j - z_r,   w_j = grad_x gap_j

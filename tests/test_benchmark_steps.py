@@ -61,11 +61,3 @@ def test_what_cannot_be_compiled_says_so() -> None:
     reasons = {name: loss for name, loss in of.items() if isinstance(loss, str)}
     assert all("activation gradients" in reason for reason in reasons.values())
     assert reasons.keys() == {name for name in of if "baseline" in name and "1-to-N" not in name}
-
-
-def test_bench_runs_the_script_of_the_checkout(capfd) -> None:
-    pytest.importorskip("jsonargparse")
-    from margin_kernels.experiments import cli
-
-    assert cli.main(["bench", "--help"]) == 0
-    assert "--networks" in capfd.readouterr().out

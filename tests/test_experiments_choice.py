@@ -3,6 +3,7 @@
 import json
 import shutil
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_experiments_sweep import EVALUATION, TINY, changed, records, run, writ
 
 from margin_kernels.experiments import cli, sweeps
 from margin_kernels.experiments.config import ConfigError
+from margin_kernels.experiments.results import Records, Tried
 
 FAST, SLOW = 0.003, 1e-5
 CHOICE = changed(
@@ -35,7 +37,7 @@ def finished(tmp_path_factory):
 
 
 def candidates(out):
-    return {path.stem: json.loads(path.read_text()) for path in (out / "candidates").glob("*.json")}
+    return {record.cell: record for record in Records(out / "candidates.jsonl").all()}
 
 
 def test_the_best_on_validation_images_is_taken_and_only_it_is_evaluated(finished):
@@ -43,25 +45,22 @@ def test_the_best_on_validation_images_is_taken_and_only_it_is_evaluated(finishe
     found, tried = records(out), candidates(out)
     assert set(found) == {f"{model}__seed{s}" for model in ("plain", "tuned", "fixed", "second") for s in (0, 1)}
     assert set(tried) == {f"tuned_lr={lr}__seed{s}" for lr in (SLOW, FAST) for s in (0, 1)}
-    assert not any("evaluation" in record for record in tried.values())
+    assert all(record.evaluation is None for record in tried.values())
 
     def mean(lr):
-        return statistics.fmean(tried[f"tuned_lr={lr}__seed{s}"]["history"][-1]["validation_accuracy"] for s in (0, 1))
+        return statistics.fmean(tried[f"tuned_lr={lr}__seed{s}"].history[-1]["validation_accuracy"] for s in (0, 1))
 
     assert mean(FAST) > mean(SLOW) + 0.1
     for seed in (0, 1):
         tuned, fixed = found[f"tuned__seed{seed}"], found[f"fixed__seed{seed}"]
-        assert tuned["choice"] == [
-            {"values": {"optimiser.lr": lr}, "validation_accuracy": mean(lr), "chosen": lr == FAST, "seeds": [0, 1]}
-            for lr in (SLOW, FAST)
-        ]
+        assert tuned.choice == [Tried({"optimiser.lr": lr}, mean(lr), lr == FAST, [0, 1]) for lr in (SLOW, FAST)]
         # all but the name is what a model with this setting would have
-        assert tuned["evaluation"] == fixed["evaluation"] and "black_box" in tuned["evaluation"]
-        assert tuned["config"] | {"name": ""} == fixed["config"] | {"name": ""}
-        weights = tried[f"tuned_lr={SLOW}__seed{seed}"]["seconds"]
-        assert tuned["seconds"]["choice"] == weights["training"] and set(weights) == {"training"}
-        assert found[f"second__seed{seed}"]["evaluation"]["fgsm_gap"] == tuned["evaluation"]["fgsm_gap"]
-        assert found[f"second__seed{seed}"]["config"]["model"]["initial"] == f"tuned__seed{seed}"
+        assert tuned.evaluation == fixed.evaluation and "black_box" in tuned.evaluation
+        assert replace(tuned.config, name="") == replace(fixed.config, name="")
+        weights = tried[f"tuned_lr={SLOW}__seed{seed}"].seconds
+        assert tuned.seconds["choice"] == weights["training"] and set(weights) == {"training"}
+        assert found[f"second__seed{seed}"].evaluation["fgsm_gap"] == tuned.evaluation["fgsm_gap"]
+        assert found[f"second__seed{seed}"].after == f"tuned__seed{seed}"
     # weights are left of what another cell needs
     kept = {f"{model}__seed{seed}" for model in ("plain", "tuned") for seed in (0, 1)}
     assert {folder.name for folder in (out / "cells").iterdir()} == kept
@@ -71,11 +70,11 @@ def test_a_choice_that_was_made_stands_without_its_candidates(finished, tmp_path
     path, out = finished
     again = tmp_path / "again"
     shutil.copytree(out, again)
-    shutil.rmtree(again / "candidates")
+    (again / "candidates.jsonl").unlink()
     assert run(path, again, "--dry-run") == 0
     assert "12 cells, 12 finished, 0 to do" in capsys.readouterr().out
     assert run(path, again) == 0
-    assert not (again / "candidates").exists() and records(again) == records(out)
+    assert not (again / "candidates.jsonl").exists() and records(again) == records(out)
 
 
 def test_a_choice_among_other_values_is_refused(finished, tmp_path, capsys):
@@ -84,7 +83,7 @@ def test_a_choice_among_other_values_is_refused(finished, tmp_path, capsys):
     for other in ({"models": models}, {"seeds": [0, 1, 2]}, {"seeds": [0]}):
         assert run(write(tmp_path, {**CHOICE, **other}), out) == 1
         error = capsys.readouterr().err
-        assert "was chosen among other values or by other seeds: choose another --out, or delete the file" in error
+        assert "was chosen among other values or by other seeds: choose another --out, or delete its line" in error
 
 
 def test_another_evaluation_of_what_was_chosen_needs_only_its_weights(finished, tmp_path):
@@ -96,9 +95,9 @@ def test_another_evaluation_of_what_was_chosen_needs_only_its_weights(finished, 
     assert run(write(tmp_path, {**CHOICE, "base": base, "models": models}), again) == 0
     for seed in (0, 1):
         before, after = (records(folder)[f"tuned__seed{seed}"] for folder in (out, again))
-        assert (before["evaluation"]["eps"], after["evaluation"]["eps"]) == (0.1, 0.05)
-        assert after["choice"] == before["choice"] and after["history"] == before["history"]
-        assert after["evaluation"]["fgsm_gap"] > before["evaluation"]["fgsm_gap"]
+        assert (before.evaluation["eps"], after.evaluation["eps"]) == (0.1, 0.05)
+        assert after.choice == before.choice and after.history == before.history
+        assert after.evaluation["fgsm_gap"] > before.evaluation["fgsm_gap"]
 
 
 def test_a_report_shows_what_was_chosen_among_what(finished, tmp_path):
@@ -125,7 +124,7 @@ def test_several_keys_are_chosen_together_and_all_seeds_take_part(tmp_path):
     last = cells["a_lr=0.2_dropout=0.5__seed4"]
     assert last.candidate and (last.config.optimiser.lr, last.config.model.dropout) == (0.2, 0.5)
     assert last.needs == [] and len(tuned.needs) == 8
-    assert len(sweeps.chosen(list(cells.values()), ["a__seed3"])) == 9
+    assert len(sweeps.select(list(cells.values()), ["a__seed3"])) == 9
 
 
 @pytest.mark.parametrize(

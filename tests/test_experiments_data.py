@@ -254,7 +254,7 @@ def test_an_unzipped_real_file_passes_by_content_and_a_changed_one_does_not(tmp_
 
 def test_fashion_files_are_not_taken_for_digits():
     with pytest.raises(DataError, match="this is the file of fashion_mnist"):
-        idx.load("mnist", real("fashion_mnist"))
+        idx.load_idx("mnist", real("fashion_mnist"))
 
 
 def test_the_real_cifar_archive_passes_its_checksums():

@@ -16,6 +16,7 @@ from margin_kernels.experiments.data import Split
 from margin_kernels.experiments.demo import digits
 from margin_kernels.experiments.evaluation import measure, signed_distance
 from margin_kernels.experiments.report import figures, page, table
+from margin_kernels.experiments.results import SINGLE_SAMPLES, Run, merged
 from margin_kernels.experiments.training import Trainer, time_steps
 
 SMALL = EvaluationConfig(
@@ -33,6 +34,12 @@ class Linear(nn.Module):
 
     def forward(self, x):
         return self.head(self.flatten(x))
+
+
+def compared(evaluation, label="a"):
+    """A network of a report with nothing but its measurements."""
+    run = Run(config=config.Config(), network={}, parameters=1, versions={}, machine={}, history=[])
+    return table.Compared(label, run, evaluation)
 
 
 @pytest.fixture
@@ -89,17 +96,17 @@ def test_deepfool_norms_count_only_what_is_classified_correctly(linear):
     norms = measure.boundary_norms(model, split, SMALL)
     right = model(split.images).argmax(1) == split.labels
     distance = exact(model, split, 2)[right]
-    assert norms["deepfool"] == pytest.approx(float((1.02 * (distance + 1e-4)).mean()), rel=1e-4)
+    assert norms["deepfool_norm_correct"] == pytest.approx(float((1.02 * (distance + 1e-4)).mean()), rel=1e-4)
     ratio = 1.02 * (distance + 1e-4) / split.images[right].flatten(1).norm(dim=1)
     assert norms["rho_adv"] == pytest.approx(float(ratio.mean()), rel=1e-4)
     assert norms["deepfool_missed"] == 0
     everything = 1.02 * (exact(model, split, 2).abs() + 1e-4)  # a wrong sample too has a way to another class
     wrong = ~right
     assert 0 < int(wrong.sum()) < len(split)
-    signed = torch.tensor(norms["margins"])
+    signed = torch.tensor(norms["deepfool_norms"])
     assert torch.equal(signed < 0, wrong)
     torch.testing.assert_close(signed[right], everything[right], rtol=1e-4, atol=0)
-    assert norms["margin"] == pytest.approx(float(signed.abs().mean()), rel=1e-4)
+    assert norms["deepfool_norm"] == pytest.approx(float(signed.abs().mean()), rel=1e-4)
 
 
 def test_a_misclassified_sample_counts_by_its_distance_to_another_prediction():
@@ -109,21 +116,21 @@ def test_a_misclassified_sample_counts_by_its_distance_to_another_prediction():
     split = Split(torch.tensor([[0.5, 0.2], [0.25, 0.0]]).view(2, 1, 1, 2), torch.tensor([0, 1]))
     norms = measure.boundary_norms(model, split, SMALL)
     first, second = (1.02 * (distance + 1e-4) for distance in (0.5, 0.25))
-    assert norms["margins"] == pytest.approx([first, -second], rel=1e-4)
-    assert norms["margin"] == pytest.approx((first + second) / 2, rel=1e-4)
-    assert norms["deepfool"] == pytest.approx(first, rel=1e-4)
+    assert norms["deepfool_norms"] == pytest.approx([first, -second], rel=1e-4)
+    assert norms["deepfool_norm"] == pytest.approx((first + second) / 2, rel=1e-4)
+    assert norms["deepfool_norm_correct"] == pytest.approx(first, rel=1e-4)
 
 
 def test_deepfool_steps_can_be_limited(linear):
     """A linear classifier is crossed in one step of the length of the distance, or in several shorter ones."""
     model, split = linear
     free = measure.boundary_norms(model, split, SMALL)
-    limit = statistics.median(abs(margin) for margin in free["margins"]) / 3
+    limit = statistics.median(abs(margin) for margin in free["deepfool_norms"]) / 3
     one = measure.boundary_norms(model, split, replace(SMALL, deepfool_iterations=1, deepfool_step_limit=limit))
-    near = sum(abs(margin) < limit for margin in free["margins"])
+    near = sum(abs(margin) < limit for margin in free["deepfool_norms"])
     assert 0 < near < len(split) and one["deepfool_missed"] == len(split) - near
     many = measure.boundary_norms(model, split, replace(SMALL, deepfool_iterations=200, deepfool_step_limit=limit))
-    assert many["deepfool_missed"] == 0 and many["margin"] == pytest.approx(free["margin"], rel=0.05)
+    assert many["deepfool_missed"] == 0 and many["deepfool_norm"] == pytest.approx(free["deepfool_norm"], rel=0.05)
 
 
 def test_a_sample_without_a_boundary_is_counted_as_missed(linear):
@@ -131,7 +138,9 @@ def test_a_sample_without_a_boundary_is_counted_as_missed(linear):
     with torch.no_grad():
         model.head.weight.zero_()
     norms = measure.boundary_norms(model, split, SMALL)
-    assert norms["deepfool_missed"] == len(split) and math.isnan(norms["margin"]) and math.isnan(norms["rho_adv"])
+    assert (
+        norms["deepfool_missed"] == len(split) and math.isnan(norms["deepfool_norm"]) and math.isnan(norms["rho_adv"])
+    )
 
 
 def test_ifgsm_on_fewer_images_is_ifgsm_on_the_first_of_them(linear):
@@ -159,10 +168,10 @@ def test_saturated_images_are_counted_beside_the_zero_gradients(linear):
         count += sum(math.exp(float(z[j] - z[y])) for j in range(4) if j != y) < 6e-8
     assert 0.2 < count / len(split) < 1 and result["saturated"] == pytest.approx(count / len(split))
     assert result["zero_ce"] == result["zero_gap"] == 0
-    models = [{"label": "a", "evaluation": {**result, "distance": {}, "eps": 0.05}, "history": []}]
+    models = [compared({**result, "distance": {}, "eps": 0.05})]
     rows = {row.key: table.cell(row, models[0]) for section in table.sections(models) for row in section.rows}
     assert rows["saturated"] == f"{100 * count / len(split):.1f} %"
-    del models[0]["evaluation"]["saturated"]  # type: ignore[attr-defined]  # a record from before
+    del models[0].evaluation["saturated"]  # a record from before
     assert all(row.key != "saturated" for section in table.sections(models) for row in section.rows)
 
 
@@ -185,12 +194,16 @@ def test_what_is_not_measured_is_left_out_of_record_table_and_page(linear):
     model, split = linear
     settings = replace(SMALL, ifgsm_samples=0, deepfool_samples=0, distance_samples=0)
     result = measure.evaluate(model, split, ("flatten",), settings)
-    assert result["distance"] == {} and "margin" not in result and set(result["curves"]) == {"fgsm_ce", "fgsm_gap"}
-    models = [{"label": "a", "config": {"data": {}}, "evaluation": result, "history": []}]
+    assert (
+        result["distance"] == {} and "deepfool_norm" not in result and set(result["curves"]) == {"fgsm_ce", "fgsm_gap"}
+    )
+    models = [compared(result)]
     titles = [section.title for section in table.sections(models)]
     assert not any("signed distance" in title for title in titles)
     rows = {row.key: table.cell(row, models[0]) for section in table.sections(models) for row in section.rows}
-    assert rows["ifgsm_gap"] == "-" and rows["margin"] == "-" and rows["clean"] == f"{100 * result['clean']:.1f} %"
+    assert (
+        rows["ifgsm_gap"] == "-" and rows["deepfool_norm"] == "-" and rows["clean"] == f"{100 * result['clean']:.1f} %"
+    )
     groups = figures.all_figures(models)
     assert {heading: [figure.name for figure in group] for heading, group in groups.items()} == {
         "Accuracy against eps": ["accuracy_fgsm_gap", "accuracy_fgsm_ce"]
@@ -258,7 +271,7 @@ def test_curves_of_the_black_box_stand_beside_the_white_box_ones(linear, monkeyp
     for curves, right in (("black_box_curves", hits[0]), ("reverse_curves", hits[1])):
         assert result[curves]["fgsm_ce"][0] == pytest.approx(float(right.float().mean()))
         assert result[curves]["ifgsm_gap"][0] == pytest.approx(float(right[:10].float().mean()))
-    models = [{"label": "a", "evaluation": result, "history": []}]
+    models = [compared(result)]
     rows = {row.key: row.value(models[0]) for section in table.sections(models) for row in section.rows}
     assert rows["black_box_fgsm_gap"] == result["black_box"]["fgsm_gap"]
     assert rows["reverse_ifgsm_ce"] == result["reverse"]["ifgsm_ce"]
@@ -364,12 +377,16 @@ def test_the_page_needs_nothing_beside_itself_and_names_no_path(runs):
 
 
 def test_page_json_and_csv_show_the_same_numbers(runs):
-    results = json.loads((runs / "report" / "results.json").read_text())
+    first, *lines = map(json.loads, (runs / "report" / "results.jsonl").read_text().splitlines())
     page = (runs / "report" / "index.html").read_text()
-    for model in results["models"]:
-        folder = runs / model["name"]
+    models = [merged(line, first["shared"]) for line in lines]
+    assert len(models) == 2 and first["title"] == "Large-margin training on digits"
+    for model in models:
+        folder = runs / model["run"]["config"]["name"]
         evaluation = json.loads((folder / "evaluation.json").read_text())
-        assert evaluation["evaluation"] == model["evaluation"]
+        measured = evaluation["evaluation"]
+        assert {k: v for k, v in measured.items() if k not in SINGLE_SAMPLES} == model["evaluation"]
+        assert model["timing"] == evaluation["timing"]
         assert f"{100 * model['evaluation']['clean']:.1f} %" in page
         assert f"{model['evaluation']['distance']['input']:.3g}" in page
     lines = (runs / "report" / "results.csv").read_text().splitlines()
@@ -419,9 +436,9 @@ def test_steps_are_timed_on_fresh_networks():
 def test_best_values_are_marked_by_what_is_printed(linear):
     model, split = linear
     evaluation = measure.evaluate(model, split, ("flatten",), SMALL)
-    models = [{"label": label, "evaluation": dict(evaluation)} for label in ("a", "b", "c")]
-    models[1]["evaluation"]["clean"] = evaluation["clean"] + 1e-5  # prints the same
-    models[2]["evaluation"]["clean"] = evaluation["clean"] - 0.1
+    models = [compared(dict(evaluation), label) for label in ("a", "b", "c")]
+    models[1].evaluation["clean"] = evaluation["clean"] + 1e-5  # prints the same
+    models[2].evaluation["clean"] = evaluation["clean"] - 0.1
     (accuracy, *_) = table.sections(models)
     assert table.best(accuracy.rows[0], models) == {0, 1}
     assert page.tuning_cell([1.5, 2.0]) == "1.5, 2" and page.tuning_cell(0.9751) == "97.5 %"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import nn
 from margin_kernels.experiments import cli, config, data, models, sweeps
 from margin_kernels.experiments.evaluation import histogram
 from margin_kernels.experiments.evaluation.measure import boundary_norms
-from margin_kernels.experiments.report import figures, study_distances, study_figures, study_images, study_page
+from margin_kernels.experiments.report import figures, study_distances, study_images, study_page
+from margin_kernels.experiments.results import RECORDS, Records, Study
 
 
 def lines_of(figure_list, monkeypatch, module):
@@ -56,8 +58,8 @@ def test_bins_resolve_small_and_large_distances_alike():
 
 def test_counts_are_those_of_the_samples_and_leave_out_what_has_no_boundary():
     values = [0.001, 0.001, -0.3, 2.0, math.nan, None, 1e3, math.inf, -1e3]
-    counts = histogram.counts(values, "margin")
-    edges = histogram.edges("margin")
+    counts = histogram.counts(values, "deepfool_norm")
+    edges = histogram.edges("deepfool_norm")
     assert sum(counts) == 7 and counts[-1] == 2 and counts[0] == 1 and counts[80] == 2
     for value in (-0.3, 2.0):
         assert counts[int(np.searchsorted(edges, value)) - 1] == 1
@@ -66,14 +68,14 @@ def test_counts_are_those_of_the_samples_and_leave_out_what_has_no_boundary():
 
 def test_densities_have_integral_one_and_the_shape_of_the_samples():
     values = np.random.default_rng(0).normal(2.0, 0.5, 20000)
-    total = np.array(histogram.counts(values, "margin"))
-    edges, density = histogram.density(total, "margin", 0.1)
+    total = np.array(histogram.counts(values, "deepfool_norm"))
+    edges, density = histogram.density(total, "deepfool_norm", 0.1)
     assert (np.diff(edges)[:-1] >= 0.1 - 1e-12).all() and (density * np.diff(edges)).sum() == pytest.approx(1.0)
     middle = (edges[1:] + edges[:-1]) / 2
     expected = np.exp(-0.5 * ((middle - 2) / 0.5) ** 2) / (0.5 * math.sqrt(2 * math.pi))
     assert np.abs(density - expected).max() < 0.06
-    assert histogram.quantile(total, "margin", 0.5) == pytest.approx(2.0, abs=0.16)
-    assert histogram.quantile(total, "margin", 1.0) >= values.max() - 0.3
+    assert histogram.quantile(total, "deepfool_norm", 0.5) == pytest.approx(2.0, abs=0.16)
+    assert histogram.quantile(total, "deepfool_norm", 1.0) >= values.max() - 0.3
 
 
 def test_an_evaluation_keeps_the_counts_of_its_margins():
@@ -81,8 +83,8 @@ def test_an_evaluation_keeps_the_counts_of_its_margins():
     split = data.Split(torch.rand(40, 1, 8, 8), torch.arange(40) % 10)
     model = models.build("digits_cnn", (1, 8, 8), 10).eval()
     norms = boundary_norms(model, split, config.EvaluationConfig(deepfool_iterations=10))
-    margins = norms["margins"]
-    assert norms["histograms"]["margin"] == histogram.counts(margins, "margin")
+    margins = norms["deepfool_norms"]
+    assert norms["histograms"]["deepfool_norm"] == histogram.counts(margins, "deepfool_norm")
     relative = [m / float(x.norm()) for m, x in zip(margins, split.images, strict=True)]
     assert sum(norms["histograms"]["rho_adv"]) == 40 - norms["deepfool_missed"]
     difference = np.array(norms["histograms"]["rho_adv"]) - histogram.counts(relative, "rho_adv")
@@ -90,39 +92,39 @@ def test_an_evaluation_keeps_the_counts_of_its_margins():
 
 
 def test_densities_of_a_sweep_add_up_its_seeds_and_older_records_still_load(monkeypatch):
-    records = [record("plain", "", seed, deepfool=1.0 + seed) for seed in (0, 1)]
+    records = [record("plain", "", seed, deepfool_norm_correct=1.0 + seed) for seed in (0, 1)]
     for made, value in zip(records, (1.0, 2.0), strict=True):
-        made["evaluation"]["histograms"] = {m: histogram.counts([value] * 10, m) for m in histogram.WIDTHS}
-        made["evaluation"]["rho_adv"] = 0.2
-    records.append(record("old", "", 0, margins=[0.5, -0.5, None], deepfool=0.5))
-    records.append(record("older", "", 0, margin=1.0))
-    study = study_figures.Study("s", "cpu", records, {})
-    assert sum(study_distances.total(study.of("plain", ""), "margin")) == 20
-    assert sum(study_distances.total(study.of("old", ""), "margin")) == 2
-    assert study_distances.total(study.of("older", ""), "margin") is None
-    seen = lines_of(lambda: study_distances.densities(study, "", "margin"), monkeypatch, study_distances)
+        made.evaluation["histograms"] = {m: histogram.counts([value] * 10, m) for m in histogram.WIDTHS}
+        made.evaluation["rho_adv"] = 0.2
+    records.append(record("old", "", 0, deepfool_norms=[0.5, -0.5, None], deepfool_norm_correct=0.5))
+    records.append(record("older", "", 0, deepfool_norm=1.0))
+    study = Study("s", "cpu", records, {})
+    assert sum(study_distances.total(study.of("plain", ""), "deepfool_norm")) == 20
+    assert sum(study_distances.total(study.of("old", ""), "deepfool_norm")) == 2
+    assert study_distances.total(study.of("older", ""), "deepfool_norm") is None
+    seen = lines_of(lambda: study_distances.densities(study, "", "deepfool_norm"), monkeypatch, study_distances)
     ((name, caption, [(_, lines, ticks)]),) = seen
-    assert name == "s_margin_density" and ticks == ["old", "plain"]
+    assert name == "s_deepfool_norm_density" and ticks == ["old", "plain"]
     assert "all seeds together" in caption and "cpu" in caption
     means = sorted(points[0][0] for points in lines.values() if points[0][0] == points[1][0])
     assert means == [0, 0.5, 1.5]  # the line at 0, and the mean of each model
     seen = lines_of(lambda: study_distances.densities(study, "", "rho_adv"), monkeypatch, study_distances)
     assert seen[0][2][0][2] == ["plain"]
-    few = study_figures.Study("s", "cpu", records[3:], {})
+    few = Study("s", "cpu", records[3:], {})
     assert study_distances.all_figures(few) == {}
 
 
 def course_record(model, seed, values):
     """A record whose history holds a distance per epoch at two taps."""
     made = record(model, "", seed)
-    made["history"] = [{"epoch": i + 1, "distance": {"input": v, "output": 10 * v}} for i, v in enumerate(values)]
-    return made
+    history = [{"epoch": i + 1, "distance": {"input": v, "output": 10 * v}} for i, v in enumerate(values)]
+    return replace(made, history=history)
 
 
 def test_courses_are_the_means_over_the_seeds_at_each_tap(monkeypatch):
     records = [course_record("plain", 0, [0.1, 0.3]), course_record("plain", 1, [0.3, 0.5])]
     records.append(course_record("margin", 0, [0.2, 0.6, 0.8]))
-    study = study_figures.Study("s", "full", records, {})
+    study = Study("s", "full", records, {})
     assert study_distances.course(study.of("plain", ""), "input")[1] == pytest.approx([0.2, 0.4])
     seen = lines_of(lambda: study_distances.courses(study, ""), monkeypatch, study_distances)
     ((name, caption, (first, second)),) = seen
@@ -130,7 +132,7 @@ def test_courses_are_the_means_over_the_seeds_at_each_tap(monkeypatch):
     assert np.allclose(first[1]["plain"], [[1, 0.2], [2, 0.4]]) and np.allclose(second[1]["plain"], [[1, 2], [2, 4]])
     assert first[1]["margin"] == [[1, 0.2], [2, 0.6], [3, 0.8]]
     assert "validation images" in caption and "budget full, 1 to 2 seeds" in caption
-    unmeasured = study_figures.Study("s", "full", [record("plain", "", 0)], {})
+    unmeasured = Study("s", "full", [record("plain", "", 0)], {})
     assert not list(study_distances.courses(unmeasured, ""))
 
 
@@ -176,11 +178,11 @@ def test_whitened_images_are_attacked_without_bounds_and_shown_over_their_own_ra
 
 def test_axes_name_the_units_of_the_images():
     made = record("plain", "", 0)
-    assert study_figures.Study("s", "cpu", [made], {}).units == "images in [0, 1]"
+    assert Study("s", "cpu", [made], {}).units == "images in [0, 1]"
     whitened = record("hinge", "", 0)
-    whitened["config"]["data"]["preprocess"] = "gcn_zca"
-    assert study_figures.Study("s", "cpu", [whitened], {}).units == "whitened images"
-    assert study_figures.Study("s", "cpu", [made, whitened], {}).units == "images in [0, 1] and whitened images"
+    whitened.config.data.preprocess = "gcn_zca"
+    assert Study("s", "cpu", [whitened], {}).units == "whitened images"
+    assert Study("s", "cpu", [made, whitened], {}).units == "images in [0, 1] and whitened images"
 
 
 def test_the_caption_says_whether_all_models_know_the_image():
@@ -195,25 +197,23 @@ def test_the_caption_says_whether_all_models_know_the_image():
 def test_the_images_that_all_models_know_come_first_one_of_a_class():
     values = torch.tensor([0.1, 0.2, 0.55, 0.9, 0.8, 0.3])
     split = data.Split(values[:, None, None, None].expand(6, 1, 2, 2).clone(), torch.tensor([0, 0, 1, 1, 0, 1]))
-    assert study_images.chosen([Bright(0.5)], split).tolist() == [0, 2]
-    assert study_images.chosen([Bright(0.5), Bright(0.6)], split).tolist() == [0, 3]
+    assert study_images.select_images([Bright(0.5)], split).tolist() == [0, 2]
+    assert study_images.select_images([Bright(0.5), Bright(0.6)], split).tolist() == [0, 3]
     none = data.Split(split.images[:4], 1 - split.labels[:4])
-    assert study_images.chosen([Bright(0.5)], none).tolist() == [0, 2]  # where none is known, any
+    assert study_images.select_images([Bright(0.5)], none).tolist() == [0, 2]  # where none is known, any
 
 
 @pytest.fixture
 def kept(tmp_path):
     """The folder of a sweep of two models, one of which has left its weights."""
     out = tmp_path / "sweep"
-    for label in ("plain", "hinge"):
-        made = record(label, "", 0)
-        (out / "records").mkdir(parents=True, exist_ok=True)
-        (out / "records" / f"{made['cell']}.json").write_text(json.dumps(made))
+    for label in ("hinge", "plain"):
+        Records(out / RECORDS).put(record(label, "", 0))
     torch.manual_seed(0)
     description = {"name": "digits_cnn", "shape": [1, 8, 8], "classes": 10, "options": {}}
     models.save_model(out / "cells" / "plain__seed0", models.build("digits_cnn", (1, 8, 8), 10), description)
-    rows = [{"model": "plain", "point": ""}, {"model": "hinge", "point": ""}]
-    (out / "summary.json").write_text(json.dumps({"sweep": "own", "budget": "cpu", "rows": rows}))
+    (out / "summary.json").write_text(json.dumps({"sweep": "own", "budget": "cpu"}))
+    (out / "summary.csv").write_text("model,point\nplain,\nhinge,\n")
     return out
 
 
@@ -225,16 +225,15 @@ def test_a_report_shows_attacked_images_of_the_weights_that_were_kept(kept, tmp_
     for number in (1, 2, 3):
         assert (tmp_path / "report" / "figures" / f"own_images_{number}.png").read_bytes()[:4] == b"\x89PNG"
         assert "<svg" in (tmp_path / "report" / "figures" / f"own_images_{number}.svg").read_text()
-    study = study_page.load(kept)
+    study = study_page.load_study(kept)
     assert study.models == ["plain", "hinge"]  # in the order of the summary, not of the files
     assert list(study_images.networks(study, "")) == ["plain"]
 
 
 def test_without_weights_or_data_the_page_says_why_there_are_no_attacked_images(kept, tmp_path, capsys):
-    for path in (kept / "records").glob("*.json"):
-        made = json.loads(path.read_text())
-        made["config"]["data"]["name"] = "mnist"
-        path.write_text(json.dumps(made))
+    for made in Records(kept / RECORDS).all():
+        made.config.data.name = "mnist"
+        Records(kept / RECORDS).put(made)
     assert cli.main(["report", str(kept), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "index.html").read_text()
     assert "No attacked images: margin-kernels report --data-dir DIR draws them" in page

@@ -4,14 +4,15 @@ import base64
 import csv
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from margin_kernels.experiments import cli, sweeps
-from margin_kernels.experiments.config import ConfigError
+from margin_kernels.experiments.config import Config, ConfigError, DataConfig
 from margin_kernels.experiments.report import figures, study_figures, study_page
-from margin_kernels.experiments.results import summary
+from margin_kernels.experiments.results import RECORDS, Record, Records, Study, summary
 
 MODELS = {"plain": {}, "hinge": {"loss.kind": "hinge"}}
 NOISE = {
@@ -19,36 +20,33 @@ NOISE = {
     "grid": {"data.label_noise": [0.0, 0.4]},
     "seeds": [0, 1],
     "published": {
-        "plain / label_noise=0.4": {"error": 12.5, "margin": 1.5},
+        "plain / label_noise=0.4": {"error": 12.5, "deepfool_norm": 1.5},
         "[X] best / label_noise=0.0": {"error": 3},
     },
 }
 
 
-def record(model, point, seed, noise=None, clean=0.9, **evaluation):
+def record(model, point, seed, noise=None, clean=0.9, attacker=None, **evaluation):
     """A finished cell as sweep writes it, as far as a report reads it."""
-    values = {} if noise is None else {"data.label_noise": noise}
-    attacker = evaluation.pop("attacker", None)
-    return {
-        "cell": sweeps.cell_name(model, point, seed),
-        "model_label": model,
-        "point": point,
-        "values": values,
-        "seed": seed,
-        "config": {
-            "data": {"name": "digits", "label_noise": noise or 0.0},
-            "training": {"epochs": 3},
-            "evaluation": {"attacker": attacker},
-            "loss": {"kind": "cross_entropy"},
-        },
-        "model": {"name": "digits_cnn"},
-        "parameters": 1000,
-        "versions": {"torch": "2"},
-        "machine": {"processor": "P", "cores": 2, "torch_threads": 1, "device": "cpu"},
-        "history": [],
-        "seconds": {"training": 10.0, "evaluation": 1.0},
-        "evaluation": {"clean": clean, "eps": 0.1, "samples": 50, "curve_eps": [0.0, 0.1], "curves": {}, **evaluation},
-    }
+    evaluation = {"clean": clean, "eps": 0.1, "samples": 50, "curve_eps": [0.0, 0.1], "curves": {}, **evaluation}
+    settings = Config(name=sweeps.cell_name(model, point, seed), data=DataConfig("digits", label_noise=noise or 0.0))
+    settings.training.epochs = 3
+    return Record(
+        config=settings,
+        network={"name": "digits_cnn"},
+        parameters=1000,
+        versions={"torch": "2"},
+        machine={"processor": "P", "cores": 2, "torch_threads": 1, "device": "cpu"},
+        history=[],
+        cell=settings.name,
+        model=model,
+        point=point,
+        seed=seed,
+        values={} if noise is None else {"data.label_noise": noise},
+        attacker=attacker,
+        seconds={"training": 10.0, "evaluation": 1.0},
+        evaluation=evaluation,
+    )
 
 
 def noisy():
@@ -56,7 +54,7 @@ def noisy():
     accuracies = {("plain", 0.0): (0.98, 0.96), ("plain", 0.4): (0.9, 0.8), ("hinge", 0.0): (0.97, 0.97)}
     accuracies["hinge", 0.4] = (0.85, 0.75)
     return [
-        record(model, f"label_noise={noise}", seed, noise, accuracies[model, noise][seed], margin=1.0 + seed)
+        record(model, f"label_noise={noise}", seed, noise, accuracies[model, noise][seed], deepfool_norm=1.0 + seed)
         for noise in (0.0, 0.4)
         for model in MODELS
         for seed in (0, 1)
@@ -68,9 +66,8 @@ def folder(tmp_path):
     """A sweep's folder, and its file."""
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(NOISE, sort_keys=False))
     out = tmp_path / "out"
-    (out / "records").mkdir(parents=True)
     for made in noisy():
-        (out / "records" / f"{made['cell']}.json").write_text(json.dumps(made))
+        Records(out / RECORDS).put(made)
     (out / "summary.json").write_text(json.dumps({"sweep": "noise_sweep", "budget": "cpu"}))
     return out
 
@@ -98,7 +95,7 @@ def drawn_lines(figure_list, monkeypatch):
 
 
 def test_error_is_drawn_against_the_swept_value_with_published_marks(folder, monkeypatch):
-    study = study_page.load(folder, folder.parent / "sweep.yaml")
+    study = study_page.load_study(folder, folder.parent / "sweep.yaml")
     axis = study_figures.swept(study)
     assert (axis.key, axis.logarithmic) == ("data.label_noise", False)
     error = next(m for m in summary.MEASURES if m.key == "error")
@@ -113,23 +110,22 @@ def test_error_is_drawn_against_the_swept_value_with_published_marks(folder, mon
 def test_training_fractions_are_drawn_on_a_logarithmic_axis(monkeypatch):
     records = []
     for label, fraction, repeat in (("all", 1.0, 1), ("few", 0.00125, 100)):
-        made = record("plain", label, 0, margin=1.0)
-        made["values"] = {"data.train_fraction": fraction, "training.repeat": repeat}
-        made["config"]["data"]["train_fraction"] = fraction
-        records.append(made)
-    study = study_figures.Study("little", "cpu", records, {})
+        made = record("plain", label, 0, deepfool_norm=1.0)
+        made.config.data.train_fraction = fraction
+        records.append(replace(made, values={"data.train_fraction": fraction, "training.repeat": repeat}))
+    study = Study("little", "cpu", records, {})
     axis = study_figures.swept(study)
-    margin = next(m for m in summary.MEASURES if m.key == "margin")
+    margin = next(m for m in summary.MEASURES if m.key == "deepfool_norm")
     ((_, points, scale, _),) = drawn_lines(lambda: study_figures.against(study, margin, axis), monkeypatch)
     assert scale == "log" and points["plain"] == [(0.125, 1.0), (100.0, 1.0)]
 
 
 def test_points_that_differ_in_several_ways_are_no_axis():
     first, second = record("plain", "noise", 0, 0.8), record("plain", "few", 0)
-    second["values"] = {"data.train_fraction": 0.1}
-    first["config"]["data"]["train_fraction"], second["config"]["data"]["train_fraction"] = 1.0, 0.1
-    assert study_figures.swept(study_figures.Study("mixed", "cpu", [first, second], {})) is None
-    assert study_figures.swept(study_figures.Study("one", "cpu", [record("plain", "", 0)], {})) is None
+    second = replace(second, values={"data.train_fraction": 0.1})
+    first.config.data.train_fraction, second.config.data.train_fraction = 1.0, 0.1
+    assert study_figures.swept(Study("mixed", "cpu", [first, second], {})) is None
+    assert study_figures.swept(Study("one", "cpu", [record("plain", "", 0)], {})) is None
 
 
 def test_white_box_black_box_and_noise_curves_are_those_of_the_records(monkeypatch):
@@ -139,10 +135,10 @@ def test_white_box_black_box_and_noise_curves_are_those_of_the_records(monkeypat
     other = {"curves": {"fgsm_ce": [0.8, 0.7, 0.6]}, "attacker": "plain__seed0", "black_box": {}}
     other["reverse_curves"] = {"fgsm_ce": [0.9, 0.85, 0.65]}
     records.append(record("hinge", "", 0, **other, black_box_curves={"fgsm_ce": [0.8, 0.75, 0.7]}, **curve))
-    records[1]["evaluation"]["curves"] = {"fgsm_ce": [0.9, 0.7, 0.3]}
+    records[1].evaluation["curves"] = {"fgsm_ce": [0.9, 0.7, 0.3]}
     for made, noise in zip(records, ([0.9, 0.8, 0.7], [0.9, 0.6, 0.5], [0.8, 0.8, 0.4]), strict=True):
-        made["evaluation"]["noise"] = noise
-    study = study_figures.Study("attacks", "quick", records, {("plain", ""): {"black_box_fgsm_error": 33.0}})
+        made.evaluation["noise"] = noise
+    study = Study("attacks", "quick", records, {("plain", ""): {"black_box_fgsm_error": 33.0}})
     white = drawn_lines(lambda: study_figures.curves(study, "", ""), monkeypatch)
     ((name, points, _, caption),) = white
     assert name == "attacks_fgsm_ce" and "1 to 2 seeds" in caption
@@ -159,8 +155,8 @@ def test_white_box_black_box_and_noise_curves_are_those_of_the_records(monkeypat
     assert "plain, published" not in points
     ((_, points, *_),) = drawn_lines(lambda: study_figures.noise(study, ""), monkeypatch)
     assert points["plain"] == [(0.0, 90), (0.2, 70), (0.4, 60)]
-    records[2]["evaluation"]["curve_eps"] = records[0]["evaluation"]["curve_eps"] = [0.0, 0.1]
-    short = study_figures.Study("attacks", "quick", [records[0]], {})
+    records[2].evaluation["curve_eps"] = records[0].evaluation["curve_eps"] = [0.0, 0.1]
+    short = Study("attacks", "quick", [records[0]], {})
     assert not drawn_lines(lambda: study_figures.curves(short, "", ""), monkeypatch)  # no curve
 
 
@@ -169,7 +165,7 @@ def test_a_table_like_sweep_is_drawn_by_model_with_all_published_marks(monkeypat
     records = [record("plain", "", 0, clean=0.9), record("hinge", "", 0, clean=0.8)]
     records.append(record("vat", "", 0, clean=None))
     marks = {("hinge", ""): {"error": 25.0}, ("vat", ""): {"error": 5.0}, ("[X] best", ""): {"error": 1.0}}
-    study = study_figures.Study("table", "cpu", records, marks)
+    study = Study("table", "cpu", records, marks)
     error = next(m for m in summary.MEASURES if m.key == "error")
     ((name, points, _, caption),) = drawn_lines(lambda: study_figures.by_model(study, error), monkeypatch)
     assert name == "table_error" and "one run each; budget cpu, 1 seed" in caption
@@ -188,13 +184,13 @@ def test_many_models_are_drawn_beside_the_reference_a_few_at_a_time():
 
 
 def test_ours_published_and_delta_are_in_printed_units(folder):
-    study = study_page.load(folder, folder.parent / "sweep.yaml")
+    study = study_page.load_study(folder, folder.parent / "sweep.yaml")
     rows = {(row["model"], row["measure"]): row for row in study_page.comparison(study)}
     assert rows["plain", "error"]["ours"] == pytest.approx(15.0) and rows["plain", "error"]["published"] == 12.5
     assert rows["plain", "error"]["delta"] == pytest.approx(2.5)
-    assert rows["plain", "margin"]["ours"] == 1.5 and rows["plain", "margin"]["delta"] == 0
+    assert rows["plain", "deepfool_norm"]["ours"] == 1.5 and rows["plain", "deepfool_norm"]["delta"] == 0
     assert rows["[X] best", "error"]["ours"] is None and rows["[X] best", "error"]["delta"] is None
-    table = study_page.published(list(rows.values()))
+    table = study_page.published_table(list(rows.values()))
     assert "<td>error %</td><td>15.00</td><td>12.5</td><td>+2.50</td>" in table
     assert "<td>[X] best / label_noise=0.0</td><td>error %</td><td>-</td><td>3</td><td>-</td>" in table
 
@@ -207,7 +203,7 @@ def test_the_page_of_a_sweep_needs_nothing_beside_itself(folder, tmp_path, capsy
     assert not re.search(r'(src|href)="|@import|url\(|<script', without_data)
     assert page.count("data:image/svg+xml") == 2 and str(tmp_path) not in page
     assert '<meta name="viewport"' in page and "15.00 ± 7.07" in page and "Budget cpu, 2 seeds" in page
-    stems = ["noise_sweep_error_label_noise", "noise_sweep_margin_label_noise"]
+    stems = ["noise_sweep_error_label_noise", "noise_sweep_deepfool_norm_label_noise"]
     assert sorted(path.name for path in (report / "figures").iterdir()) == sorted(
         f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")
     )
@@ -221,9 +217,7 @@ def test_the_page_of_a_sweep_needs_nothing_beside_itself(folder, tmp_path, capsy
 
 def test_two_folders_of_one_sweep_keep_their_figures_apart(folder, tmp_path):
     second = tmp_path / "again"
-    (second / "records").mkdir(parents=True)
-    made = noisy()[0]
-    (second / "records" / f"{made['cell']}.json").write_text(json.dumps(made))
+    Records(second / RECORDS).put(noisy()[0])
     (second / "summary.json").write_text(json.dumps({"sweep": "noise_sweep", "budget": "full"}))
     assert cli.main(["report", str(folder), str(second), "--out", str(tmp_path / "report")]) == 0
     page = (tmp_path / "report" / "index.html").read_text()
@@ -232,9 +226,10 @@ def test_two_folders_of_one_sweep_keep_their_figures_apart(folder, tmp_path):
 
 
 def test_what_is_no_sweep_is_refused(folder, tmp_path, capsys):
-    (tmp_path / "empty" / "records").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / RECORDS).touch()
     assert cli.main(["report", str(tmp_path / "empty"), "--out", str(tmp_path)]) == 1
-    assert "records: no records; `margin-kernels sweep` writes them" in capsys.readouterr().err
+    assert "records.jsonl: no records; `margin-kernels sweep` writes them" in capsys.readouterr().err
     assert cli.main(["report", str(folder), str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "is not the folder of a sweep, others are" in capsys.readouterr().err
 

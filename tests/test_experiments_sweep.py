@@ -4,20 +4,20 @@ import csv
 import json
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from margin_kernels.experiments import cli, data, models, sweeps
-from margin_kernels.experiments.config import ConfigError
+from margin_kernels.experiments.config import Config, ConfigError
 from margin_kernels.experiments.evaluation import attacks
-from margin_kernels.experiments.results import summary
+from margin_kernels.experiments.results import RECORDS, SINGLE_SAMPLES, Record, Records, merged, summary
 
 EVALUATION = {
     "curve": [0.0, 0.1],
@@ -67,7 +67,7 @@ def tiny(tmp_path_factory):
 
 
 def records(out):
-    return {path.stem: json.loads(path.read_text()) for path in sorted((out / "records").glob("*.json"))}
+    return {record.cell: record for record in Records(out / RECORDS).all()}
 
 
 def test_every_cell_has_a_record_with_everything_and_no_path(tiny):
@@ -80,25 +80,25 @@ def test_every_cell_has_a_record_with_everything_and_no_path(tiny):
         for seed in (0, 1)
     )
     record = found["hinge__label_noise=0.4__seed1"]
-    assert record["config"]["loss"]["kind"] == "hinge" and record["config"]["data"]["label_noise"] == 0.4
-    assert record["config"]["training"]["seed"] == 1 and record["config"]["data"]["seed"] == 1
-    assert record["config"]["training"]["epochs"] == 1 and len(record["history"]) == 1
-    assert record["values"] == {"data.label_noise": 0.4} and record["seed"] == 1
-    assert {"clean", "fgsm_ce", "ifgsm_gap", "margin", "rho_adv"} <= set(record["evaluation"])
-    assert len(record["evaluation"]["margins"]) == 20
-    assert sum(record["evaluation"]["histograms"]["margin"]) == 20 - record["evaluation"]["deepfool_missed"]
-    assert record["seconds"]["training"] > 0 and record["seconds"]["evaluation"] > 0
-    assert record["versions"]["torch"] and record["machine"]["torch_threads"] == 1
-    assert not any(str(out.parent) in text.read_text() for text in (out / "records").glob("*.json"))
+    assert record.config.loss.kind == "hinge" and record.config.data.label_noise == 0.4
+    assert record.config.training.seed == 1 and record.config.data.seed == 1
+    assert record.config.training.epochs == 1 and len(record.history) == 1
+    assert record.values == {"data.label_noise": 0.4} and record.seed == 1
+    assert {"clean", "fgsm_ce", "ifgsm_gap", "deepfool_norm", "rho_adv"} <= set(record.evaluation)
+    assert len(record.evaluation["deepfool_norms"]) == 20
+    assert sum(record.evaluation["histograms"]["deepfool_norm"]) == 20 - record.evaluation["deepfool_missed"]
+    assert record.seconds["training"] > 0 and record.seconds["evaluation"] > 0
+    assert record.versions["torch"] and record.machine["torch_threads"] == 1
+    assert str(out.parent) not in (out / RECORDS).read_text()
     assert not any((out / "cells").iterdir())  # neither weights nor checkpoints were asked for
 
 
 def test_the_same_seed_means_the_same_data_and_weights_for_every_model(tiny):
     found = records(tiny[1])
     first, second = (found[f"cross-entropy__label_noise=0.4__seed{seed}"] for seed in (0, 1))
-    assert first["history"][0]["train_loss"] != second["history"][0]["train_loss"]
+    assert first.history[0]["train_loss"] != second.history[0]["train_loss"]
     clean = found["cross-entropy__label_noise=0.0__seed0"]
-    assert clean["history"][0]["train_loss"] < first["history"][0]["train_loss"]
+    assert clean.history[0]["train_loss"] < first.history[0]["train_loss"]
 
 
 def test_summary_numbers_are_mean_and_std_of_the_records(tiny):
@@ -110,33 +110,38 @@ def test_summary_numbers_are_mean_and_std_of_the_records(tiny):
         ("cross-entropy", "0.4", "2"),
         ("hinge", "0.4", "2"),
     ]
-    exact = json.loads((out / "summary.json").read_text())["rows"]
-    for row, same in zip(rows, exact, strict=True):
+    about = json.loads((out / "summary.json").read_text())
+    assert (about["sweep"], about["budget"], about["eps"], about["failed"]) == ("tiny", "quick", 0.1, [])
+    for row in rows:
         name = f"{row['model']}__label_noise={row['data.label_noise']}"
         a, b = (found[f"{name}__seed{seed}"] for seed in (0, 1))
         for column, x, y in (
-            ("error", 1 - a["evaluation"]["clean"], 1 - b["evaluation"]["clean"]),
-            ("fgsm_error", 1 - a["evaluation"]["fgsm_ce"], 1 - b["evaluation"]["fgsm_ce"]),
-            ("ifgsm_gap_error", 1 - a["evaluation"]["ifgsm_gap"], 1 - b["evaluation"]["ifgsm_gap"]),
-            ("deepfool", a["evaluation"]["deepfool"], b["evaluation"]["deepfool"]),
-            ("margin", a["evaluation"]["margin"], b["evaluation"]["margin"]),
-            ("rho_adv", a["evaluation"]["rho_adv"], b["evaluation"]["rho_adv"]),
-            ("validation_accuracy", *(r["history"][-1]["validation_accuracy"] for r in (a, b))),
-            ("ms_per_step", *(r["history"][-1]["ms_per_step"] for r in (a, b))),
+            ("error", 1 - a.evaluation["clean"], 1 - b.evaluation["clean"]),
+            ("fgsm_error", 1 - a.evaluation["fgsm_ce"], 1 - b.evaluation["fgsm_ce"]),
+            ("ifgsm_gap_error", 1 - a.evaluation["ifgsm_gap"], 1 - b.evaluation["ifgsm_gap"]),
+            (
+                "deepfool_norm_correct",
+                a.evaluation["deepfool_norm_correct"],
+                b.evaluation["deepfool_norm_correct"],
+            ),
+            ("deepfool_norm", a.evaluation["deepfool_norm"], b.evaluation["deepfool_norm"]),
+            ("rho_adv", a.evaluation["rho_adv"], b.evaluation["rho_adv"]),
+            ("validation_accuracy", *(r.history[-1]["validation_accuracy"] for r in (a, b))),
+            ("ms_per_step", *(r.history[-1]["ms_per_step"] for r in (a, b))),
         ):
             mean, std = (x + y) / 2, abs(x - y) / 2**0.5
             assert float(row[f"{column}_mean"]) == pytest.approx(mean), column
             assert float(row[f"{column}_std"]) == pytest.approx(std, abs=1e-12), column
-            assert same[f"{column}_mean"] == pytest.approx(mean)
 
 
 def test_a_finished_sweep_trains_nothing_and_prints_the_table_again(tiny, capsys):
     path, out = tiny
-    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "records").iterdir()}
+    file = out / RECORDS
+    before = (file.stat().st_mtime_ns, file.read_bytes())
     assert run(path, out, "--budget", "quick") == 0
-    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (out / "records").iterdir()} == before
+    assert (file.stat().st_mtime_ns, file.read_bytes()) == before
     printed = capsys.readouterr().out
-    error = statistics.fmean(1 - r["evaluation"]["clean"] for n, r in records(out).items() if n.startswith("hinge__l"))
+    error = statistics.fmean(1 - r.evaluation["clean"] for n, r in records(out).items() if n.startswith("hinge__l"))
     assert "8 of 8 cells" in printed and 0 < error < 1
     row = next(csv.DictReader((out / "summary.csv").open()))
     wanted = f"{100 * float(row['error_mean']):.2f} ± {100 * float(row['error_std']):.2f}"
@@ -151,22 +156,26 @@ def test_another_budget_is_not_mixed_with_the_records_of_this_one(tiny, capsys):
 
 def test_a_record_from_before_a_field_existed_counts_as_its_default(tiny, tmp_path):
     path, out = tiny
-    shutil.copytree(out / "records", tmp_path / "records")
-    for file in (tmp_path / "records").iterdir():
-        record = json.loads(file.read_text())
-        del record["config"]["training"]["repeat"], record["config"]["loss"]["adversarial_training"]
-        file.write_text(json.dumps(record))
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "records").iterdir()}
+    first, *lines = (out / RECORDS).read_text().splitlines(keepends=True)
+    shared = json.loads(first)
+    del shared["shared"]["config"]["training"]["repeat"]
+    file = tmp_path / RECORDS
+    file.write_text("".join([json.dumps(shared) + "\n", *lines]))
+    before = file.stat().st_mtime_ns
     assert run(path, tmp_path, "--budget", "quick") == 0
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "records").iterdir()} == before
+    assert file.stat().st_mtime_ns == before
+    assert all(record.config.training.repeat == 1 for record in records(tmp_path).values())
 
 
 def test_records_make_a_report_with_the_histogram_of_the_margin(tiny, tmp_path):
-    paths = [str(tiny[1] / "records" / f"{model}__label_noise=0.4__seed0.json") for model in ("cross-entropy", "hinge")]
+    paths = [f"{tiny[1] / RECORDS}:{model}__label_noise=0.4__seed0" for model in ("cross-entropy", "hinge")]
     assert cli.main(["report", *paths, "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [model["label"] for model in results["models"]] == ["cross-entropy label_noise=0.4", "hinge label_noise=0.4"]
-    assert results["models"][1]["evaluation"] == records(tiny[1])["hinge__label_noise=0.4__seed0"]["evaluation"]
+    first, *lines = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    models = [merged(line, first["shared"]) for line in lines]
+    assert [model["label"] for model in models] == ["cross-entropy label_noise=0.4", "hinge label_noise=0.4"]
+    own = records(tiny[1])["hinge__label_noise=0.4__seed0"]
+    assert models[1]["evaluation"] == {k: v for k, v in own.evaluation.items() if k not in SINGLE_SAMPLES}
+    assert own.evaluation["deepfool_norms"] and models[1]["run"]["history"] == own.history
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/svg+xml") == 4 + 1 and "Histogram of the margin" in page
 
@@ -186,11 +195,11 @@ def test_cells_are_chosen_by_name_with_those_that_they_go_on_from(tmp_path):
     models = {"first": {}, "second": {"after": "first"}, "third": {"after": "second"}, "other": {}}
     path.write_text(yaml.safe_dump(changed(grid={}, seeds=[0, 1], budgets={}, models=models)))
     every = sweeps.read(path)
-    names = [cell.name for cell in sweeps.chosen(every, ["second*seed1", "other__seed0"])]
+    names = [cell.name for cell in sweeps.select(every, ["second*seed1", "other__seed0"])]
     assert names == ["other__seed0", "first__seed1", "second__seed1"]
-    assert sweeps.chosen(every, ["*"]) == every
+    assert sweeps.select(every, ["*"]) == every
     with pytest.raises(ConfigError, match=r"--cells fourth\*: no cell has such a name; --dry-run lists them"):
-        sweeps.chosen(every, ["first*", "fourth*"])
+        sweeps.select(every, ["first*", "fourth*"])
 
 
 def test_a_killed_sweep_goes_on_from_records_and_checkpoints(tmp_path):
@@ -201,7 +210,7 @@ def test_a_killed_sweep_goes_on_from_records_and_checkpoints(tmp_path):
     path, out = write(tmp_path, long), tmp_path / "out"
     command = [sys.executable, "-m", "margin_kernels.experiments.cli", "sweep", str(path), "--out"]
     process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
-    first, second = out / "records" / "cross-entropy__seed0.json", out / "cells" / "hinge__seed0"
+    first, second = out / RECORDS, out / "cells" / "hinge__seed0"
     wait_for(lambda: first.exists() and (second / "checkpoint.pt").exists() and epochs(second) >= 2)
     child = int(
         re.search(r"\d+", subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout)[0]
@@ -209,15 +218,15 @@ def test_a_killed_sweep_goes_on_from_records_and_checkpoints(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     wait_for(lambda: not alive(child))
-    reached, kept = epochs(second), (first.read_bytes(), first.stat().st_mtime_ns)
-    assert 2 <= reached < 15 and not (out / "records" / "hinge__seed0.json").exists()
+    reached, kept = epochs(second), first.read_bytes()
+    assert 2 <= reached < 15 and list(records(out)) == ["cross-entropy__seed0"]
     assert run(path, out) == 0
-    assert (first.read_bytes(), first.stat().st_mtime_ns) == kept
+    assert first.read_bytes().startswith(kept) and first.read_bytes().count(b"\n") == kept.count(b"\n") + 1
     assert run(path, tmp_path / "straight") == 0
     for name, record in records(tmp_path / "straight").items():
         again = records(out)[name]
-        assert again["evaluation"] == record["evaluation"]
-        assert [e["train_loss"] for e in again["history"]] == [e["train_loss"] for e in record["history"]]
+        assert again.evaluation == record.evaluation
+        assert [e["train_loss"] for e in again.history] == [e["train_loss"] for e in record.history]
 
 
 def epochs(folder):
@@ -276,9 +285,9 @@ def test_a_model_can_go_on_from_the_weights_of_another(tmp_path):
     path, out = write(tmp_path, both), tmp_path / "out"
     assert run(path, out, "--jobs", "2") == 0
     found = records(out)
-    assert found["same__seed3"]["evaluation"] == found["first__seed3"]["evaluation"]
-    assert found["same__seed3"]["config"]["model"]["initial"] == "first__seed3"
-    assert found["longer__seed3"]["evaluation"] != found["first__seed3"]["evaluation"]
+    assert found["same__seed3"].evaluation == found["first__seed3"].evaluation
+    assert found["same__seed3"].after == "first__seed3" and found["same__seed3"].config.model.initial is None
+    assert found["longer__seed3"].evaluation != found["first__seed3"].evaluation
     assert [folder.name for folder in (out / "cells").iterdir()] == ["first__seed3"]
     assert models.load_model(out / "cells" / "first__seed3")[1]["name"] == "digits_cnn"
     assert not (out / "cells" / "first__seed3" / "checkpoint.pt").exists()
@@ -298,9 +307,9 @@ def test_a_model_is_attacked_by_another_of_its_point_and_seed(tmp_path):
     assert run(path, out, "--jobs", "2") == 0
     found = records(out)
     attacker, hinge = found["cross-entropy__seed0"], found["hinge__seed0"]
-    assert "black_box" not in attacker["evaluation"] and attacker["config"]["evaluation"]["attacker"] is None
-    assert hinge["config"]["evaluation"]["attacker"] == "cross-entropy__seed0"
-    assert not any(str(tmp_path) in file.read_text() for file in (out / "records").glob("*.json"))
+    assert "black_box" not in attacker.evaluation and attacker.attacker is None
+    assert hinge.attacker == "cross-entropy__seed0"
+    assert str(tmp_path) not in (out / RECORDS).read_text()
     # only the attacker's weights were needed, and with them its accuracies can be had again
     assert [folder.name for folder in (out / "cells").iterdir()] == ["cross-entropy__seed0"]
     model, _ = models.load_model(out / "cells" / "cross-entropy__seed0")
@@ -308,18 +317,18 @@ def test_a_model_is_attacked_by_another_of_its_point_and_seed(tmp_path):
     x, y = split.batch(slice(0, 40))
     images = attacks.fgsm(model, x, y, 0.1, "gap").images
     own = float((model(images).argmax(1) == y).float().mean())
-    assert attacker["evaluation"]["fgsm_gap"] == pytest.approx(own)
-    assert hinge["evaluation"]["black_box"]["fgsm_gap"] != pytest.approx(own)
+    assert attacker.evaluation["fgsm_gap"] == pytest.approx(own)
+    assert hinge.evaluation["black_box"]["fgsm_gap"] != pytest.approx(own)
     row = summary.rows([hinge])[0]
-    assert row["black_box_fgsm_error_mean"] == pytest.approx(1 - hinge["evaluation"]["black_box"]["fgsm_ce"])
-    assert row["reverse_ifgsm_gap_error_mean"] == pytest.approx(1 - hinge["evaluation"]["reverse"]["ifgsm_gap"])
+    assert row["black_box_fgsm_error_mean"] == pytest.approx(1 - hinge.evaluation["black_box"]["fgsm_ce"])
+    assert row["reverse_ifgsm_gap_error_mean"] == pytest.approx(1 - hinge.evaluation["reverse"]["ifgsm_gap"])
     assert run(path, out, "--dry-run") == 0  # the record of another label is not that of another setting
 
 
 def test_an_attacker_comes_first_and_with_the_cells_that_it_attacks(tmp_path):
     cells = sweeps.read(write(tmp_path, ATTACKED))
     assert [cell.needs for cell in cells] == [[], ["cross-entropy__seed0"]]
-    assert sweeps.chosen(cells, ["hinge*"]) == cells
+    assert sweeps.select(cells, ["hinge*"]) == cells
     for labels, message in (
         (["hinge", "cross-entropy"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'"),
         (["hinge"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'; allowed: none"),
@@ -346,17 +355,17 @@ def test_another_evaluation_is_made_from_kept_weights_and_trains_nothing(tmp_pat
         file: (content, times[file]) for file, content in weights.items()
     }
     for name, record in after.items():
-        unchanged = {key for key in record if key not in ("config", "evaluation", "seconds")}
-        assert {key: record[key] for key in unchanged} == {key: before[name][key] for key in unchanged}
-        assert record["seconds"]["training"] == before[name]["seconds"]["training"]
-        for key in ("clean", "curves", "fgsm_ce", "margins"):
-            assert record["evaluation"][key] == before[name]["evaluation"][key]
-        assert len(record["evaluation"]["noise"]) == 2 and "noise" not in before[name]["evaluation"]
-    assert "black_box" in after["hinge__seed0"]["evaluation"]
+        same = {"config": None, "evaluation": None, "seconds": {}, "attacker": None}
+        assert replace(record, **same) == replace(before[name], **same)
+        assert record.seconds["training"] == before[name].seconds["training"]
+        for key in ("clean", "curves", "fgsm_ce", "deepfool_norms"):
+            assert record.evaluation[key] == before[name].evaluation[key]
+        assert len(record.evaluation["noise"]) == 2 and "noise" not in before[name].evaluation
+    assert "black_box" in after["hinge__seed0"].evaluation
     trained = tmp_path / "trained"
     assert run(path, trained) == 0  # the same as if it had been asked for at once
-    assert {name: record["evaluation"] for name, record in records(trained).items()} == {
-        name: record["evaluation"] for name, record in after.items()
+    assert {name: record.evaluation for name, record in records(trained).items()} == {
+        name: record.evaluation for name, record in after.items()
     }
     assert run(path, out, "--dry-run") == 0 and "2 finished, 0 to do" in capsys.readouterr().out
 
@@ -457,18 +466,23 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path):
         assert run(write(tmp_path, TINY), tmp_path / "out") == 1
 
 
+def bare_record(evaluation):
+    """A record of model "a" with nothing but an evaluation."""
+    run = {"network": {}, "parameters": 1, "versions": {}, "machine": {}, "history": [], "seconds": {"training": 1.0}}
+    place = {"cell": "a__seed0", "model": "a", "point": "", "seed": 0, "values": {}}
+    return Record(config=Config(), evaluation=evaluation, **run, **place)
+
+
 def test_a_measure_that_a_seed_lacks_has_no_mean():
-    record = {"model_label": "a", "point": "", "values": {}, "history": [], "seconds": {"training": 1.0}}
     evaluations = ({"clean": 0.5, "rho_adv": 0.1}, {"clean": 0.25, "rho_adv": None})
-    (row,) = summary.rows([{**record, "evaluation": evaluation} for evaluation in evaluations])
+    (row,) = summary.rows([bare_record(evaluation) for evaluation in evaluations])
     assert row["error_mean"] == 0.625 and row["error_std"] == pytest.approx(0.25 / 2**0.5)
     assert row["rho_adv_mean"] is None and row["rho_adv_std"] is None
 
 
 def test_one_seed_has_a_mean_and_no_std():
-    record = {"model_label": "a", "point": "", "values": {}, "history": [], "seconds": {"training": 1.0}}
-    (row,) = summary.rows([{**record, "evaluation": {"clean": 0.75}}])
-    assert row["error_mean"] == 0.25 and row["error_std"] is None and "margin_mean" not in row
+    (row,) = summary.rows([bare_record({"clean": 0.75})])
+    assert row["error_mean"] == 0.25 and row["error_std"] is None and "deepfool_norm_mean" not in row
     assert summary.cell(summary.MEASURES[0], row) == "25.00"
 
 

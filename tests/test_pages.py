@@ -1,20 +1,22 @@
 """Tables of the READMEs are those of the committed results, and these those of the committed records."""
 
 import csv
+import fnmatch
 import importlib.util
-import json
+import re
 from pathlib import Path
 
 import pytest
 
-from margin_kernels.experiments.results import summary
+from margin_kernels.experiments import config, sweeps
+from margin_kernels.experiments.results import RECORDS, Records, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
 tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 
-SWEEPS = sorted(path.parent for path in (ROOT / "benchmarks" / "results" / "papers").glob("*/records"))
+SWEEPS = sorted(path.parent for path in (ROOT / "benchmarks" / "results" / "papers").glob("*/records.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +48,46 @@ def test_every_sweep_has_its_table_on_the_page():
 
 @pytest.mark.parametrize("folder", SWEEPS, ids=lambda folder: folder.name)
 def test_a_summary_is_that_of_the_records(folder):
-    records = [json.loads(path.read_text()) for path in (folder / "records").glob("*.json")]
-    records.sort(key=lambda record: record["seed"])
+    records = sorted(Records(folder / RECORDS).all(), key=lambda record: record.seed)
     found = list(csv.DictReader((folder / "summary.csv").open()))
-    assert {(row["model"], row["point"]) for row in found} == {(r["model_label"], r["point"]) for r in records}
+    assert {(row["model"], row["point"]) for row in found} == {record.place for record in records}
     for row in found:
-        own = [r for r in records if (r["model_label"], r["point"]) == (row["model"], row["point"])]
+        own = [record for record in records if record.place == (row["model"], row["point"])]
         (expected,) = summary.rows(own[: int(row["seeds"])])  # seeds beyond the budget's may lie beside them
         assert expected["seeds"] == int(row["seeds"])
-        for measure in ("error", "fgsm_error", "fgsm_gap_error", "ifgsm_gap_error", "margin", "rho_adv"):
+        for measure in ("error", "fgsm_error", "fgsm_gap_error", "ifgsm_gap_error", "deepfool_norm", "rho_adv"):
             ours, theirs = expected.get(f"{measure}_mean"), row.get(f"{measure}_mean")
             if ours is None:
                 assert not theirs
             else:
                 assert float(theirs) == pytest.approx(ours, rel=1e-9)
+
+
+def legend():
+    """Keys of the papers and letters of shapes, as docs/papers.md explains them."""
+    papers, shapes = (ROOT / "docs" / "papers.md").read_text().split("Any other letter")
+    return set(re.findall(r"^\| \[([A-Z])\]", papers, re.MULTILINE)), set(
+        re.findall(r"^\| \[([A-Z])\]", shapes, re.MULTILINE)
+    )
+
+
+def test_every_letter_in_brackets_is_a_paper_or_a_shape_of_the_legend():
+    papers, shapes = legend()
+    assert papers >= {"A", "E", "M"} and shapes >= {"N", "C"} and not papers & shapes
+    folders = ("margin_kernels", "csrc", "python", "benchmarks", "docs", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")] + list(ROOT.glob("*.md"))
+    kinds = (".py", ".md", ".yaml", ".cpp", ".h", ".cu", ".cuh")
+    found = {
+        (letter, path)
+        for path in files
+        if path.suffix in kinds
+        for letter in re.findall(r"(?<![\w)\]])\[([A-Z])\]", path.read_text())
+    }
+    assert {letter for letter, _ in found} >= papers
+    assert not [(letter, path) for letter, path in found if letter not in papers | shapes]
+
+
+def test_the_legend_names_configs_and_sweeps_that_there_are():
+    named = re.findall(r"`([a-z0-9_*]+)`", (ROOT / "docs" / "papers.md").read_text())
+    known = [*config.shipped(), *sweeps.shipped()]
+    assert len(named) > 10 and not [name for name in named if not fnmatch.filter(known, name)]

@@ -66,7 +66,7 @@ struct RowDistanceBackwardFunction : Function<RowDistanceBackwardFunction> {
     return {u_dot_v.to(grad.scalar_type()), d_rows, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 
-  // zeros [C, D] with values [M, D] added at index [M], in a fixed order: on the CPU index_add goes through the rows
+  // zeros [C, D] with values [P, D] added at index [P], in a fixed order: on the CPU index_add goes through the rows
   // one by one; on a GPU it adds atomically, while index_put sorts.
   static Tensor add_rows(const Tensor& zeros, const Tensor& index, const Tensor& values) {
     return zeros.is_cuda() ? zeros.index_put({index}, values, /*accumulate=*/true) : zeros.index_add(0, index, values);

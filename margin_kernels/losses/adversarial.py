@@ -2,7 +2,7 @@
 
     Delta(n)  DeepFool perturbation of sample n: T (classified correctly): until the prediction changes
                                                  F (misclassified): until the ground truth is predicted
-    m(n)      = ||Delta||_p   ([A] eq. 6)    or   ||Delta||_p / ||x||_p   ([D] eq. 5)
+    m(n)      = ||Delta||_p   ([A] eq. 6)    or   ||Delta||_p / ||x||_p   ([Y] eq. 5)
     R         = sum over T of min(weight shrink(-c m), 50) + sum over F of min(weight shrink(d m), 50)
     total     = mean nll + R / N
 
@@ -100,12 +100,12 @@ class AdversarialMarginLoss(MarginLoss):
     is what a forward pass does to parameters, to other objects that attributes hold, and to global variables
     (margin_kernels.replay). One model must not run in two threads at a time.
 
-    Presets: [A] MNIST: the defaults. [D]: weight 15, c 25, d 5, normalize, aggregation "avg".
+    Presets: [A] MNIST: the defaults. [Y]: weight 15, c 25, d 5, normalize, aggregation "avg".
 
     Raises:
         ValueError, TypeError: naming the argument, its value, and what is allowed.
 
-    Sources: Yan, Guo, Zhang. Deep Defense. NeurIPS 2018 [D]. Yan, Guo, Zhang. Adversarial Margin Maximization Networks.
+    Sources: Yan, Guo, Zhang. Deep Defense. NeurIPS 2018 [Y]. Yan, Guo, Zhang. Adversarial Margin Maximization Networks.
     TPAMI 2019 [A].
     """
 

@@ -1,4 +1,4 @@
-"""`margin-kernels`: train | evaluate | report | sweep | demo | toy | explain | bench | info.
+"""`margin-kernels`: train | evaluate | report | sweep | demo | toy | explain | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -31,7 +30,7 @@ from .. import config, data, models, sweeps
 from ..config import Config, ConfigError
 from ..evaluation import evaluate
 from ..report import page, study_page, table
-from ..results import machine, summary, versions, write_json
+from ..results import RECORDS, Records, Run, machine, summary, versions, write_json
 from ..training import Meter, Trainer, TrainingError, resolve_device, time_steps
 
 USAGE = """usage: margin-kernels COMMAND [options]
@@ -43,7 +42,6 @@ USAGE = """usage: margin-kernels COMMAND [options]
   demo       train and compare eight losses on scikit-learn's digits
   toy        two rectangles in the plane: boundaries, true margins, and those that DeepFool reports
   explain    how the gradients of a shipped network are obtained, why, and what a step costs
-  bench      time training steps of every loss against their floors (benchmarks/step.py of a checkout)
   info       versions, machine, backends, shipped configs
 
 margin-kernels COMMAND --help says more.
@@ -126,7 +124,7 @@ def evaluate_runs(arguments: list[str]) -> int:
                 timed = time_steps(base, {settings.name: settings}, dataset, settings.evaluation.timing_repeats)
                 evaluation["timing"] = timed[settings.name]
             write_json(folder / "evaluation.json", evaluation)
-    compared = [read_model(folder) for folder in options.runs]
+    compared = [read_compared(folder) for folder in options.runs]
     table.show(console, compared, "Test split")
     console.print(f"next: margin-kernels report {' '.join(map(str, options.runs))} --out report", highlight=False)
     return 0
@@ -155,28 +153,23 @@ def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: M
     return {"evaluation": result}
 
 
-def read_model(folder: Path) -> table.Model:
-    """A run's records and evaluation, as report and table want them; `folder` may be a record of a sweep."""
-    if folder.suffix == ".json" and folder.is_file():
-        record = json.loads(folder.read_text())
-        label = " ".join(filter(None, (record["model_label"], record["point"])))
-        same = {key: record[key] for key in ("config", "history", "evaluation")}
-        return {"name": record["cell"], "label": label, **same, "timing": record.get("timing"), "run": record}
+def read_compared(folder: Path) -> table.Compared:
+    """A run as report and table want it: a folder, or FOLDER/records.jsonl:CELL, a cell of a sweep."""
+    path, _, cell = str(folder).rpartition(":")
+    if Path(path).is_file():
+        found = Records(Path(path))
+        if cell not in found:
+            raise ValueError(f"{path}: no record of {cell}; there are {', '.join(r.cell for r in found.all())}")
+        record = found[cell]
+        return table.Compared(" ".join(filter(None, record.place)), record, record.measurements, record.timing)
     for name in ("run.json", "evaluation.json"):
         if not (folder / name).is_file():
             command = "train" if name == "run.json" else "evaluate"
             raise ValueError(f"{folder / name}: missing; run `margin-kernels {command}` first")
-    run = json.loads((folder / "run.json").read_text())
+    run = Run.from_dict(json.loads((folder / "run.json").read_text()))
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    return {
-        "name": run["config"]["name"],
-        "label": run["config"]["name"].replace("_", " "),
-        "config": run["config"],
-        "history": run["history"],
-        "evaluation": evaluation["evaluation"],
-        "timing": evaluation.get("timing"),
-        "run": run,
-    }
+    label = run.config.name.replace("_", " ")
+    return table.Compared(label, run, evaluation["evaluation"], evaluation.get("timing"))
 
 
 def make_report(arguments: list[str]) -> int:
@@ -185,7 +178,8 @@ def make_report(arguments: list[str]) -> int:
         "runs",
         nargs="+",
         type=Path,
-        help="folders written by train and evaluate, or records of a sweep; or folders of sweeps, for their own report",
+        help="folders written by train and evaluate, or FOLDER/records.jsonl:CELL of a sweep; or folders of sweeps, "
+        "for their own report",
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
     parser.add_argument("--title", default=None)
@@ -198,20 +192,14 @@ def make_report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if any(map(study_page.is_sweep, options.runs)):
         return report_sweeps(options)
-    compared = [read_model(folder) for folder in options.runs]
-    first = compared[0].pop("run")
-    for model in compared[1:]:
-        model.pop("run")
-    names = {model["config"]["data"]["name"] for model in compared}
+    compared = [read_compared(folder) for folder in options.runs]
+    names = {model.run.config.data.name for model in compared}
     title = options.title or f"Large-margin training on {', '.join(sorted(names))}"
-    results: dict[str, Any] = {
-        "title": title,
-        "models": compared,
-        "facts": facts(first, sum(r["seconds"] for model in compared for r in model["history"])),
-    }
+    seconds = sum(epoch["seconds"] for model in compared for epoch in model.history)
+    comparison = page.Comparison(title, compared, conditions(compared[0].run, seconds))
     console = Console()
     table.show(console, compared, title)
-    html = page.write(options.out, results)
+    html = page.write_report(options.out, comparison)
     console.print(f"open {html}", highlight=False, soft_wrap=True)
     return 0
 
@@ -222,25 +210,25 @@ def report_sweeps(options: argparse.Namespace) -> int:
         if not study_page.is_sweep(folder):
             raise ValueError(f"{folder} is not the folder of a sweep, others are: report runs and sweeps separately")
     file = None if options.sweep is None else sweeps.find(options.sweep)
-    studies = study_page.distinct([study_page.load(folder, file) for folder in options.runs], options.runs)
+    studies = study_page.distinct([study_page.load_study(folder, file) for folder in options.runs], options.runs)
     console = Console()
     for study in studies:
         summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
     names = ", ".join(study.name.replace("_", " ") for study in studies)
     title = options.title or (names if len(studies) < 3 else f"{len(studies)} sweeps")
-    html = study_page.write(options.out, studies, title, options.data_dir)
+    html = study_page.write_study_report(options.out, studies, title, options.data_dir)
     console.print(f"open {html}", highlight=False, soft_wrap=True)
     return 0
 
 
-def facts(run: dict[str, Any], seconds: float) -> dict[str, Any]:
+def conditions(run: Run, seconds: float) -> dict[str, Any]:
     """What a report says about how it was run."""
-    machine = run["machine"]
+    machine = run.machine
     return {
-        "network": f"{run['model']['name']}, {run['parameters']:,} parameters",
-        "data": run["config"]["data"]["name"],
-        "seed": run["config"]["training"]["seed"],
-        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "network": f"{run.config.model.name}, {run.parameters:,} parameters",
+        "data": run.config.data.name,
+        "seed": run.config.training.seed,
+        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "machine": f"{machine['processor']}, {machine['cores']} cores",
         "device": f"{machine['device']}, {machine['torch_threads']} threads",
         "training time": f"{seconds:.0f} s",
@@ -275,7 +263,7 @@ def run_sweep(arguments: list[str]) -> int:
             raise ValueError(f"--{name} is {getattr(options, name)}; allowed: at least 1")
     path = sweeps.find(options.sweep)
     every = sweeps.read(path, options.budget)
-    cells = sweeps.chosen(every, options.cells)
+    cells = sweeps.select(every, options.cells)
     out = options.out or Path("sweeps") / path.stem
     console = Console()
     how = sweeps.Options(
@@ -296,10 +284,11 @@ def run_sweep(arguments: list[str]) -> int:
         console.print("interrupted; the same command goes on from here", highlight=False)
         failed, status = runner.failed, 130
     wanted = [cell.name for cell in every if not cell.candidate]
-    records_found = summary.load(out, wanted)
-    table_rows = summary.write(out, path.stem, options.budget, records_found, failed)
+    records = Records(out / RECORDS)
+    found = [records[name] for name in wanted if name in records]
+    table_rows = summary.write_summary(out, path.stem, options.budget, found, failed)
     if table_rows:
-        summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(records_found)} of {len(wanted)} cells")
+        summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(found)} of {len(wanted)} cells")
     for name, error in failed.items():
         print(f"{name} failed: {error}", file=sys.stderr)
     console.print(f"{out / 'summary.csv'}, {out / 'summary.json'}", highlight=False, soft_wrap=True)
@@ -380,13 +369,6 @@ def explain(arguments: list[str]) -> int:
     return 0
 
 
-def bench(arguments: list[str]) -> int:
-    script = Path(__file__).resolve().parents[2] / "benchmarks" / "step.py"
-    if not script.is_file():
-        raise ValueError(f"{script}: missing; benchmarks come with a checkout of the repository, not with a wheel")
-    return subprocess.run([sys.executable, str(script), *arguments], check=False).returncode
-
-
 def info(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="margin-kernels info", description="What is installed and what runs here.")
     parser.parse_args(arguments)
@@ -408,7 +390,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": run_demo,
     "toy": run_toy,
     "explain": explain,
-    "bench": bench,
     "info": info,
 }
 

@@ -1,6 +1,7 @@
 """What a run is: dataclasses, read from YAML files and the command line; the configs that come with the package."""
 
 from .options import (
+    OPTIONS_OF_LOSS,
     AdversarialConfig,
     AdversarialTrainingConfig,
     Config,
@@ -23,6 +24,7 @@ from .options import (
     from_dict,
     from_namespace,
     keys,
+    own_options,
     parse,
     parse_with,
     shipped,
@@ -33,6 +35,7 @@ from .options import (
 )
 
 __all__ = [
+    "OPTIONS_OF_LOSS",
     "AdversarialConfig",
     "AdversarialTrainingConfig",
     "Config",
@@ -55,6 +58,7 @@ __all__ = [
     "from_dict",
     "from_namespace",
     "keys",
+    "own_options",
     "parse",
     "parse_with",
     "shipped",

@@ -93,7 +93,7 @@ class SensitivityConfig:
 
 @dataclass
 class AdversarialConfig:
-    """Options of AdversarialMarginLoss [D] [A].
+    """Options of AdversarialMarginLoss [Y] [A].
 
     Args:
         weight: factor lambda of the margin term
@@ -124,7 +124,7 @@ class AdversarialConfig:
 
 @dataclass
 class OneToNConfig:
-    """Options of OneToNLoss [N], and delta of the squared hinge.
+    """Options of OneToNLoss [R], and delta of the squared hinge.
 
     Args:
         delta: bound of the logits
@@ -504,6 +504,33 @@ def _parser() -> ArgumentParser:
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict: what JSON and YAML store."""
     return dataclasses.asdict(config)
+
+
+# The options of LossConfig that each loss reads besides `kind` and `cross_entropy_epochs`.
+_SECTIONS = ("sensitivity", "adversarial", "one_to_n", "adversarial_training", "virtual_adversarial")
+_GENERAL = ("kind", "cross_entropy_epochs")
+OPTIONS_OF_LOSS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    "hinge": (),
+    "squared_hinge": ("one_to_n",),
+    "large_margin": tuple(f.name for f in dataclasses.fields(LossConfig) if f.name not in (*_SECTIONS, *_GENERAL)),
+    "margin_sensitivity": ("sensitivity", "passes", "batchnorm"),
+    "adversarial_margin": ("adversarial",),
+    "one_to_n": ("one_to_n",),
+    "fgsm_training": ("adversarial_training",),
+    "vat": ("virtual_adversarial",),
+}
+
+
+def own_options(config: Config) -> dict[str, Any]:
+    """What a record keeps of a config: all but paths of the machine, and of the options of the loss those that it
+    reads."""
+    values = to_dict(config)
+    for section, name in (("data", "dir"), ("model", "initial"), ("evaluation", "attacker")):
+        del values[section][name]
+    read = {*_GENERAL, *OPTIONS_OF_LOSS[config.loss.kind]}
+    values["loss"] = {name: value for name, value in values["loss"].items() if name in read}
+    return values
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -140,7 +140,7 @@ def _members(source: Path) -> dict[str, bytes]:
     return found
 
 
-def load(data_dir: Path, verify: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def load_cifar(data_dir: Path, verify: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Train images uint8 [50000, 3, 32, 32], train labels int64 [50000], test images, test labels."""
     source = find_source(data_dir)
     contents = _members(source)

@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -154,9 +153,9 @@ def of(config: DataConfig) -> Dataset:
     )
 
 
-def units(runs: Iterable[dict[str, Any]]) -> str:
-    """In what radii and norms of these runs are, from the configs in their records: "images in [0, 1]"."""
-    return " and ".join(dict.fromkeys(PREPROCESSING[run["config"]["data"].get("preprocess", "none")] for run in runs))
+def units(configs: Iterable[DataConfig]) -> str:
+    """In what radii and norms of networks on these data are: "images in [0, 1]"."""
+    return " and ".join(dict.fromkeys(PREPROCESSING[config.preprocess] for config in configs))
 
 
 def flip_labels(labels: Tensor, noise: float, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -211,7 +210,7 @@ def _load_files(name: str, data_dir: str | Path | None, validation_size: int, ve
     folder = Path(data_dir).expanduser()
     if not folder.exists():
         raise DataError(f"{folder}: --data-dir does not exist.")
-    arrays = cifar.load(folder, verify) if name == "cifar10" else idx.load(name, folder, verify)
+    arrays = cifar.load_cifar(folder, verify) if name == "cifar10" else idx.load_idx(name, folder, verify)
     images, labels, test_images, test_labels = (
         torch.from_numpy(np.array(a)) for a in arrays
     )  # frombuffer gives read-only memory

@@ -147,7 +147,7 @@ def _check_size(content: bytes, expected: int, what: str, path: Path) -> None:
         raise DataError(f"{path}: {verdict}: {len(content):,} bytes found, {expected:,} expected for {what}.")
 
 
-def load(name: str, data_dir: Path, verify: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def load_idx(name: str, data_dir: Path, verify: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Train images uint8 [N, 1, 28, 28], train labels int64 [N], test images, test labels."""
     folder = find_folder(name, data_dir)
     arrays: list[np.ndarray] = []

@@ -37,7 +37,6 @@ from ..config import (
     ScheduleConfig,
     SensitivityConfig,
     TrainingConfig,
-    to_dict,
 )
 from ..evaluation import accuracy, eval_mode, evaluate, ifgsm, signed_distance
 from ..report import page, table
@@ -188,7 +187,7 @@ def step_cost(loss: LossConfig, plan: Plan) -> float:
     return own.get(loss.kind, 1.0)
 
 
-def run(folder: Path, quick: bool = False, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
+def run(folder: Path, quick: bool = False, seed: int = 0, console: Console | None = None) -> page.Comparison:
     """Trains, tunes, evaluates, prints the table and writes the report into `folder`; returns the results."""
     threads = torch.get_num_threads()
     # Steps of milliseconds: threads that wait for each other cost more than they gain as soon as the machine has other
@@ -200,7 +199,7 @@ def run(folder: Path, quick: bool = False, seed: int = 0, console: Console | Non
         torch.set_num_threads(threads)
 
 
-def _run(folder: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]:
+def _run(folder: Path, plan: Plan, seed: int, console: Console) -> page.Comparison:
     start = time.perf_counter()
     dataset = data.load("digits")
     steps = plan.epochs * math.ceil(len(dataset.train) / 64)
@@ -231,17 +230,17 @@ def _run(folder: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any
             for label, trainer in trainers.items()
         ]
     seconds = time.perf_counter() - start
-    results = {
-        "title": "Large-margin training on scikit-learn's digits",
-        "intro": INTRO,
-        "models": models,
-        "tuning_rule": RULE,
-        "tuning": tuning,
-        "facts": facts(baseline, seconds, len(dataset.test)),
-    }
+    results = page.Comparison(
+        title="Large-margin training on scikit-learn's digits",
+        models=models,
+        conditions=conditions(baseline, seconds, len(dataset.test)),
+        intro=INTRO,
+        tuning=tuning,
+        tuning_rule=RULE,
+    )
     show_tuning(console, tuning)
     table.show(console, models, f"Test split, {len(dataset.test)} images, seed {seed}")
-    html = page.write(folder, results)
+    html = page.write_report(folder, results)
     console.print(f"{seconds:.0f} s. Open {html}", highlight=False, soft_wrap=True)
     return results
 
@@ -266,19 +265,13 @@ def share_of(meter: Meter, cost: float, label: str) -> Callable[[float], None]:
 
 def describe(
     label: str, trainer: Trainer, dataset: data.Dataset, timing: dict[str, float], tick: Callable[[float], None]
-) -> table.Model:
+) -> table.Compared:
     """Everything the report shows of one network."""
-    return {
-        "name": label,
-        "label": label,
-        "config": to_dict(trainer.config),
-        "history": trainer.history,
-        "evaluation": evaluate(trainer.model, dataset.test, trainer.hidden, trainer.config.evaluation, tick=tick),
-        "timing": timing,
-    }
+    evaluation = evaluate(trainer.model, dataset.test, trainer.hidden, trainer.config.evaluation, tick=tick)
+    return table.Compared(label, trainer.summary(), evaluation, timing)
 
 
-def facts(baseline: Trainer, seconds: float, tested: int) -> dict[str, Any]:
+def conditions(baseline: Trainer, seconds: float, tested: int) -> dict[str, Any]:
     """How the demo was run."""
     here = machine()
     training = baseline.config.training

@@ -156,7 +156,7 @@ def run(folder: Path, epochs: int = EPOCHS, seed: int = 0, console: Console | No
         "machine": machine(),
         "models": models,
     }
-    write(folder, record)
+    write_measured(folder, record)
     show(console, record)
     return record
 
@@ -185,7 +185,7 @@ def _described(loss: LossConfig) -> dict[str, Any]:
     return {"kind": loss.kind}
 
 
-def write(folder: Path, record: dict[str, Any]) -> None:
+def write_measured(folder: Path, record: dict[str, Any]) -> None:
     """The record and its figure."""
     drawn = figure(record)
     write_json(folder / "toy.json", record)

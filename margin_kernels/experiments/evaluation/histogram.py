@@ -15,11 +15,11 @@ import numpy as np
 REACH = 6.0
 BINS = 160
 # what the bins of each measure are linear below: l2 norms of perturbations of images in [0, 1], and relative ones
-WIDTHS = {"margin": 0.05, "rho_adv": 0.005}
+WIDTHS = {"deepfool_norm": 0.05, "rho_adv": 0.005}
 
 
 def edges(measure: str) -> np.ndarray:
-    """The edges [BINS + 1] of a measure's bins: up to 10.1 (margin) and 1.01 (rho_adv)."""
+    """The edges [BINS + 1] of a measure's bins: up to 10.1 (deepfool_norm) and 1.01 (rho_adv)."""
     return WIDTHS[measure] * np.sinh(np.linspace(-REACH, REACH, BINS + 1))
 
 

@@ -6,8 +6,8 @@ reverse                 accuracy of the attacker at the images that were attacke
 noise                   accuracy at clip(x + sigma n), n standard normal
 worst                   share of samples that no attack of the table moves over the boundary
 saturated               share of the attacked samples with 1 - p_y < 6e-8, where p_y rounds to 1 in fp32
-margin                  mean ||r||_2 over all samples, r the DeepFool perturbation that changes the prediction [A]
-deepfool                the same over the correctly classified samples
+deepfool_norm           mean ||r||_2 over all samples, r the DeepFool perturbation that changes the prediction [A]
+deepfool_norm_correct   the same over the correctly classified samples
 rho_adv                 mean ||r||_2 / ||x||_2 over the correctly classified samples [M]
 distance                signed distance d per tap, mean over samples; positive on the right side
 
@@ -213,10 +213,14 @@ def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def boundary_norms(
     model: nn.Module, split: Split, config: EvaluationConfig, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """DeepFool l2 norms, over the samples for which it finds the boundary: `margin` over all of them, `deepfool` and
-    `rho_adv` over those classified correctly; `deepfool_missed`, the number without a boundary; `margins`, the norm
-    of each sample, negative where it is misclassified (NaN where missed); `histograms`, the counts of these and of the
-    relative norms (histogram.py)."""
+    """DeepFool l2 norms, over the samples for which it finds the boundary.
+
+    deepfool_norm           mean over all of them
+    deepfool_norm_correct   mean over those classified correctly; rho_adv the same of the relative norms
+    deepfool_missed         number of samples without a boundary
+    deepfool_norms          the norm of each sample, negative where it is misclassified (NaN where missed)
+    histograms              counts of these and of the relative norms (histogram.py)
+    """
     norms, ratios = [], []
     with attacks.eval_mode(model):
         for x, y in split.batches(config.batch_size, device):
@@ -227,13 +231,13 @@ def boundary_norms(
     margins, relative = torch.cat(norms).cpu(), torch.cat(ratios).cpu()
     right = margins > 0
     return {
-        "margin": float(margins.abs().nanmean()),
-        "deepfool": float(margins[right].mean()),
+        "deepfool_norm": float(margins.abs().nanmean()),
+        "deepfool_norm_correct": float(margins[right].mean()),
         "rho_adv": float(relative[right].mean()),
         "deepfool_missed": int(margins.isnan().sum()),
-        "margins": five_digits(margins),
+        "deepfool_norms": five_digits(margins),
         "histograms": {
-            "margin": histogram.counts(margins.tolist(), "margin"),
+            "deepfool_norm": histogram.counts(margins.tolist(), "deepfool_norm"),
             "rho_adv": histogram.counts(relative.tolist(), "rho_adv"),
         },
     }

@@ -2,11 +2,11 @@
 
     cross_entropy        mean_n logsumexp_i z_ni - z_ny
     hinge                mean_n max(0, 1 + max_{j != y} z_nj - z_ny)        the multi-class hinge of [M]
-    squared_hinge        mean_n [delta - z_ny]_+^2 + sum_{c != y} [delta + z_nc]_+^2        the baseline of [N]
+    squared_hinge        mean_n [delta - z_ny]_+^2 + sum_{c != y} [delta + z_nc]_+^2        the baseline of [R]
     large_margin         LargeMarginLoss over named taps [E]
     margin_sensitivity   MarginSensitivityLoss at the input [M]
-    adversarial_margin   AdversarialMarginLoss: DeepFool distances [D] [A]
-    one_to_n             OneToNLoss [N]
+    adversarial_margin   AdversarialMarginLoss: DeepFool distances [Y] [A]
+    one_to_n             OneToNLoss [R]
     fgsm_training        1/2 CE(x) + 1/2 CE(x'), x' = x attacked by FGSM or PGD          adversarial training
     vat                  CE(x) + weight KL(p(x) || p(x + r))        virtual adversarial training (Miyato et al.)
 
@@ -37,7 +37,7 @@ def hinge(logits: Tensor, target: Tensor) -> Tensor:
 
 def squared_hinge(logits: Tensor, target: Tensor, delta: float) -> Tensor:
     """One-against-all squared hinge: logits [N, C], target [N] -> mean over n of [delta - z_y]_+^2 + sum over c != y of
-    [delta + z_c]_+^2 ([N] eq. 10, lambda = 0)."""
+    [delta + z_c]_+^2 ([R] eq. 10, lambda = 0)."""
     sign = 1 - 2 * F.one_hot(target, logits.shape[1]).to(logits.dtype)
     return F.relu(delta + sign * logits).square().sum(1).mean()
 

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ..data import units
-from .table import norm_name
+from .table import Compared, norm_name
 
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7A7A7A")
 STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
@@ -91,19 +91,23 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[n], "linestyle": STYLES[n]}
 
 
-def accuracy_curve(models: list[dict[str, Any]], key: str) -> Figure:
+def accuracy_curve(models: list[Compared], key: str) -> Figure:
     """Accuracy against eps under one attack; `key` as in evaluation["curves"]."""
     method, objective = key.split("_")
     words = {"ce": "cross-entropy", "gap": "logit gap"}[objective]
 
     def paint(axes: Axes) -> None:
         for i, model in enumerate(models):
-            evaluation = model["evaluation"]
+            evaluation = model.evaluation
             values = 100 * np.array(evaluation["curves"][key])
             axes.plot(
-                evaluation["curve_eps"], values, label=model["label"], marker=MARKERS[i % 8], markersize=4, **_style(i)
+                evaluation["curve_eps"], values, label=model.label, marker=MARKERS[i % 8], markersize=4, **_style(i)
             )
-        axes.set(title=f"{method.upper()} on the {words}", xlabel=f"eps (l_inf, {units(models)})", ylabel="accuracy, %")
+        axes.set(
+            title=f"{method.upper()} on the {words}",
+            xlabel=f"eps (l_inf, {units(model.run.config.data for model in models)})",
+            ylabel="accuracy, %",
+        )
         axes.set_ylim(-2, 102)
         axes.set_xlim(left=0)
         axes.legend()
@@ -111,25 +115,32 @@ def accuracy_curve(models: list[dict[str, Any]], key: str) -> Figure:
     return draw(f"accuracy_{key}", f"White-box accuracy against the radius of {method.upper()} on the {words}.", paint)
 
 
-def distance_histogram(models: list[dict[str, Any]], tap: str) -> Figure:
+def distance_histogram(models: list[Compared], tap: str) -> Figure:
     """Distribution of the signed distance at one tap over the test samples."""
-    p = norm_name(models[0]["evaluation"]["distance_p"])
+    p = norm_name(models[0].evaluation["distance_p"])
     caption = f"Signed distance to the nearest boundary at {tap}; left of 0 is misclassified, dotted: the mean."
-    series = [np.array(model["evaluation"]["distances"][tap]) for model in models]
+    series = [np.array(model.evaluation["distances"][tap]) for model in models]
     axis = f"signed distance to the boundary, {p}"
     return _histogram(f"histogram_{tap}", caption, f"Distance at {tap}", axis, models, series)
 
 
-def margin_histogram(models: list[dict[str, Any]]) -> Figure:
+def margin_histogram(models: list[Compared]) -> Figure:
     """Distribution of the DeepFool norm over the test samples, negative where misclassified."""
     caption = "l2 norm of the DeepFool perturbation per image; left of 0 is misclassified, dotted: the mean."
-    series = [np.array([v for v in model["evaluation"]["margins"] if v is not None]) for model in models]
+    series = [np.array([v for v in model.evaluation["deepfool_norms"] if v is not None]) for model in models]
     series = [values[np.isfinite(values)] for values in series]
-    return _histogram("histogram_margin", caption, "Margin", f"DeepFool norm, l2, {units(models)}", models, series)
+    return _histogram(
+        "histogram_margin",
+        caption,
+        "Margin",
+        f"DeepFool norm, l2, {units(model.run.config.data for model in models)}",
+        models,
+        series,
+    )
 
 
 def _histogram(
-    name: str, caption: str, title: str, axis: str, models: list[dict[str, Any]], series: list[np.ndarray]
+    name: str, caption: str, title: str, axis: str, models: list[Compared], series: list[np.ndarray]
 ) -> Figure:
     """The distributions of `series`, a strip per model on one axis."""
 
@@ -150,7 +161,7 @@ def _histogram(
             axes.set_xscale("asinh", linear_width=scale)
             axes.set_xticks(*_asinh_ticks(low, high, scale))
             axes.minorticks_off()
-        axes.set_yticks(range(len(series)), [model["label"] for model in reversed(models)], va="bottom")
+        axes.set_yticks(range(len(series)), [model.label for model in reversed(models)], va="bottom")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set(title=title, xlabel=axis)
@@ -193,19 +204,19 @@ def _asinh_ticks(low: float, high: float, scale: float) -> tuple[list[float], li
     return kept, [f"{tick:g}" for tick in kept]
 
 
-def distance_course(models: list[dict[str, Any]], tap: str) -> Figure:
+def distance_course(models: list[Compared], tap: str) -> Figure:
     """Mean signed distance at one tap on validation images after each epoch."""
 
     def paint(axes: Axes) -> None:
         for i, model in enumerate(models):
-            records = [record for record in model["history"] if tap in record.get("distance", {})]
+            records = [record for record in model.history if tap in record.get("distance", {})]
             if records:
                 epochs = [record["epoch"] for record in records]
-                axes.plot(epochs, [r["distance"][tap] for r in records], label=model["label"], **_style(i))
+                axes.plot(epochs, [r["distance"][tap] for r in records], label=model.label, **_style(i))
         axes.axhline(0, color="#555555", linewidth=1)
         axes.set(title=f"Mean distance at {tap}", xlabel="epoch", ylabel="mean signed distance")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        lasts = [abs(m["history"][-1]["distance"][tap]) for m in models if tap in m["history"][-1].get("distance", {})]
+        lasts = [abs(m.history[-1]["distance"][tap]) for m in models if tap in m.history[-1].get("distance", {})]
         asinh_axis(axes, lasts)
         crowded = len(models) > 5  # so many lines leave no room for it
         axes.legend(loc="center left" if crowded else "best", bbox_to_anchor=(1.0, 0.5) if crowded else None)
@@ -213,22 +224,22 @@ def distance_course(models: list[dict[str, Any]], tap: str) -> Figure:
     return draw(f"course_{tap}", f"Mean signed distance at {tap} on validation images during training.", paint)
 
 
-def all_figures(models: list[dict[str, Any]]) -> dict[str, list[Figure]]:
+def all_figures(models: list[Compared]) -> dict[str, list[Figure]]:
     """Every plot of a report, grouped under its heading."""
-    taps = list(models[0]["evaluation"]["distance"])
-    shared = [tap for tap in taps if all(tap in model["evaluation"]["distance"] for model in models)]
-    evaluations = [model["evaluation"] for model in models]
+    taps = list(models[0].evaluation["distance"])
+    shared = [tap for tap in taps if all(tap in model.evaluation["distance"] for model in models)]
+    evaluations = [model.evaluation for model in models]
     curves = [
         key
         for key in ("ifgsm_gap", "ifgsm_ce", "fgsm_gap", "fgsm_ce")
         if all(key in evaluation["curves"] for evaluation in evaluations)
     ]
     groups = {"Accuracy against eps": [accuracy_curve(models, key) for key in curves]}
-    if all(evaluation.get("margins") for evaluation in evaluations):
+    if all(evaluation.get("deepfool_norms") for evaluation in evaluations):
         groups["Histogram of the margin"] = [margin_histogram(models)]
     if shared:
         groups["Distance histograms"] = [distance_histogram(models, tap) for tap in shared]
-    measured = [tap for tap in shared if any(tap in r.get("distance", {}) for m in models for r in m["history"])]
+    measured = [tap for tap in shared if any(tap in r.get("distance", {}) for m in models for r in m.history)]
     if measured:
         groups["Distance during training"] = [distance_course(models, tap) for tap in measured]
     return groups

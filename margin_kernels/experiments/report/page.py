@@ -1,4 +1,4 @@
-"""A comparison as files: index.html (self-contained), results.csv, results.json, figures/*.png.
+"""A comparison as files: index.html (self-contained), results.csv, results.jsonl, figures/*.png.
 
 The page needs nothing beside itself: figures are embedded SVG, the style is inline, no script, no path and no name
 of the machine.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 import html
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..results import write_atomic, write_csv, write_json, write_text
+from ..config import Config, own_options
+from ..results import SINGLE_SAMPLES, common, differences, dumps, finite, write_atomic, write_csv, write_text
 from . import table
 from .figures import Figure, all_figures
+from .table import Compared
 
 STYLE = """
 :root { color-scheme: light; }
@@ -53,41 +56,67 @@ summary { cursor: pointer; }
 """
 
 
-def write(folder: Path, results: dict[str, Any]) -> Path:
-    """Writes everything into `folder` and returns the page's path.
+@dataclass(frozen=True)
+class Comparison:
+    """What a page shows: title, paragraphs of introduction, networks, conditions under which it was run (name ->
+    value), and, where a hyper-parameter was chosen, the rows of that choice (loss, value, ..., chosen) and its rule."""
 
-    `results`: title, intro (paragraphs), models (name, label, config, history, evaluation, timing), facts (name ->
-    value), and optionally tuning (list of rows: loss, value, ..., chosen).
-    """
-    groups = all_figures(results["models"])
-    write_csv(folder / "results.csv", table.flat(results["models"]))
-    write_json(folder / "results.json", results)
+    title: str
+    models: list[Compared]
+    conditions: dict[str, Any]
+    intro: list[str] = field(default_factory=list)
+    tuning: list[dict[str, Any]] = field(default_factory=list)
+    tuning_rule: str = ""
+
+
+def write_report(folder: Path, comparison: Comparison) -> Path:
+    """Writes everything into `folder` and returns the page's path."""
+    groups = all_figures(comparison.models)
+    write_csv(folder / "results.csv", table.flat(comparison.models))
+    write_text(folder / "results.jsonl", lines(comparison))
     for figures in groups.values():
         for drawn in figures:
             write_bytes(folder / "figures" / f"{drawn.name}.png", drawn.png)
-    write_text(folder / "index.html", page(results, groups))
+    write_text(folder / "index.html", page(comparison, groups))
     return folder / "index.html"
+
+
+def lines(comparison: Comparison) -> str:
+    """results.jsonl: the comparison in the first line with what its networks share, then a line for each network; the
+    values of single samples are in the figures."""
+    found = [finite(_plain(model)) for model in comparison.models]
+    first = {item.name: getattr(comparison, item.name) for item in fields(comparison) if item.name != "models"}
+    shared = common(*found)
+    rows = [{**finite(first), "shared": shared}, *(differences(values, shared) for values in found)]
+    return "".join(dumps(row) + "\n" for row in rows)
+
+
+def _plain(model: Compared) -> dict[str, Any]:
+    evaluation = {key: value for key, value in model.evaluation.items() if key not in SINGLE_SAMPLES}
+    plain = {"label": model.label, "run": model.run.to_dict(), "evaluation": evaluation}
+    return plain if model.timing is None else {**plain, "timing": model.timing}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     write_atomic(path, lambda file: file.write(content))
 
 
-def page(results: dict[str, Any], groups: dict[str, list[Figure]]) -> str:
+def page(comparison: Comparison, groups: dict[str, list[Figure]]) -> str:
     """The HTML text."""
-    title = html.escape(results["title"])
+    title = html.escape(comparison.title)
     body = [f"<h1>{title}</h1>"]
-    body += [f"<p>{html.escape(text)}</p>" for text in results.get("intro", [])]
-    body += ["<h2>Results</h2>", _results_table(results["models"])]
-    if results.get("tuning"):
+    body += [f"<p>{html.escape(text)}</p>" for text in comparison.intro]
+    body += ["<h2>Results</h2>", _results_table(comparison.models)]
+    if comparison.tuning:
         body += [
             "<h2>Choice on the validation split</h2>",
-            f"<p>{html.escape(results['tuning_rule'])}</p>",
-            _tuning_table(results["tuning"]),
+            f"<p>{html.escape(comparison.tuning_rule)}</p>",
+            _tuning_table(comparison.tuning),
         ]
     for heading, figures in groups.items():
         body += [f"<h2>{html.escape(heading)}</h2>", *gallery(figures)]
-    body += ["<h2>How it was run</h2>", facts(results["facts"]), *map(config_of, results["models"])]
+    body += ["<h2>How it was run</h2>", description_list(comparison.conditions)]
+    body += [config_text(model.label, model.run.config) for model in comparison.models]
     return document(title, body)
 
 
@@ -100,9 +129,9 @@ def document(title: str, body: list[str]) -> str:
     )
 
 
-def _results_table(models: list[table.Model]) -> str:
+def _results_table(models: list[Compared]) -> str:
     # a word a line, long ones cut at the hyphen, keeps columns as narrow as their numbers
-    words = [[w if len(w) < 8 else w.replace("-", "-<br>") for w in html.escape(m["label"]).split(" ")] for m in models]
+    words = [[w if len(w) < 8 else w.replace("-", "-<br>") for w in html.escape(m.label).split(" ")] for m in models]
     heads = ["<br>".join(parts) for parts in words]
     head = "".join(f"<th>{text}</th>" for text in heads)
     lines = [f"<tr><th></th>{head}</tr>"]
@@ -156,17 +185,14 @@ def figure(drawn: Figure) -> str:
     return f"{start}{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def facts(values: dict[str, Any]) -> str:
+def description_list(values: dict[str, Any]) -> str:
     items = "".join(f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in values.items())
     return f"<dl>{items}</dl>"
 
 
-def config_of(model: table.Model) -> str:
+def config_text(label: str, config: Config) -> str:
+    """The config of a network, to be unfolded."""
     import yaml
 
-    config = {key: dict(value) if isinstance(value, dict) else value for key, value in model["config"].items()}
-    config["data"].pop("dir", None)  # a path of the machine
-    text = yaml.safe_dump(config, sort_keys=False)
-    return (
-        f"<details><summary>Config of {html.escape(model['label'])}</summary><pre>{html.escape(text)}</pre></details>"
-    )
+    text = yaml.safe_dump(own_options(config), sort_keys=False)
+    return f"<details><summary>Config of {html.escape(label)}</summary><pre>{html.escape(text)}</pre></details>"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluation import histogram
-from ..results import Record
+from ..results import Record, Study
 from .figures import COLOURS, STYLES, Figure, asinh_axis, draw, draw_panels
-from .study_figures import Study, finish, mean_words, pages, place, slug
+from .study_figures import finish, mean_words, pages, place, slug
 from .table import norm_name
 
 DENSITIES = {
-    "margin": ("Density of the margin", "signed l2 norm of DeepFool,\n{units}", "deepfool"),
+    "deepfool_norm": ("Density of the margin", "signed l2 norm of DeepFool,\n{units}", "deepfool_norm_correct"),
     "rho_adv": ("Density of the relative margin", "signed l2 norm of DeepFool\n/ l2 norm of the image", "rho_adv"),
 }
 SHARE = 0.005  # of the images that may lie outside of a figure on either side
@@ -37,10 +38,10 @@ def total(records: list[Record], measure: str) -> np.ndarray | None:
     """Counts of the bins over the seeds, [BINS]; None where a record has neither them nor the values themselves."""
     found = []
     for record in records:
-        evaluation = record["evaluation"]
+        evaluation = record.measurements
         counts = evaluation.get("histograms", {}).get(measure)
-        if counts is None and measure == "margin" and "margins" in evaluation:  # of an earlier version
-            counts = histogram.counts(evaluation["margins"], measure)
+        if counts is None and measure == "deepfool_norm" and "deepfool_norms" in evaluation:  # of an earlier version
+            counts = histogram.counts(evaluation["deepfool_norms"], measure)
         found.append(counts)
     return None if not found or None in found else np.sum(found, axis=0)
 
@@ -60,14 +61,14 @@ def densities(study: Study, point: str, measure: str) -> Iterator[Figure]:
         low = min(0.0, *(histogram.quantile(totals[model], measure, SHARE) for model in shown))
         high = max(histogram.quantile(totals[model], measure, 1 - SHARE) for model in shown)
         curves = [histogram.density(totals[model], measure, (high - low) / RESOLUTION) for model in shown]
-        means = [np.mean([r["evaluation"].get(mean) or np.nan for r in study.of(model, point)]) for model in shown]
+        means = [np.mean([r.measurements.get(mean) or np.nan for r in study.of(model, point)]) for model in shown]
 
         def paint(
             axes: Axes,
             models: list[str] = models,
             shown: list[str] = shown,
             curves: list[tuple[np.ndarray, np.ndarray]] = curves,
-            means: list[float] = means,
+            means: list[Any] = means,
             limits: tuple[float, float] = (low, high),
             part: str = part,
         ) -> None:
@@ -100,7 +101,7 @@ def course(records: list[Record], tap: str) -> tuple[list[int], list[float]]:
     """Epochs and mean signed distance at a tap, over the seeds that have both."""
     values: dict[int, list[float]] = {}
     for record in records:
-        for epoch in record["history"]:
+        for epoch in record.history:
             distance = epoch.get("distance", {}).get(tap)
             if distance is not None:
                 values.setdefault(epoch["epoch"], []).append(distance)
@@ -109,11 +110,11 @@ def course(records: list[Record], tap: str) -> tuple[list[int], list[float]]:
 
 def courses(study: Study, point: str) -> Iterator[Figure]:
     """The mean signed distance during training, a panel per tap ([E], appendix B.2); nothing where none is recorded."""
-    records = [record for record in study.records if record["point"] == point]
-    taps = list(dict.fromkeys(tap for r in records for epoch in r["history"] for tap in epoch.get("distance", {})))
+    records = [record for record in study.records if record.point == point]
+    taps = list(dict.fromkeys(tap for r in records for epoch in r.history for tap in epoch.get("distance", {})))
     if not taps:
         return
-    p = norm_name(next(r for r in records if r["history"])["config"]["training"].get("distance_p", 2.0))
+    p = norm_name(next(r for r in records if r.history).config.training.distance_p)
     for name, part, models in pages(study, f"course{slug(point)}"):
 
         def paint(panels: list[Axes], models: list[str] = models, part: str = part) -> None:

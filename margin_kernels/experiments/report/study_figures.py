@@ -9,59 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from ..data import units
 from ..evaluation import METHODS
-from ..results import MEASURES, Measure, Record, summary
+from ..results import MEASURES, Measure, Record, Study, summary
 from .figures import COLOURS, MARKERS, STYLES, Figure, draw
 
 TOGETHER = 6  # models in one figure beside the reference
 CURVE = 3  # radii that make a curve
-SWEPT = ("error", "ifgsm_gap_error", "margin")  # the measures that are drawn, those with published values besides
+SWEPT = (
+    "error",
+    "ifgsm_gap_error",
+    "deepfool_norm",
+)  # the measures that are drawn, those with published values besides
 WORDS = {"fgsm": "FGSM", "ifgsm": "IFGSM", "ce": "cross-entropy", "gap": "the logit gap"}
 AXES = {"data.label_noise": ("wrong training labels, %", 100), "data.train_fraction": ("training images, %", 100)}
-
-
-@dataclass(frozen=True)
-class Study:
-    """One sweep's results: name, budget, finished records in the order of models and points, and published values,
-    (model, point) -> measure -> value as printed; the folder, in which there may be weights."""
-
-    name: str
-    budget: str
-    records: list[Record]
-    published: dict[tuple[str, str], dict[str, float]]
-    folder: Path | None = None
-
-    @property
-    def models(self) -> list[str]:
-        return list(dict.fromkeys(record["model_label"] for record in self.records))
-
-    @property
-    def points(self) -> list[str]:
-        return list(dict.fromkeys(record["point"] for record in self.records))
-
-    def of(self, model: str, point: str) -> list[Record]:
-        """A record per seed."""
-        return [record for record in self.records if (record["model_label"], record["point"]) == (model, point)]
-
-    @property
-    def units(self) -> str:
-        """In what radii and norms are."""
-        return units(self.records)
-
-    @property
-    def note(self) -> str:
-        """Budget and number of seeds."""
-        counts = {len(self.of(model, point)) for model in self.models for point in self.points} - {0}
-        low, high = min(counts), max(counts)
-        return f"budget {self.budget}, {low if low == high else f'{low} to {high}'} seed{'s' if high > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -81,24 +48,17 @@ class Swept:
 
 def swept(study: Study) -> Swept | None:
     """The one number, besides those of training, in which the points differ; None where there is none, or several."""
-    firsts = {point: next(record for record in study.records if record["point"] == point) for point in study.points}
-    keys = dict.fromkeys(key for record in firsts.values() for key in record["values"])
+    firsts = {point: next(record for record in study.records if record.point == point) for point in study.points}
+    keys = dict.fromkeys(key for record in firsts.values() for key in record.values)
     found = []
     for key in keys:
-        values = {point: _at(record["config"], key) for point, record in firsts.items()}
+        values = {point: attrgetter(key)(record.config) for point, record in firsts.items()}
         numbers = all(isinstance(value, (int, float)) for value in values.values())
         if numbers and not key.startswith("training.") and len(set(values.values())) > 1:
             words, factor = AXES.get(key, (key.rsplit(".", 1)[-1].replace("_", " "), 1))
             found.append(Swept(key, words, factor, values))
     distinct = len(found) == 1 and len(set(found[0].values.values())) == len(study.points)
     return found[0] if distinct else None
-
-
-def _at(config: dict[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def all_figures(study: Study) -> dict[str, list[Figure]]:
@@ -261,12 +221,12 @@ def curves(study: Study, point: str, side: str) -> Iterator[Figure]:
             title = f"{WORDS[method]} on {WORDS[objective]}, {side_words(study, side)}"
 
             def series(record: Record, key: str = key) -> tuple[list[float], list[float]] | None:
-                evaluation = record["evaluation"]
-                if not any(curve in other["evaluation"] for other in study.records):
+                measured = record.measurements
+                if not any(curve in other.measurements for other in study.records):
                     return None
-                attacker = record["model_label"] in _attackers(study)
-                found = evaluation.get("curves" if attacker else curve, {}).get(key)
-                return None if found is None else (evaluation["curve_eps"], found)
+                attacker = record.model in _attackers(study)
+                found = measured.get("curves" if attacker else curve, {}).get(key)
+                return None if found is None else (measured["curve_eps"], found)
 
             measured = f"{prefix}{method}_{'' if objective == 'ce' else 'gap_'}error"
             stem = f"{prefix}{key}{slug(point)}"
@@ -280,12 +240,12 @@ def curves(study: Study, point: str, side: str) -> Iterator[Figure]:
 
 def _attackers(study: Study) -> set[str]:
     """The models whose networks attacked others."""
-    cells = {record["config"]["evaluation"].get("attacker") for record in study.records}
-    return {record["model_label"] for record in study.records if record["cell"] in cells}
+    cells = {record.attacker for record in study.records}
+    return {record.model for record in study.records if record.cell in cells}
 
 
 def _eps(study: Study) -> float:
-    return study.records[0]["evaluation"]["eps"]
+    return study.records[0].measurements["eps"]
 
 
 def slug(point: str) -> str:
@@ -302,8 +262,8 @@ def noise(study: Study, point: str) -> Iterator[Figure]:
     """Accuracy against the standard deviation of the noise."""
 
     def series(record: Record) -> tuple[list[float], list[float]] | None:
-        evaluation = record["evaluation"]
-        return (evaluation["noise_sigmas"], evaluation["noise"]) if "noise" in evaluation else None
+        measured = record.measurements
+        return (measured["noise_sigmas"], measured["noise"]) if "noise" in measured else None
 
     stem = f"noise{slug(point)}"
     yield from _accuracy(study, point, stem, "Gaussian noise", f"sigma ({study.units})", series, {}, "")

@@ -2,8 +2,8 @@
 
     clean | FGSM, IFGSM: l_inf radius evaluation.eps, on the logit gap, clipped to [0, 1] | DeepFool: x + r
 
-r is the perturbation whose norm `margin` and `rho_adv` are the means of; x + r is not clipped, but shown so. Whitened
-images are clipped by no attack; they are shown from the lowest to the highest pixel of the clean one.
+r is the perturbation whose norm `deepfool_norm` and `rho_adv` are the means of; x + r is not clipped, but shown so.
+Whitened images are clipped by no attack; they are shown from the lowest to the highest pixel of the clean one.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from margin_kernels import deepfool
 
-from .. import config, data
+from .. import data
 from ..config import DataConfig, EvaluationConfig
 from ..evaluation import attacks
 from ..models import load_model
-from ..results import Record
+from ..results import Record, Study
 from .figures import Figure, draw_panels
-from .study_figures import Study, place, slug
+from .study_figures import place, slug
 
 ROWS = 8  # models at most
 IMAGES = 3  # figures for each point
@@ -52,7 +52,7 @@ def all_figures(study: Study, data_dir: str | None) -> tuple[dict[str, list[Figu
     kept = {point: found for point, found in kept.items() if found}
     if not kept:
         return {}, "No attacked images: no weights were kept; margin-kernels sweep --keep-weights does."
-    settings = config.from_dict(study.records[0]["config"]).data
+    settings = study.records[0].config.data
     if settings.name != "digits" and data_dir is None:
         return (
             {},
@@ -62,7 +62,7 @@ def all_figures(study: Study, data_dir: str | None) -> tuple[dict[str, list[Figu
     loaded: DataConfig | None = None
     for point, records in kept.items():
         # the points may differ in their training images, to which whitening is fitted; the others share the test images
-        first = config.from_dict(next(iter(records.values()))["config"]).data
+        first = next(iter(records.values())).config.data
         wanted = DataConfig(first.name) if first.preprocess == "none" else first
         if wanted != loaded:
             dataset, loaded = data.of(replace(wanted, dir=data_dir)), wanted
@@ -78,22 +78,22 @@ def networks(study: Study, point: str) -> dict[str, Record]:
         for record in study.of(model, point):
             if model not in found and (folder_of(study, record) / "model.safetensors").is_file():
                 found[model] = record
-    units = {model: data.units([record]) for model, record in found.items()}
+    units = {model: data.units([record.config.data]) for model, record in found.items()}
     alike = [model for model in found if units[model] == next(iter(units.values()))]
     return {model: found[model] for model in alike[:ROWS]}
 
 
 def folder_of(study: Study, record: Record) -> Path:
     """Where a sweep keeps the weights of a cell."""
-    return (study.folder or Path()) / "cells" / record["cell"]
+    return (study.folder or Path()) / "cells" / record.cell
 
 
 def figures(study: Study, point: str, records: dict[str, Record], dataset: data.Dataset) -> list[Figure]:
     """A figure for each of the chosen images."""
     models = {label: load_model(folder_of(study, record))[0] for label, record in records.items()}
     first = next(iter(records.values()))
-    settings = config.from_dict(first["config"]).evaluation
-    indices = chosen(list(models.values()), dataset.test)
+    settings = first.config.evaluation
+    indices = select_images(list(models.values()), dataset.test)
     x, y = dataset.test.batch(indices)
     bounds = dataset.test.bounds
     shown = {label: attack(model, x, y, settings, bounds) for label, model in models.items()}
@@ -105,7 +105,7 @@ def figures(study: Study, point: str, records: dict[str, Record], dataset: data.
             f"Test image {index} ({dataset.class_names[y[i]]}): as it is, under FGSM and IFGSM of l_inf radius "
             f"{settings.eps:g} on the logit gap, and with DeepFool's perturbation, whose l2 norm stands below; the "
             f"class that is predicted, framed where it is not the label. {_why(shown, i, int(y[i]))} Seed "
-            f"{first['seed']}; {study.note}.{rest}",
+            f"{first.seed}; {study.note}.{rest}",
             shown,
             i,
             int(y[i]),
@@ -123,7 +123,7 @@ def _why(shown: dict[str, Shown], index: int, label: int) -> str:
     return f"Chosen as the first of its class, of which all know none among the first {SEARCHED} test images."
 
 
-def chosen(models: list[nn.Module], split: data.Split) -> Tensor:
+def select_images(models: list[nn.Module], split: data.Split) -> Tensor:
     """Indices [IMAGES] of the first test images that all models classify correctly, one of a class; where they do not
     suffice, others follow."""
     x, y = split.batch(slice(0, SEARCHED))

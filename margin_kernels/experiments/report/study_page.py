@@ -6,6 +6,7 @@ figure of study_figures.py, study_distances.py and study_images.py, and how it w
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 from collections.abc import Callable
@@ -14,43 +15,52 @@ from pathlib import Path
 from typing import Any
 
 from .. import sweeps
-from ..results import MEASURES, Record, summary, write_csv, write_json, write_text
+from ..config import EvaluationConfig
+from ..results import MEASURES, RECORDS, Record, Records, Study, summary, write_csv, write_json, write_text
 from . import page, study_distances, study_figures, study_images
 from .figures import Figure
-from .study_figures import Study
 
 
 def is_sweep(folder: Path) -> bool:
     """Whether `folder` is that of a sweep."""
-    return (folder / "records").is_dir()
+    return (folder / RECORDS).is_file()
 
 
-def load(folder: Path, file: Path | None = None) -> Study:
+def load_study(folder: Path, file: Path | None = None) -> Study:
     """The finished cells of a sweep's folder. `file`: the sweep file, for published values and the order of models;
     by default the shipped one that summary.json names, if there is one. Raises ValueError where nothing is finished."""
-    paths = sorted((folder / "records").glob("*.json"))
-    if not paths:
-        raise ValueError(f"{folder / 'records'}: no records; `margin-kernels sweep` writes them")
-    records = [json.loads(path.read_text()) for path in paths]
+    records = Records(folder / RECORDS).all()
+    if not records:
+        raise ValueError(f"{folder / RECORDS}: no records; `margin-kernels sweep` writes them")
     about = folder / "summary.json"
     said = json.loads(about.read_text()) if about.is_file() else {}
     name, budget = said.get("sweep") or folder.name, said.get("budget") or "unknown"
     if file is None:
         file = sweeps.shipped().get(name)
-    rows = said.get("rows") or []  # in the order of a file that is not there
-    labels = ([row[key] for row in rows] for key in ("model", "point")) if file is None else sweeps.labels(file)
-    models, points = ({label: i for i, label in enumerate(dict.fromkeys(found))} for found in labels)
+    models, points = _order(folder) if file is None else sweeps.labels(file)
+    rank = {label: i for i, label in enumerate(models)}
+    at = {label: i for i, label in enumerate(points)}
     end = len(models) + len(points)  # what the file no longer has comes last
-    records.sort(key=lambda r: (points.get(r["point"], end), models.get(r["model_label"], end), r["seed"]))
+    records.sort(key=lambda r: (at.get(r.point, end), rank.get(r.model, end), r.seed, r.cell))
     if file is None:
         return Study(name, budget, records, {}, folder)
-    done = {(record["model_label"], record["point"]) for record in records}
+    done = {record.place for record in records}
     values = {
         (model, point): value
         for (model, point), value in sweeps.published(file).items()
         if (model, point) in done or (model.startswith("[") and any(point == at for _, at in done))
     }
     return Study(name, budget, records, values, folder)
+
+
+def _order(folder: Path) -> tuple[list[str], list[str]]:
+    """Models and points as summary.csv lists them: in the order of a sweep file that is not there."""
+    table = folder / "summary.csv"
+    if not table.is_file():
+        return [], []
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    return list(dict.fromkeys(row["model"] for row in rows)), list(dict.fromkeys(row["point"] for row in rows))
 
 
 def distinct(studies: list[Study], folders: list[Path]) -> list[Study]:
@@ -62,7 +72,7 @@ def distinct(studies: list[Study], folders: list[Path]) -> list[Study]:
     ]
 
 
-def write(folder: Path, studies: list[Study], title: str, data_dir: str | None = None) -> Path:
+def write_study_report(folder: Path, studies: list[Study], title: str, data_dir: str | None = None) -> Path:
     """Writes everything into `folder` and returns the page's path. `data_dir`: where the test images are, for those
     that are shown attacked."""
     images = {study.name: study_images.all_figures(study, data_dir) for study in studies}
@@ -92,25 +102,25 @@ def write(folder: Path, studies: list[Study], title: str, data_dir: str | None =
 
 def section(study: Study, groups: dict[str, list[Figure]], note: str) -> list[str]:
     """One sweep's part of the page; `note` says what is not in `groups`, and why."""
-    eps = ", ".join(dict.fromkeys(f"{record['evaluation']['eps']:g}" for record in study.records))
+    eps = ", ".join(dict.fromkeys(f"{record.measurements['eps']:g}" for record in study.records))
     about = f"{study.note.capitalize()}. Attacks of l_inf radius {eps}, {study.units}."
     body = [f"<h2>{html.escape(study.name.replace('_', ' '))}</h2>", f"<p>{html.escape(about)}</p>"]
     body.append(means(study))
     compared = comparison(study)
     if compared:
-        body += ["<h3>Ours and the published values</h3>", published(compared)]
+        body += ["<h3>Ours and the published values</h3>", published_table(compared)]
     options = choices(study)
     if options:
-        body += ["<h3>Chosen on the validation images</h3>", chosen(options)]
+        body += ["<h3>Chosen on the validation images</h3>", choices_table(options)]
     for heading, figures in groups.items():
         body += [f"<h3>{html.escape(heading)}</h3>", *page.gallery(figures)]
     if note:
         body.append(f"<p>{html.escape(note)}</p>")
-    body += ["<h3>How it was run</h3>", page.facts(facts(study))]
+    body += ["<h3>How it was run</h3>", page.description_list(conditions(study))]
     for model in study.models:
-        first = next(record for record in study.records if record["model_label"] == model)
-        label = ", ".join(filter(None, (model, first["point"])))
-        body.append(page.config_of({"label": label, "config": first["config"]}))
+        first = next(record for record in study.records if record.model == model)
+        label = ", ".join(filter(None, (model, first.point)))
+        body.append(page.config_text(label, first.config))
     return body
 
 
@@ -144,7 +154,7 @@ def comparison(study: Study) -> list[dict[str, Any]]:
     return result
 
 
-def published(rows: list[dict[str, Any]]) -> str:
+def published_table(rows: list[dict[str, Any]]) -> str:
     """The rows of `comparison` as a table."""
     by_key = {measure.key: measure for measure in MEASURES}
     lines = []
@@ -163,15 +173,18 @@ def choices(study: Study) -> list[dict[str, Any]]:
     whether it was chosen."""
     result: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in study.records:
-        options = [
-            {"setting": sweeps.words(option["values"]), **{k: option[k] for k in ("validation_accuracy", "chosen")}}
-            for option in record.get("choice", [])
+        result[record.place] = [
+            {
+                "setting": sweeps.words(tried.values),
+                "validation_accuracy": tried.validation_accuracy,
+                "chosen": tried.chosen,
+            }
+            for tried in record.choice
         ]
-        result[record["model_label"], record["point"]] = options
     return [{"model": model, "point": point, **row} for (model, point), rows in result.items() for row in rows]
 
 
-def chosen(rows: list[dict[str, Any]]) -> str:
+def choices_table(rows: list[dict[str, Any]]) -> str:
     """The rows of `choices` as a table, the chosen ones in bold."""
     lines = []
     for row in rows:
@@ -190,13 +203,13 @@ def _table(head: str, lines: list[str], kind: str = "means") -> str:
     )
 
 
-def _attacked(evaluation: dict[str, Any]) -> str:
+def _attacked(evaluation: EvaluationConfig) -> str:
     """How many images were attacked, and how many of them by IFGSM."""
-    every, iterated = (evaluation.get(f"{key}_samples") for key in ("attack", "ifgsm"))
+    every, iterated = evaluation.attack_samples, evaluation.ifgsm_samples
     return f"{'all' if every is None else every}, by IFGSM {'all of them' if iterated is None else iterated}"
 
 
-def facts(study: Study) -> dict[str, Any]:
+def conditions(study: Study) -> dict[str, Any]:
     """How the cells were run."""
     records = study.records
 
@@ -204,21 +217,21 @@ def facts(study: Study) -> dict[str, Any]:
         return ", ".join(dict.fromkeys(str(value(record)) for record in records))
 
     def machine(record: Record) -> str:
-        own = record["machine"]
+        own = record.machine
         where = own.get("gpu") or own["device"]
         return f"{own['processor']}, {own['cores']} cores, {own['torch_threads']} threads, {where}"
 
-    seconds = sum(sum(record["seconds"].values()) for record in records)
+    seconds = sum(sum(record.seconds.values()) for record in records)
     return {
         "budget": study.budget,
         "cells": len(records),
-        "seeds": each(lambda record: record["seed"]),
-        "epochs": each(lambda record: record["config"]["training"]["epochs"]),
-        "data": each(lambda record: record["config"]["data"]["name"]),
-        "network": each(lambda record: f"{record['model']['name']}, {record['parameters']:,} parameters"),
-        "test images": each(lambda record: record["evaluation"]["samples"]),
-        "attacked images": each(lambda record: _attacked(record["config"]["evaluation"])),
+        "seeds": each(lambda record: record.seed),
+        "epochs": each(lambda record: record.config.training.epochs),
+        "data": each(lambda record: record.config.data.name),
+        "network": each(lambda record: f"{record.config.model.name}, {record.parameters:,} parameters"),
+        "test images": each(lambda record: record.measurements["samples"]),
+        "attacked images": each(lambda record: _attacked(record.config.evaluation)),
         "machine": each(machine),
-        "versions": each(lambda record: ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
+        "versions": each(lambda record: ", ".join(f"{name} {v}" for name, v in record.versions.items())),
         "time": f"{seconds / 3600:.1f} hours of all cells" if seconds > 3600 else f"{seconds:.0f} s of all cells",
     }

@@ -11,9 +11,24 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..results import Epoch, Evaluation, Run
+
 # Of the terminal's table: the longest label of a row, and a model's numbers with their space.
 LABEL_WIDTH, COLUMN_WIDTH = 30, 10
-Model = dict[str, Any]  # name, label, config, history, evaluation, timing
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One network of a comparison: label of its column, its run, its measurements, cost of a step where measured."""
+
+    label: str
+    run: Run
+    evaluation: Evaluation
+    timing: dict[str, float] | None = None
+
+    @property
+    def history(self) -> list[Epoch]:
+        return self.run.history
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,7 @@ class Row:
 
     key: str
     label: str
-    value: Callable[[Model], float | None]
+    value: Callable[[Compared], float | None]
     form: Callable[[float], str]
     larger: bool | None = None
 
@@ -38,22 +53,22 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _evaluation(key: str) -> Callable[[Model], float | None]:
-    return lambda model: model["evaluation"].get(key)
+def _evaluation(key: str) -> Callable[[Compared], float | None]:
+    return lambda model: model.evaluation.get(key)
 
 
-def _tap(tap: str) -> Callable[[Model], float | None]:
-    return lambda model: model["evaluation"]["distance"].get(tap)
+def _tap(tap: str) -> Callable[[Compared], float | None]:
+    return lambda model: model.evaluation["distance"].get(tap)
 
 
-def _timing(key: str) -> Callable[[Model], float | None]:
-    return lambda model: (model.get("timing") or {}).get(key)
+def _timing(key: str) -> Callable[[Compared], float | None]:
+    return lambda model: (model.timing or {}).get(key)
 
 
-def sections(models: list[Model]) -> list[Section]:
+def sections(models: list[Compared]) -> list[Section]:
     """The rows that these models have, grouped; every label fits the first column of an 80-column terminal."""
-    first = models[0]["evaluation"]
-    taps = list(dict.fromkeys(tap for model in models for tap in model["evaluation"]["distance"]))
+    first = models[0].evaluation
+    taps = list(dict.fromkeys(tap for model in models for tap in model.evaluation["distance"]))
     words = {"fgsm": "FGSM", "ifgsm": "IFGSM", "ce": "cross-entropy", "gap": "logit gap"}
     attacked = [
         Row(
@@ -69,11 +84,11 @@ def sections(models: list[Model]) -> list[Section]:
     clean = Row("clean", "clean", _evaluation("clean"), _percent, True)
     worst = Row("worst", "worst of the four", _evaluation("worst"), _percent, True)
     zero = [Row(f"zero_{key}", f"of {words[key]}", _evaluation(f"zero_{key}"), _percent) for key in ("ce", "gap")]
-    if any("saturated" in model["evaluation"] for model in models):  # older records have none
+    if any("saturated" in model.evaluation for model in models):  # older records have none
         zero.append(Row("saturated", "1 - p_y below 6e-8", _evaluation("saturated"), _percent))
     norms = [
-        Row("margin", "mean l2 norm", _evaluation("margin"), "{:.3f}".format, True),
-        Row("deepfool", "of correct images", _evaluation("deepfool"), "{:.3f}".format, True),
+        Row("deepfool_norm", "mean l2 norm", _evaluation("deepfool_norm"), "{:.3f}".format, True),
+        Row("deepfool_norm_correct", "of correct images", _evaluation("deepfool_norm_correct"), "{:.3f}".format, True),
         Row("rho_adv", "relative to image, rho_adv", _evaluation("rho_adv"), "{:.3f}".format, True),
     ]
     distances = [Row(f"distance.{tap}", tap, _tap(tap), "{:.3g}".format) for tap in taps]
@@ -84,30 +99,30 @@ def sections(models: list[Model]) -> list[Section]:
     ]
     if distances:
         groups.append(Section(f"Mean signed distance, {norm_name(first['distance_p'])}", distances))
-    if any(model.get("timing") for model in models):
+    if any(model.timing for model in models):
         cost = [
             Row("ms_per_step", "ms per step", _timing("ms_per_step"), "{:.2f}".format),
             Row("ratio", "ratio to cross-entropy", _timing("ratio"), "{:.2f}x".format),
         ]
         groups.append(Section("Cost of training", cost))
     for side, title in (("black_box", "Accuracy, black box"), ("reverse", "Accuracy of the attacker")):
-        if any(side in model["evaluation"] for model in models):
+        if any(side in model.evaluation for model in models):
             rows = [replace(row, key=f"{side}_{row.key}", value=_side(side, row.key)) for row in attacked]
             groups.append(Section(f"{title} (linf, eps = {first['eps']:g})", rows))
-    sigmas = list(dict.fromkeys(sigma for model in models for sigma in model["evaluation"].get("noise_sigmas", [])))
+    sigmas = list(dict.fromkeys(sigma for model in models for sigma in model.evaluation.get("noise_sigmas", [])))
     if sigmas:
         rows = [Row(f"noise_{sigma:g}", f"sigma {sigma:g}", _noise(sigma), _percent, True) for sigma in sigmas]
         groups.append(Section("Accuracy under Gaussian noise", rows))
     return groups
 
 
-def _side(side: str, key: str) -> Callable[[Model], float | None]:
-    return lambda model: model["evaluation"].get(side, {}).get(key)
+def _side(side: str, key: str) -> Callable[[Compared], float | None]:
+    return lambda model: model.evaluation.get(side, {}).get(key)
 
 
-def _noise(sigma: float) -> Callable[[Model], float | None]:
-    def value(model: Model) -> float | None:
-        evaluation = model["evaluation"]
+def _noise(sigma: float) -> Callable[[Compared], float | None]:
+    def value(model: Compared) -> float | None:
+        evaluation = model.evaluation
         return dict(zip(evaluation.get("noise_sigmas", []), evaluation.get("noise", []), strict=True)).get(sigma)
 
     return value
@@ -118,7 +133,7 @@ def norm_name(p: float | str) -> str:
     return "linf" if p in ("inf", float("inf")) else f"l{p:g}"
 
 
-def best(row: Row, models: list[Model]) -> set[int]:
+def best(row: Row, models: list[Compared]) -> set[int]:
     """Indices of the models whose printed value is the best of the row; empty where the row is no contest."""
     if row.larger is None:
         return set()
@@ -129,7 +144,7 @@ def best(row: Row, models: list[Model]) -> set[int]:
     return {i for i, value in values.items() if row.form(value) == top}
 
 
-def show(console: Console, models: list[Model], title: str) -> None:
+def show(console: Console, models: list[Compared], title: str) -> None:
     """Prints the table, in parts where the terminal is too narrow for all models; the best value of a row in bold."""
     fitting = max(1, (console.width - LABEL_WIDTH) // COLUMN_WIDTH)
     for first in range(0, len(models), fitting):
@@ -137,12 +152,12 @@ def show(console: Console, models: list[Model], title: str) -> None:
         console.print(_table(models, part, title if first == 0 else None))
 
 
-def _table(models: list[Model], part: range, title: str | None) -> Table:
+def _table(models: list[Compared], part: range, title: str | None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for model in (models[i] for i in part):
         # a word a line keeps columns as narrow as their numbers
-        table.add_column(model["label"].replace(" ", "\n").replace("-", "-\n"), justify="right", vertical="bottom")
+        table.add_column(model.label.replace(" ", "\n").replace("-", "-\n"), justify="right", vertical="bottom")
     for i, section in enumerate(sections(models)):
         if i:
             table.add_row()
@@ -154,22 +169,22 @@ def _table(models: list[Model], part: range, title: str | None) -> Table:
     return table
 
 
-def cell(row: Row, model: Model) -> str:
+def cell(row: Row, model: Compared) -> str:
     """A printed value, or a dash."""
     value = row.value(model)
     return "-" if value is None or value != value else row.form(value)
 
 
-def flat(models: list[Model]) -> list[dict[str, Any]]:
+def flat(models: list[Compared]) -> list[dict[str, Any]]:
     """One CSV row per model."""
     rows = []
     for model in models:
-        loss = model["config"]["loss"]
-        entry: dict[str, Any] = {"model": model["label"], "loss": loss["kind"]}
-        if loss["kind"] == "large_margin":
-            gamma = loss["gamma"] if isinstance(loss["gamma"], list) else [loss["gamma"]]
-            entry |= {"p": loss["p"], "gamma": " ".join(f"{value:.6g}" for value in gamma)}
-        entry["eps"] = model["evaluation"]["eps"]
+        loss = model.run.config.loss
+        entry: dict[str, Any] = {"model": model.label, "loss": loss.kind}
+        if loss.kind == "large_margin":
+            gamma = loss.gamma if isinstance(loss.gamma, list) else [loss.gamma]
+            entry |= {"p": loss.p, "gamma": " ".join(f"{value:.6g}" for value in gamma)}
+        entry["eps"] = model.evaluation["eps"]
         for section in sections(models):
             entry |= {row.key: row.value(model) for row in section.rows}
         rows.append(entry)

@@ -5,7 +5,6 @@ mean = sum x_s / S      std = sqrt(sum (x_s - mean)^2 / (S - 1)), none for one s
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from .files import write_csv, write_json
-
-Record = dict[str, Any]
+from .record import Record
 
 
 @dataclass(frozen=True)
@@ -41,23 +39,23 @@ class Measure:
 
 
 def _evaluation(key: str) -> Callable[[Record], float | None]:
-    return lambda record: record["evaluation"].get(key)
+    return lambda record: record.measurements.get(key)
 
 
 def _error(key: str) -> Callable[[Record], float | None]:
     def value(record: Record) -> float | None:
-        accuracy = record["evaluation"].get(key)
+        accuracy = record.measurements.get(key)
         return None if accuracy is None else 1 - accuracy
 
     return value
 
 
 def _last(key: str) -> Callable[[Record], float | None]:
-    return lambda record: record["history"][-1][key] if record["history"] else None
+    return lambda record: record.history[-1][key] if record.history else None
 
 
 def _ms_per_step(record: Record) -> float | None:
-    epochs = [epoch["ms_per_step"] for epoch in record["history"]]
+    epochs = [epoch["ms_per_step"] for epoch in record.history]
     return statistics.median(epochs) if epochs else None
 
 
@@ -65,7 +63,7 @@ def _other_side(side: str, key: str) -> Callable[[Record], float | None]:
     """Error at black-box images, or of the attacker at this network's."""
 
     def value(record: Record) -> float | None:
-        accuracy = record["evaluation"].get(side, {}).get(key)
+        accuracy = record.measurements.get(side, {}).get(key)
         return None if accuracy is None else 1 - accuracy
 
     return value
@@ -96,21 +94,15 @@ MEASURES = (
     ),
     Measure("zero_ce", "zero grad. %", _evaluation("zero_ce"), 100, 1),
     Measure("saturated", "1 - p < 6e-8 %", _evaluation("saturated"), 100, 1, shown=False),
-    Measure("margin", "margin", _evaluation("margin"), name="margin, mean l2 norm of DeepFool"),
-    Measure("deepfool", "of correct", _evaluation("deepfool"), shown=False),
+    Measure("deepfool_norm", "margin", _evaluation("deepfool_norm"), name="margin, mean l2 norm of DeepFool"),
+    Measure("deepfool_norm_correct", "of correct", _evaluation("deepfool_norm_correct"), shown=False),
     Measure("rho_adv", "rho_adv", _evaluation("rho_adv"), 1, 4, name="relative margin, rho_adv"),
     Measure("validation_accuracy", "valid. %", _last("validation_accuracy"), 100, 2),
     Measure("train_accuracy", "train %", _last("train_accuracy"), 100, 2, shown=False),
-    Measure("epochs", "epochs", lambda record: len(record["history"]), 1, 0, shown=False),
+    Measure("epochs", "epochs", lambda record: len(record.history), 1, 0, shown=False),
     Measure("ms_per_step", "ms/step", _ms_per_step, 1, 1),
-    Measure("seconds", "seconds", lambda record: sum(record["seconds"].values()), 1, 0, shown=False),
+    Measure("seconds", "seconds", lambda record: sum(record.seconds.values()), 1, 0, shown=False),
 )
-
-
-def load(folder: Path, names: list[str]) -> list[Record]:
-    """The records of those of the named cells that are finished."""
-    paths = [folder / "records" / f"{name}.json" for name in names]
-    return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
 def rows(records: list[Record]) -> list[dict[str, Any]]:
@@ -118,11 +110,11 @@ def rows(records: list[Record]) -> list[dict[str, Any]]:
     measure that some record has; None where a seed has no number (no image classified correctly, say)."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
-        groups.setdefault((record["point"], record["model_label"]), []).append(record)
+        groups.setdefault((record.point, record.model), []).append(record)
     points = list(dict.fromkeys(point for point, _ in groups))
     result = []
     for (point, model), group in sorted(groups.items(), key=lambda item: points.index(item[0][0])):
-        row: dict[str, Any] = {"model": model, "point": point, **group[0]["values"], "seeds": len(group)}
+        row: dict[str, Any] = {"model": model, "point": point, **group[0].values, "seeds": len(group)}
         for measure in MEASURES:
             found = [value for record in group if (value := measure.value(record)) is not None]
             if found:
@@ -133,23 +125,18 @@ def rows(records: list[Record]) -> list[dict[str, Any]]:
     return result
 
 
-def write(folder: Path, name: str, budget: str, records: list[Record], failed: dict[str, str]) -> list[dict[str, Any]]:
-    """summary.csv and summary.json; returns the rows."""
+def write_summary(
+    folder: Path, name: str, budget: str, records: list[Record], failed: dict[str, str]
+) -> list[dict[str, Any]]:
+    """summary.csv: the rows, which are returned; summary.json: sweep, budget, radius of the attacks, what failed,
+    versions and machine."""
     table = rows(records)
     write_csv(folder / "summary.csv", table)
-    first = records[0] if records else {}
-    write_json(
-        folder / "summary.json",
-        {
-            "sweep": name,
-            "budget": budget,
-            "eps": first["evaluation"]["eps"] if records else None,
-            "rows": table,
-            "failed": sorted(failed),
-            "versions": first.get("versions"),
-            "machine": first.get("machine"),
-        },
-    )
+    about: dict[str, Any] = {"sweep": name, "budget": budget, "failed": sorted(failed)}
+    if records:
+        first = records[0]
+        about |= {"eps": first.measurements["eps"], "versions": first.versions, "machine": first.machine}
+    write_json(folder / "summary.json", about)
     return table
 
 
@@ -183,9 +170,9 @@ def cell(measure: Measure, row: dict[str, Any]) -> str:
 
 def line(record: Record) -> str:
     """A finished cell in one line."""
-    if "evaluation" not in record:  # a candidate
-        return f"validation accuracy {100 * record['history'][-1]['validation_accuracy']:.2f} %"
+    if record.evaluation is None:  # a candidate
+        return f"validation accuracy {100 * record.history[-1]['validation_accuracy']:.2f} %"
     row = rows([record])[0]
-    wanted = ("error", "fgsm_gap_error", "margin", "rho_adv")
+    wanted = ("error", "fgsm_gap_error", "deepfool_norm", "rho_adv")
     parts = [f"{m.heading} {cell(m, row)}" for m in MEASURES if m.key in wanted and f"{m.key}_mean" in row]
-    return f"{', '.join(parts)}, {sum(record['seconds'].values()):.0f} s"
+    return f"{', '.join(parts)}, {sum(record.seconds.values()):.0f} s"

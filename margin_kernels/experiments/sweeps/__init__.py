@@ -1,19 +1,21 @@
 """Models x points x seeds: sweep files, and the processes that train and evaluate their cells."""
 
-from .file import Cell, Option, cell_name, chosen, find, labels, published, read, shipped, words
+from .file import Cell, Option, cell_name, find, labels, published, read, select, shipped, words
+from .job import Job
 from .run import Options, Runner
 
 __all__ = [
     "Cell",
+    "Job",
     "Option",
     "Options",
     "Runner",
     "cell_name",
-    "chosen",
     "find",
     "labels",
     "published",
     "read",
+    "select",
     "shipped",
     "words",
 ]

@@ -56,9 +56,10 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `config.model.initial` is the name of the cell it goes on from, `config.evaluation.attacker` that of the
-    cell whose network attacks it, not folders. A `candidate` is trained and not evaluated; a cell with a `choice` is
-    not trained: it takes the network of one of these options, and its own config is that of the first."""
+    """One run. `after` is the name of the cell it goes on from, `attacker` that of the cell whose network attacks it;
+    the folders of their networks, which config.model.initial and config.evaluation.attacker are, stand in its job. A
+    `candidate` is trained and not evaluated; a cell with a `choice` is not trained: it takes the network of one of
+    these options, and its own config is that of the first."""
 
     name: str
     model: str
@@ -67,12 +68,9 @@ class Cell:
     seed: int
     config: Config
     after: str | None
+    attacker: str | None = None
     candidate: bool = False
     choice: tuple[Option, ...] = ()
-
-    @property
-    def attacker(self) -> str | None:
-        return self.config.evaluation.attacker
 
     @property
     def needs(self) -> list[str]:
@@ -138,24 +136,46 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
                 continue
             name = cell_name(model.label, point.label, seed)
             before = None if model.after is None else cell_name(model.after, point.label, seed)
-            own = {"name": name, **dict.fromkeys(seed_keys, seed)}
-            if before is not None:
-                own["model.initial"] = before
+            own = {"name": name, **dict.fromkeys(seed_keys, seed), "evaluation.attacker": None}
             settings = [_merge(of_model[model.label, i], values) for i in range(len(model.options))]
             attacker = _attacker(path, content["models"], model.label, settings[0]["evaluation"]["attacker"])
-            own["evaluation.attacker"] = None if attacker is None else cell_name(attacker, point.label, seed)
+            attacker = None if attacker is None else cell_name(attacker, point.label, seed)
             complete = [config.from_dict(_merge(each, _nested(own))) for each in settings]
             if not model.chooses:
-                add(Cell(name, model.label, point.label, point.values, seed, complete[0], before))
+                add(Cell(name, model.label, point.label, point.values, seed, complete[0], before, attacker))
                 continue
             choice = []
             for option, its_config in zip(model.options, complete, strict=True):
                 label = f"{model.label} {words(option)}"
                 names = {s: cell_name(label, point.label, s) for s in point.seeds}
                 its_config = replace(its_config, name=names[seed])
-                add(Cell(names[seed], label, point.label, {**point.values, **option}, seed, its_config, before, True))
+                add(
+                    Cell(
+                        names[seed],
+                        label,
+                        point.label,
+                        {**point.values, **option},
+                        seed,
+                        its_config,
+                        before,
+                        None,
+                        True,
+                    )
+                )
                 choice.append(Option(option, tuple(names.values())))
-            add(Cell(name, model.label, point.label, point.values, seed, complete[0], None, choice=tuple(choice)))
+            add(
+                Cell(
+                    name,
+                    model.label,
+                    point.label,
+                    point.values,
+                    seed,
+                    complete[0],
+                    None,
+                    attacker,
+                    choice=tuple(choice),
+                )
+            )
     return list(cells.values())
 
 
@@ -196,7 +216,7 @@ def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dic
     return result
 
 
-def chosen(cells: list[Cell], patterns: list[str]) -> list[Cell]:
+def select(cells: list[Cell], patterns: list[str]) -> list[Cell]:
     """The cells whose names match a shell pattern, and those that they need. Raises ConfigError for a pattern that
     matches none."""
     matches = [{cell.name for cell in cells if fnmatchcase(cell.name, pattern)} for pattern in patterns]

@@ -1,8 +1,8 @@
 """Runs the cells of a sweep, J processes at a time, and keeps what they find.
 
-    OUT/records/CELL.json   one finished cell: config, history, evaluation, seconds, versions, machine; trained once
+    OUT/records.jsonl       a line for each finished cell: config, history, evaluation, seconds, versions, machine
+    OUT/candidates.jsonl    what a model with `choose` chooses among: as above, without an evaluation
     OUT/cells/CELL/         an unfinished cell: checkpoint, log.txt; weights where they are kept
-    OUT/candidates/CELL.json   what a model with `choose` chooses among: as above, without an evaluation
     OUT/summary.csv, .json  mean and standard deviation over the seeds
 
 A sweep that was killed goes on with the same command: finished cells stand, the others continue from their
@@ -13,7 +13,6 @@ checkpoints. A cell that fails is reported and the others go on. Where the sweep
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import statistics
@@ -24,15 +23,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from rich.console import Console
 
-from ..config import complete, to_dict
-from ..results import finite, summary, write_json
-from ..training import RESUMABLE, Meter, differing
+from ..config import own_options
+from ..results import RECORDS, Record, Records, Tried, changed_settings, common, finite, summary
+from ..training import RESUMABLE, Meter
 from .file import Cell, Option
+from .job import Choice, Job
 
 TRAINED = 0.9  # share of a cell that counts as done when its epochs are
 
@@ -57,6 +57,8 @@ class Runner:
         self.out, self.options, self.console = out, options, console
         # weights that another cell starts from, takes or is attacked by
         self.needed = {name for cell in cells for name in cell.needs}
+        self.records, self.candidates = Records(out / RECORDS), Records(out / "candidates.jsonl")
+        self.common = finite(common(*(own_options(cell.config) for cell in cells)))
         self.choosing: dict[str, list[Cell]] = {}  # by candidate
         for cell in cells:
             for name in (name for option in cell.choice for name in option.cells):
@@ -68,27 +70,32 @@ class Runner:
     def folder(self, name: str) -> Path:
         return self.out / "cells" / name
 
-    def record(self, name: str) -> Path:
-        return self.out / ("candidates" if self.cells[name].candidate else "records") / f"{name}.json"
+    def records_of(self, cell: Cell) -> Records:
+        return self.candidates if cell.candidate else self.records
+
+    def recorded(self, name: str) -> bool:
+        return name in self.records_of(self.cells[name])
 
     def finished(self, cell: Cell) -> bool:
         """Whether the cell's record exists and holds what the cell asks for. Raises ValueError where it is that of
         another training, or of another evaluation and the weights are gone. A candidate is done with once the choice
         has been made."""
-        path = self.record(cell.name)
-        if not path.is_file():
+        records = self.records_of(cell)
+        if cell.name not in records:
             choosing = self.choosing.get(cell.name, [])
             return bool(choosing) and all(map(self.finished, choosing))
-        record = json.loads(path.read_text())
+        record = records[cell.name]
         if cell.choice:
-            made = [(option["values"], option["seeds"]) for option in record.get("choice", [])]
+            made = [(tried.values, tried.seeds) for tried in record.choice]
             if made != [(option.values, self._seeds(option)) for option in cell.choice]:
                 raise ValueError(
-                    f"{path} was chosen among other values or by other seeds: choose another --out, or delete the file"
+                    f"{records.path}: {cell.name} was chosen among other values or by other seeds: choose another "
+                    "--out, or delete its line"
                 )
-            cell = self._taking(cell, record["choice"])
-        recorded = complete(record["config"])
-        changed = [key for key in differing(recorded, planned(cell)) if key not in RESUMABLE]
+            cell = self._taking(cell, record.choice)
+        changed = [
+            key for key in changed_settings(record, cell.config, cell.after, cell.attacker) if key not in RESUMABLE
+        ]
         if cell.candidate:  # never evaluated
             changed = [key for key in changed if not key.startswith("evaluation.")]
         if not changed:
@@ -96,16 +103,17 @@ class Runner:
         if all(key.startswith("evaluation.") for key in changed) and self.kept(cell.name):
             return False
         raise ValueError(
-            f"{path} was made with other settings ({', '.join(changed)}): choose another --out, or delete the file"
+            f"{records.path}: {cell.name} was made with other settings ({', '.join(changed)}): choose another --out, "
+            "or delete its line"
         )
 
-    def _taking(self, cell: Cell, options: list[dict[str, Any]]) -> Cell:
+    def _taking(self, cell: Cell, options: list[Tried]) -> Cell:
         """A cell with a choice as the run that it takes: that of its seed with the one of `options` that is chosen."""
         candidate = next(
-            self._candidate(cell, own) for own, option in zip(cell.choice, options, strict=True) if option["chosen"]
+            self._candidate(cell, own) for own, option in zip(cell.choice, options, strict=True) if option.chosen
         )
         settings = replace(candidate.config, name=cell.name, evaluation=cell.config.evaluation)
-        return replace(candidate, name=cell.name, config=settings, candidate=False)
+        return replace(candidate, name=cell.name, config=settings, candidate=False, attacker=cell.attacker)
 
     def _candidate(self, cell: Cell, option: Option) -> Cell:
         """The cell of an option that has the seed of `cell`."""
@@ -114,15 +122,15 @@ class Runner:
     def _seeds(self, option: Option) -> list[int]:
         return [self.cells[name].seed for name in option.cells]
 
-    def _validated(self, cell: Cell) -> list[dict[str, Any]]:
+    def _validated(self, cell: Cell) -> list[Tried]:
         """What `cell` chooses among, with the mean validation accuracy over the seeds; the first best one is chosen."""
         means = []
         for option in cell.choice:
-            found = [json.loads(self.record(name).read_text())["history"] for name in option.cells]
+            found = [self.candidates[name].history for name in option.cells]
             means.append(statistics.fmean(history[-1]["validation_accuracy"] for history in found))
         best = means.index(max(means))
         return [
-            {"values": option.values, "validation_accuracy": mean, "chosen": i == best, "seeds": self._seeds(option)}
+            Tried(option.values, mean, i == best, self._seeds(option))
             for i, (option, mean) in enumerate(zip(cell.choice, means, strict=True))
         ]
 
@@ -132,7 +140,7 @@ class Runner:
 
     def trained(self, cell: Cell) -> bool:
         """Of a cell that is not finished: whether it only has to be evaluated again."""
-        return self.record(cell.name).is_file()
+        return self.recorded(cell.name)
 
     def state(self, cell: Cell) -> str:
         """What is left to do, in two words."""
@@ -193,46 +201,62 @@ class Runner:
                     return f"{name}, one of those it chooses among, failed"
                 return f"{name}, whose weights it {'starts from' if name == cell.after else 'is attacked by'}, failed"
             used = name not in among or self.cells[name].seed == cell.seed
-            if used and self.record(name).is_file() and not self.kept(name):
-                return f"the weights of {name} were not kept: delete {self.record(name)} to train it once more"
+            if used and self.recorded(name) and not self.kept(name):
+                path = self.records_of(self.cells[name]).path
+                return f"the weights of {name} were not kept: delete its line in {path} to train it once more"
         return None
 
     def _launch(self, cell: Cell) -> subprocess.Popen[bytes]:
-        folder, options = self.folder(cell.name), self.options
-        run, job = cell, dict[str, Any]()
-        if cell.choice and self.trained(cell):
-            run = self._taking(cell, json.loads(self.record(cell.name).read_text())["choice"])
-        elif cell.choice:
-            validated = self._validated(cell)
-            run = self._taking(cell, validated)
-            names = [self._candidate(cell, option).name for option in cell.choice]
-            (taken,) = (name for name, option in zip(names, validated, strict=True) if option["chosen"])
-            job["choice"] = {
-                "options": validated,
-                "folder": str(self.folder(taken)),
-                "record": str(self.record(taken)),
-                "others": [str(self.record(name)) for name in names if name != taken],
-            }
-        settings = planned(run)
-        settings["data"]["dir"] = options.data_dir
-        settings["training"]["threads"] = options.threads
-        device = options.device or settings["training"]["device"]
-        self.devices[cell.name] = settings["training"]["device"] = self._free(device)
-        if run.after is not None:
-            settings["model"]["initial"] = str(self.folder(run.after))
-        if cell.attacker is not None:
-            settings["evaluation"]["attacker"] = str(self.folder(cell.attacker))
-        place: dict[str, Any] = {"cell": cell.name, "model_label": cell.model, "point": cell.point}
-        place |= {"values": cell.values, "seed": cell.seed, "after": run.after}
-        job |= {"cell": place, "config": settings, "attacker": cell.attacker, "trained": self.trained(cell)}
-        job["candidate"] = cell.candidate
-        write_json(folder / "job.json", {**job, "record": str(self.record(cell.name))})
+        folder = self.folder(cell.name)
+        self._job(cell).write(folder)
         if self.trained(cell):
             self.needed.add(cell.name)  # weights that were kept stay
-        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.options.threads)}
         command = [sys.executable, "-m", "margin_kernels.experiments.sweeps.worker", str(folder)]
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+    def _job(self, cell: Cell) -> Job:
+        """What the worker of a cell is given: names of cells have become folders."""
+        run, choice = cell, None
+        if cell.choice and self.trained(cell):
+            run = self._taking(cell, self.records[cell.name].choice)
+        elif cell.choice:
+            tried = self._validated(cell)
+            run, choice = self._taking(cell, tried), self._choice(cell, tried)
+        settings = run.config
+        device = self.devices[cell.name] = self._free(self.options.device or settings.training.device)
+        initial = settings.model.initial if run.after is None else str(self.folder(run.after))
+        attacker = settings.evaluation.attacker if cell.attacker is None else str(self.folder(cell.attacker))
+        settings = replace(
+            settings,
+            data=replace(settings.data, dir=self.options.data_dir),
+            model=replace(settings.model, initial=initial),
+            training=replace(settings.training, device=device, threads=self.options.threads),
+            evaluation=replace(settings.evaluation, attacker=attacker),
+        )
+        return Job(
+            cell=cell.name,
+            model=cell.model,
+            point=cell.point,
+            seed=cell.seed,
+            values=cell.values,
+            after=run.after,
+            attacker=cell.attacker,
+            config=settings,
+            records=str(self.records.path),
+            candidates=str(self.candidates.path),
+            common=self.common,
+            candidate=cell.candidate,
+            trained=self.trained(cell),
+            choice=choice,
+        )
+
+    def _choice(self, cell: Cell, tried: list[Tried]) -> Choice:
+        """The candidate of the cell's seed that was chosen, and the others."""
+        names = [self._candidate(cell, option).name for option in cell.choice]
+        (taken,) = (name for name, option in zip(names, tried, strict=True) if option.chosen)
+        return Choice(taken, str(self.folder(taken)), [name for name in names if name != taken], tried)
 
     def _free(self, device: str) -> str:
         """For "cuda" the GPU on which the fewest cells are running, anything else as it is."""
@@ -247,8 +271,9 @@ class Runner:
             if process.poll() is None:
                 continue
             del self.running[name]
-            if process.returncode == 0 and self.record(name).is_file():
-                meter.say(f"{name}: {summary.line(json.loads(self.record(name).read_text()))}")
+            if process.returncode == 0 and self.recorded(name):
+                record: Record = self.records_of(self.cells[name])[name]
+                meter.say(f"{name}: {summary.line(record)}")
                 self._clean(name)
                 cell = self.cells[name]
                 if not self.options.keep_weights:
@@ -294,12 +319,6 @@ class Runner:
             except BlockingIOError:
                 raise ValueError(f"{self.out}: another sweep is running in this folder") from None
             yield file
-
-
-def planned(cell: Cell) -> dict[str, Any]:
-    """A cell's config as its record holds it: no path of the machine."""
-    settings = to_dict(replace(cell.config, data=replace(cell.config.data, dir=None)))
-    return finite(settings)
 
 
 def _last_line(log: Path, status: int) -> str:

@@ -2,7 +2,7 @@
 
 from .progress import Meter
 from .timing import time_steps
-from .trainer import RESUMABLE, Trainer, TrainingError, build_optimiser, differing, learning_rate, resolve_device
+from .trainer import RESUMABLE, Trainer, TrainingError, build_optimiser, learning_rate, resolve_device
 
 __all__ = [
     "RESUMABLE",
@@ -10,7 +10,6 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "build_optimiser",
-    "differing",
     "learning_rate",
     "resolve_device",
     "time_steps",

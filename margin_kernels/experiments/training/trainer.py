@@ -24,7 +24,7 @@ from .. import models, objectives
 from ..config import Config, LossConfig, complete, exponent, to_dict, to_yaml
 from ..data import Dataset, augmented
 from ..evaluation import accuracy, median_distance, signed_distance, tap_names
-from ..results import flatten, machine, versions, write_csv, write_json, write_text
+from ..results import Run, differing, flatten, machine, versions, write_csv, write_json, write_text
 from .checkpoint import load_state, save_state
 
 MEDIAN_SAMPLES = 1000  # training images by which loss.gamma_unit "median" goes
@@ -292,22 +292,20 @@ class Trainer:
         if self.folder is None:
             return
         write_csv(self.folder / "metrics.csv", [row(item) for item in self.history])
-        write_json(self.folder / "run.json", self.summary())
+        write_json(self.folder / "run.json", self.summary().to_dict())
         save_state(self.folder, self.state())
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Run:
         """Everything about the run but its weights."""
-        config = to_dict(self.config)
-        config["data"].pop("dir")  # a path of this machine
-        return {
-            "config": config,
-            "model": self.description,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "versions": versions(),
-            "machine": machine(self.device),
-            "measured": self.measured,
-            "history": self.history,
-        }
+        return Run(
+            config=self.config,
+            network=self.description,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            versions=versions(),
+            machine=machine(self.device),
+            history=self.history,
+            measured=self.measured,
+        )
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on as if nothing had happened."""
@@ -373,15 +371,3 @@ def describe(record: dict[str, Any], epochs: int) -> str:
     )
     distances = ", ".join(f"{tap} {value:.3g}" for tap, value in record.get("distance", {}).items())
     return f"{text}  distance {distances}" if distances else text
-
-
-def differing(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the entries in which two nested dicts differ."""
-    names: list[str] = []
-    for key in sorted(set(left) | set(right)):
-        a, b = left.get(key), right.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += differing(a, b, f"{prefix}{key}.")
-        elif a != b:
-            names.append(prefix + key)
-    return names

@@ -1,0 +1,191 @@
+"""Records in one file, a line each: {"shared": VALUES} first, then for each record what differs from these values.
+
+    {"shared":{"config":{...},"machine":{...},"versions":{...}}}          written once, with the first record
+    {"cell":"hinge__seed0","config":{"loss":{"kind":"hinge"}},...}        nested as the shared values are
+    {"cell":"hinge__seed1",...,"absent":[["machine","gpu"]]}              paths of shared values that the record has not
+
+A new record is a new line at the end, one that was made anew takes the place of the old one. Several processes may
+write: each holds the lock of the file beside it (records.lock) meanwhile. A line that a killed process left unfinished
+is not read, and the next record overwrites it. Numbers are written with as many digits as it takes to read the same
+number back.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .files import write_atomic
+from .record import Record
+
+Values = dict[str, Any]
+RECORDS = "records.jsonl"  # in the folder of a sweep
+# what the cells of a sweep mostly have in common, besides the config
+SHARED = ("network", "parameters", "versions", "machine")
+SHARED_MEASUREMENTS = ("samples", "eps", "curve_eps", "noise_sigmas", "distance_p", "distance", "distances")
+
+
+def differences(values: Values, shared: Values) -> Values:
+    """`values` without what `shared` has too, at every depth; `absent`: the paths of what only `shared` has."""
+    found, absent = _differences(values, shared)
+    return {**found, "absent": absent} if absent else found
+
+
+def _differences(values: Values, shared: Values) -> tuple[Values, list[list[str]]]:
+    found: Values = {}
+    absent = [[key] for key in shared if key not in values]
+    for key, value in values.items():
+        if key not in shared:
+            found[key] = value
+        elif isinstance(value, dict) and isinstance(shared[key], dict):
+            below, missing = _differences(value, shared[key])
+            if below:
+                found[key] = below
+            absent += [[key, *path] for path in missing]
+        elif dumps(value) != dumps(shared[key]):  # 1, 1.0 and True are three values
+            found[key] = value
+    return found, absent
+
+
+def merged(line: Values, shared: Values) -> Values:
+    """The inverse of `differences`."""
+    values = _merged({key: value for key, value in line.items() if key != "absent"}, shared)
+    for path in line.get("absent", []):
+        below = values
+        for key in path[:-1]:
+            below = below[key]
+        below.pop(path[-1], None)
+    return values
+
+
+def _merged(line: Values, shared: Values) -> Values:
+    values = {key: _merged({}, value) if isinstance(value, dict) else value for key, value in shared.items()}
+    for key, value in line.items():
+        nested = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = _merged(value, values[key]) if nested else value
+    return values
+
+
+def common(*settings: Values) -> Values:
+    """The entries that all of `settings` have, with the same value, at every depth."""
+    first, *others = settings
+    found: Values = {}
+    for key, value in first.items():
+        if not all(key in other for other in others):
+            continue
+        if isinstance(value, dict) and all(isinstance(other[key], dict) for other in others):
+            found[key] = common(value, *(other[key] for other in others))
+        elif all(dumps(other[key]) == dumps(value) for other in others):
+            found[key] = value
+    return found
+
+
+def restricted(values: Values, keys: Values) -> Values:
+    """The entries of `values` whose keys are also in `keys`, at every depth."""
+    return {
+        key: restricted(value, keys[key]) if isinstance(value, dict) and isinstance(keys[key], dict) else value
+        for key, value in values.items()
+        if key in keys
+    }
+
+
+def shared_values(record: Values, config: Values) -> Values:
+    """What the first line holds where `record` is the first one: its values of what is mostly the same, and its options
+    among those of `config`."""
+    measured = record.get("evaluation", {})
+    return {
+        "config": restricted(record["config"], config),
+        **{key: record[key] for key in SHARED if key in record},
+        "evaluation": {key: measured[key] for key in SHARED_MEASUREMENTS if key in measured},
+    }
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+class Records:
+    """The records of the cells in one file; read again whenever it has changed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple[int, int, int] | None = None
+        self._records: dict[str, Record] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._read()
+
+    def __getitem__(self, name: str) -> Record:
+        return self._read()[name]
+
+    def all(self) -> list[Record]:
+        """In the order of their lines."""
+        return list(self._read().values())
+
+    def put(self, record: Record, config: Values | None = None) -> None:
+        """Writes one record. `config`: the options that the cells have in common, for the first line of a new file;
+        those of `record` without it."""
+        values = record.to_dict()
+        with self._lock():
+            content = self.path.read_bytes() if self.path.is_file() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            lines = whole.decode().splitlines(keepends=True)
+            if lines:
+                shared = self._shared(lines[0])
+            else:
+                shared = shared_values(values, values["config"] if config is None else config)
+            line = dumps({"cell": record.cell, **differences(values, shared)}) + "\n"
+            place = next((i for i, other in enumerate(lines[1:], 1) if _cell(other) == record.cell), None)
+            if place is None:
+                head = "" if lines else dumps({"shared": shared}) + "\n"
+                with self.path.open("r+b" if content else "wb") as file:
+                    file.truncate(len(whole))  # a torn line goes
+                    file.seek(len(whole))
+                    file.write((head + line).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:
+                lines[place] = line
+                write_atomic(self.path, lambda file: file.write("".join(lines).encode()))
+
+    def _read(self) -> dict[str, Record]:
+        if not self.path.is_file():
+            return {}
+        about = self.path.stat()
+        seen = (about.st_ino, about.st_mtime_ns, about.st_size)
+        if seen != self._seen:
+            content = self.path.read_text()
+            whole = content[: content.rfind("\n") + 1].splitlines()
+            shared = self._shared(whole[0]) if whole else {}
+            found = [Record.from_dict(merged(self._parsed(i, line), shared)) for i, line in enumerate(whole[1:], 2)]
+            self._records = {record.cell: record for record in found}
+            self._seen = seen
+        return self._records
+
+    def _parsed(self, number: int, line: str) -> Values:
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}, line {number}: not a record ({error})") from None
+
+    def _shared(self, line: str) -> Values:
+        values = self._parsed(1, line)
+        if set(values) != {"shared"}:
+            raise ValueError(f"{self.path}, line 1: the shared values are expected, got {', '.join(values)}")
+        return values["shared"]
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _cell(line: str) -> str:
+    return json.loads(line)["cell"]
