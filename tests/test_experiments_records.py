@@ -149,6 +149,10 @@ def test_a_line_that_is_no_record_is_named(file):
     file.path.write_text(file.path.read_text() + "nonsense\n")
     with pytest.raises(ValueError, match=r"records.jsonl, line 3: not a record"):
         file.all()
+    first, line, _ = file.path.read_text().splitlines(keepends=True)
+    file.path.write_text(first + 2 * line)
+    with pytest.raises(ValueError, match=r"line 3: a second record of plain__few_samples__seed0; delete one"):
+        file.all()
     file.path.write_text('{"cell":"a"}\n')
     with pytest.raises(ValueError, match=r"records.jsonl, line 1: the shared values are expected, got cell"):
         file.all()

@@ -185,11 +185,11 @@ def test_many_models_are_drawn_beside_the_reference_a_few_at_a_time():
 
 def test_ours_published_and_delta_are_in_printed_units(folder):
     study = study_page.load_study(folder, folder.parent / "sweep.yaml")
-    rows = {(row["model"], row["measure"]): row for row in study_page.comparison(study)}
-    assert rows["plain", "error"]["ours"] == pytest.approx(15.0) and rows["plain", "error"]["published"] == 12.5
-    assert rows["plain", "error"]["delta"] == pytest.approx(2.5)
-    assert rows["plain", "deepfool_norm"]["ours"] == 1.5 and rows["plain", "deepfool_norm"]["delta"] == 0
-    assert rows["[X] best", "error"]["ours"] is None and rows["[X] best", "error"]["delta"] is None
+    rows = {(row.model, row.measure): row for row in study_page.comparison(study)}
+    assert rows["plain", "error"].ours == pytest.approx(15.0) and rows["plain", "error"].published == 12.5
+    assert rows["plain", "error"].delta == pytest.approx(2.5)
+    assert rows["plain", "deepfool_norm"].ours == 1.5 and rows["plain", "deepfool_norm"].delta == 0
+    assert rows["[X] best", "error"].ours is None and rows["[X] best", "error"].delta is None
     table = study_page.published_table(list(rows.values()))
     assert "<td>error %</td><td>15.00</td><td>12.5</td><td>+2.50</td>" in table
     assert "<td>[X] best / label_noise=0.0</td><td>error %</td><td>-</td><td>3</td><td>-</td>" in table

@@ -196,7 +196,7 @@ def make_report(arguments: list[str]) -> int:
     names = {model.run.config.data.name for model in compared}
     title = options.title or f"Large-margin training on {', '.join(sorted(names))}"
     seconds = sum(epoch["seconds"] for model in compared for epoch in model.history)
-    comparison = page.Comparison(title, compared, conditions(compared[0].run, seconds))
+    comparison = page.Comparison(title, compared, run_conditions(compared[0].run, seconds))
     console = Console()
     table.show(console, compared, title)
     html = page.write_report(options.out, comparison)
@@ -221,7 +221,7 @@ def report_sweeps(options: argparse.Namespace) -> int:
     return 0
 
 
-def conditions(run: Run, seconds: float) -> dict[str, Any]:
+def run_conditions(run: Run, seconds: float) -> dict[str, Any]:
     """What a report says about how it was run."""
     machine = run.machine
     return {

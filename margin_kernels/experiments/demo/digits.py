@@ -233,7 +233,7 @@ def _run(folder: Path, plan: Plan, seed: int, console: Console) -> page.Comparis
     results = page.Comparison(
         title="Large-margin training on scikit-learn's digits",
         models=models,
-        conditions=conditions(baseline, seconds, len(dataset.test)),
+        conditions=demo_conditions(baseline, seconds, len(dataset.test)),
         intro=INTRO,
         tuning=tuning,
         tuning_rule=RULE,
@@ -271,7 +271,7 @@ def describe(
     return table.Compared(label, trainer.summary(), evaluation, timing)
 
 
-def conditions(baseline: Trainer, seconds: float, tested: int) -> dict[str, Any]:
+def demo_conditions(baseline: Trainer, seconds: float, tested: int) -> dict[str, Any]:
     """How the demo was run."""
     here = machine()
     training = baseline.config.training

@@ -10,13 +10,13 @@ import csv
 import html
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import sweeps
 from ..config import EvaluationConfig
-from ..results import MEASURES, RECORDS, Record, Records, Study, summary, write_csv, write_json, write_text
+from ..results import MEASURES, RECORDS, Record, Records, Study, Tried, summary, write_csv, write_json, write_text
 from . import page, study_distances, study_figures, study_images
 from .figures import Figure
 
@@ -83,8 +83,9 @@ def write_study_report(folder: Path, studies: list[Study], title: str, data_dir:
     rows = {study.name: summary.rows(study.records) for study in studies}
     write_csv(folder / "results.csv", [{"sweep": name, **row} for name in rows for row in rows[name]])
     results = [
-        {"sweep": study.name, "budget": study.budget, "rows": rows[study.name], "published": comparison(study)}
-        | ({"choices": found} if (found := choices(study)) else {})
+        {"sweep": study.name, "budget": study.budget, "rows": rows[study.name]}
+        | {"published": [asdict(value) for value in comparison(study)]}
+        | ({"choices": plain_choices(found)} if (found := choices(study)) else {})
         for study in studies
     ]
     write_json(folder / "results.json", {"title": title, "sweeps": results})
@@ -116,7 +117,7 @@ def section(study: Study, groups: dict[str, list[Figure]], note: str) -> list[st
         body += [f"<h3>{html.escape(heading)}</h3>", *page.gallery(figures)]
     if note:
         body.append(f"<p>{html.escape(note)}</p>")
-    body += ["<h3>How it was run</h3>", page.description_list(conditions(study))]
+    body += ["<h3>How it was run</h3>", page.description_list(study_conditions(study))]
     for model in study.models:
         first = next(record for record in study.records if record.model == model)
         label = ", ".join(filter(None, (model, first.point)))
@@ -139,9 +140,25 @@ def means(study: Study) -> str:
     return _table(f"<th></th>{head}", lines)
 
 
-def comparison(study: Study) -> list[dict[str, Any]]:
-    """One row per published value: model, point, measure, ours (None: the sweep has no such model, or it was not
-    measured), published, delta = ours - published, all in printed units."""
+@dataclass(frozen=True)
+class PublishedValue:
+    """A number of a paper beside ours, both in printed units: labels of model and point, key of the measure; ours and
+    delta = ours - published are None where the sweep has no such model, or it was not measured."""
+
+    model: str
+    point: str
+    measure: str
+    ours: float | None
+    published: float
+    delta: float | None
+
+    @property
+    def label(self) -> str:
+        return " / ".join(filter(None, (self.model, self.point)))
+
+
+def comparison(study: Study) -> list[PublishedValue]:
+    """Every published value of the study."""
     rows = {(row["model"], row["point"]): row for row in summary.rows(study.records)}
     result = []
     for (model, point), values in study.published.items():
@@ -149,50 +166,47 @@ def comparison(study: Study) -> list[dict[str, Any]]:
             mean = rows.get((model, point), {}).get(f"{measure.key}_mean")
             ours = None if mean is None else measure.factor * mean
             delta = None if ours is None else ours - values[measure.key]
-            place: dict[str, Any] = {"model": model, "point": point, "measure": measure.key, "ours": ours}
-            result.append({**place, "published": values[measure.key], "delta": delta})
+            result.append(PublishedValue(model, point, measure.key, ours, values[measure.key], delta))
     return result
 
 
-def published_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `comparison` as a table."""
+def published_table(found: list[PublishedValue]) -> str:
+    """The published values as a table."""
     by_key = {measure.key: measure for measure in MEASURES}
     lines = []
-    for row in rows:
-        measure = by_key[row["measure"]]
-        label = " / ".join(filter(None, (row["model"], row["point"])))
-        ours = "-" if row["ours"] is None else f"{row['ours']:.{measure.digits}f}"
-        delta = "-" if row["delta"] is None else f"{row['delta']:+.{measure.digits}f}"
-        cells = (html.escape(measure.heading), ours, f"{row['published']:g}", delta)
-        lines.append(f"<tr><td>{html.escape(label)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    for value in found:
+        measure = by_key[value.measure]
+        ours = "-" if value.ours is None else f"{value.ours:.{measure.digits}f}"
+        delta = "-" if value.delta is None else f"{value.delta:+.{measure.digits}f}"
+        cells = (html.escape(measure.heading), ours, f"{value.published:g}", delta)
+        lines.append(f"<tr><td>{html.escape(value.label)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return _table("<th></th><th>measure</th><th>ours</th><th>published</th><th>delta</th>", lines, "compared")
 
 
-def choices(study: Study) -> list[dict[str, Any]]:
-    """One row per value that a model chose among: model, point, setting, mean validation accuracy over the seeds, and
-    whether it was chosen."""
-    result: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in study.records:
-        result[record.place] = [
-            {
-                "setting": sweeps.words(tried.values),
-                "validation_accuracy": tried.validation_accuracy,
-                "chosen": tried.chosen,
-            }
-            for tried in record.choice
-        ]
-    return [{"model": model, "point": point, **row} for (model, point), rows in result.items() for row in rows]
+def choices(study: Study) -> dict[tuple[str, str], list[Tried]]:
+    """What each model chose among, by model and point; only models that chose."""
+    return {record.place: record.choice for record in study.records if record.choice}
 
 
-def choices_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `choices` as a table, the chosen ones in bold."""
+def plain_choices(found: dict[tuple[str, str], list[Tried]]) -> list[dict[str, Any]]:
+    """The same as rows of JSON: model, point, setting, mean validation accuracy over the seeds, whether chosen."""
+    return [
+        {"model": model, "point": point, "setting": sweeps.words(tried.values)}
+        | {"validation_accuracy": tried.validation_accuracy, "chosen": tried.chosen}
+        for (model, point), options in found.items()
+        for tried in options
+    ]
+
+
+def choices_table(found: dict[tuple[str, str], list[Tried]]) -> str:
+    """The same as a table, what was chosen in bold."""
     lines = []
-    for row in rows:
-        label = " / ".join(filter(None, (row["model"], row["point"])))
-        cells = (row["setting"], f"{100 * row['validation_accuracy']:.2f}", "chosen" if row["chosen"] else "")
-        style = ' class="chosen"' if row["chosen"] else ""
-        line = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr{style}><td>{html.escape(label)}</td>{line}</tr>")
+    for place, options in found.items():
+        for tried in options:
+            words = (" / ".join(filter(None, place)), sweeps.words(tried.values))
+            cells = (*words, f"{100 * tried.validation_accuracy:.2f}", "chosen" if tried.chosen else "")
+            style = ' class="chosen"' if tried.chosen else ""
+            lines.append(f"<tr{style}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
     return _table("<th></th><th>setting</th><th>valid. %</th><th></th>", lines, "compared")
 
 
@@ -209,7 +223,7 @@ def _attacked(evaluation: EvaluationConfig) -> str:
     return f"{'all' if every is None else every}, by IFGSM {'all of them' if iterated is None else iterated}"
 
 
-def conditions(study: Study) -> dict[str, Any]:
+def study_conditions(study: Study) -> dict[str, Any]:
     """How the cells were run."""
     records = study.records
 

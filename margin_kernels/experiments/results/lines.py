@@ -162,9 +162,15 @@ class Records:
             content = self.path.read_text()
             whole = content[: content.rfind("\n") + 1].splitlines()
             shared = self._shared(whole[0]) if whole else {}
-            found = [Record.from_dict(merged(self._parsed(i, line), shared)) for i, line in enumerate(whole[1:], 2)]
-            self._records = {record.cell: record for record in found}
-            self._seen = seen
+            found: dict[str, Record] = {}
+            for number, line in enumerate(whole[1:], 2):
+                record = Record.from_dict(merged(self._parsed(number, line), shared))
+                if record.cell in found:
+                    raise ValueError(
+                        f"{self.path}, line {number}: a second record of {record.cell}; delete one of them"
+                    )
+                found[record.cell] = record
+            self._records, self._seen = found, seen
         return self._records
 
     def _parsed(self, number: int, line: str) -> Values:

@@ -132,10 +132,15 @@ def write_summary(
     versions and machine."""
     table = rows(records)
     write_csv(folder / "summary.csv", table)
-    about: dict[str, Any] = {"sweep": name, "budget": budget, "failed": sorted(failed)}
-    if records:
-        first = records[0]
-        about |= {"eps": first.measurements["eps"], "versions": first.versions, "machine": first.machine}
+    first = records[0] if records else None
+    about = {
+        "sweep": name,
+        "budget": budget,
+        "eps": first and first.measurements["eps"],
+        "failed": sorted(failed),
+        "versions": first and first.versions,
+        "machine": first and first.machine,
+    }
     write_json(folder / "summary.json", about)
     return table
 
