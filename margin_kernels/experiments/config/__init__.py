@@ -5,7 +5,6 @@ from .options import (
     AdversarialConfig,
     AdversarialTrainingConfig,
     Config,
-    ConfigError,
     DataConfig,
     EvaluationConfig,
     LossConfig,
@@ -16,10 +15,13 @@ from .options import (
     SensitivityConfig,
     TrainingConfig,
     VirtualAdversarialConfig,
+    exponent,
+)
+from .reading import (
+    ConfigError,
     add_arguments,
     check_keys,
     complete,
-    exponent,
     find,
     from_dict,
     from_namespace,

@@ -30,9 +30,8 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,41 +41,10 @@ import yaml
 from .. import config, models, objectives
 from ..config import Config, ConfigError, to_dict
 from ..results import MEASURES
+from .cell import Cell, Option, cell_name, words
 
 KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published", "extends", "without")
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
-
-
-class Option(NamedTuple):
-    """One combination of the values that a model chooses among: dotted key -> value, and its cell for each seed."""
-
-    values: dict[str, Any]
-    cells: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run. `after` is the name of the cell it goes on from, `attacker` that of the cell whose network attacks it;
-    the folders of their networks, which config.model.initial and config.evaluation.attacker are, stand in its job. A
-    `candidate` is trained and not evaluated; a cell with a `choice` is not trained: it takes the network of one of
-    these options, and its own config is that of the first."""
-
-    name: str
-    model: str
-    point: str
-    values: dict[str, Any]  # dotted key -> value of the point and the grid
-    seed: int
-    config: Config
-    after: str | None
-    attacker: str | None = None
-    candidate: bool = False
-    choice: tuple[Option, ...] = ()
-
-    @property
-    def needs(self) -> list[str]:
-        """The cells that have to be finished before this one."""
-        names = [self.after] if self.candidate else [self.after, self.attacker]
-        return [name for option in self.choice for name in option.cells] + [n for n in names if n is not None]
 
 
 def shipped() -> dict[str, Path]:
@@ -216,23 +184,6 @@ def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dic
     return result
 
 
-def select(cells: list[Cell], patterns: list[str]) -> list[Cell]:
-    """The cells whose names match a shell pattern, and those that they need. Raises ConfigError for a pattern that
-    matches none."""
-    matches = [{cell.name for cell in cells if fnmatchcase(cell.name, pattern)} for pattern in patterns]
-    for pattern, names in zip(patterns, matches, strict=True):
-        if not names:
-            raise ConfigError(f"--cells {pattern}: no cell has such a name; --dry-run lists them")
-    names = set().union(*matches)
-    by_name = {cell.name: cell for cell in cells}
-    found = list(names)
-    while found:
-        needed = [name for name in by_name[found.pop()].needs if name not in names]
-        names.update(needed)
-        found += needed
-    return [cell for cell in cells if cell.name in names]
-
-
 def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a sweep file, laid over that of the file that it extends."""
     content = yaml.safe_load(path.read_text())
@@ -269,12 +220,6 @@ def _without(path: Path, models: dict[str, Any], patterns: Any) -> dict[str, Any
         for label, own in models.items()
         if not any(fnmatchcase(str(label), str(pattern)) for pattern in patterns)
     }
-
-
-def cell_name(model: str, point: str, seed: int) -> str:
-    """A file name: model, point where there is one, and seed."""
-    parts = [re.sub(r"[^A-Za-z0-9.=+-]+", "_", text).strip("_") for text in (str(model), point) if text]
-    return "__".join([*parts, f"seed{seed}"])
 
 
 def _base(path: Path, base: Any) -> dict[str, Any]:
@@ -321,10 +266,6 @@ def _points(path: Path, content: dict[str, Any], seeds: list[int]) -> list[Point
             chosen = dict(zip(grid, combination, strict=True))
             result.append(Point(" ".join(filter(None, (label, words(chosen)))), {**values, **chosen}, own_seeds))
     return result
-
-
-def words(values: dict[str, Any]) -> str:
-    return " ".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in values.items())
 
 
 class Model(NamedTuple):

@@ -31,7 +31,7 @@ from rich.console import Console
 from ..config import own_options
 from ..results import RECORDS, Record, Records, Tried, changed_settings, common, finite, summary
 from ..training import RESUMABLE, Meter
-from .file import Cell, Option
+from .cell import Cell, Option
 from .job import Choice, Job
 
 TRAINED = 0.9  # share of a cell that counts as done when its epochs are

@@ -1,0 +1,187 @@
+"""Configs from YAML files, dotted overrides and records, and back. The resolved config is saved beside the results.
+
+margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --loss.gamma 2 --training.epochs 3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from .options import GENERAL_OPTIONS, OPTIONS_OF_LOSS, Config
+
+
+class ConfigError(ValueError):
+    """A config file or an override that does not fit; the message names the key and, for an unknown one, the close
+    names."""
+
+
+def shipped() -> dict[str, Path]:
+    """The config files that come with the package, by name."""
+    return yaml_files("config")
+
+
+def yaml_files(room: str) -> dict[str, Path]:
+    """The YAML files in the folder `shipped` of a room of the experiments, by name."""
+    folder = Path(str(resources.files("margin_kernels.experiments") / room / "shipped"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name: str) -> Path:
+    """A path to a YAML file, or the name of a shipped one."""
+    if Path(name).is_file():
+        return Path(name)
+    files = shipped()
+    stem = Path(name).stem
+    if stem in files and Path(name).name in (stem, stem + ".yaml"):
+        return files[stem]
+    if "/" in name and stem in files and Path(name).parent.name == "configs":
+        return files[stem]
+    raise ConfigError(f"--config {name}: no such file, and not one of the shipped configs: {', '.join(files)}")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """--config, one dotted option per field of Config, and --print_config."""
+    parser.add_class_arguments(Config, None, help="")
+    parser.add_argument("--config", action="config", help="a YAML file, or the name of a shipped config")
+
+
+def keys(cls: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields."""
+    names = []
+    for item in dataclasses.fields(cls):
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        nested = dataclasses.is_dataclass(default)
+        names += keys(type(default), f"{prefix}{item.name}.") if nested else [prefix + item.name]
+    return names
+
+
+def check_keys(given: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Raises ConfigError for a key of `given` that no field has, with the closest field names."""
+    known = keys()
+    for key, value in given.items():
+        name = prefix + str(key)
+        if isinstance(value, dict) and any(k.startswith(name + ".") for k in known):
+            check_keys(value, where, name + ".")
+        elif name not in known:
+            raise ConfigError(f"{where}: unknown key {name!r}; {_suggestion(name, known)}")
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    leaf = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close += [k for k in known if k.rsplit(".", 1)[-1] == leaf and k not in close]
+    return f"did you mean {' or '.join(close)}?" if close else f"known keys: {', '.join(known)}"
+
+
+def from_namespace(namespace: Namespace) -> Config:
+    """The typed config of a parsed namespace."""
+    return _build(Config, namespace.as_dict())
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    """An instance of the dataclass cls from a nested dict that may hold more than its fields."""
+    given = {}
+    for item in dataclasses.fields(cls):
+        if item.name not in values:
+            continue
+        value = values[item.name]
+        nested = isinstance(value, dict) and item.default_factory is not dataclasses.MISSING
+        given[item.name] = _build(item.default_factory, value) if nested else value  # type: ignore[arg-type]
+    return cls(**given)
+
+
+def parse(arguments: list[str]) -> Config:
+    """Config from command-line style arguments: `["--config", "x.yaml", "--loss.gamma", "2"]`. Raises ConfigError."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    return from_namespace(parse_with(parser, arguments))
+
+
+def parse_with(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parses with `parser` (of add_arguments); resolves shipped config names; unknown keys raise ConfigError with
+    close names."""
+    arguments = _with_config_paths(arguments)
+    for option in arguments:
+        match = re.match(r"--([a-z_]+\.[\w.]+)", option)
+        if match and match[1] not in keys():
+            raise ConfigError(f"command line: unknown key {match[1]!r}; {_suggestion(match[1], keys())}")
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _with_config_paths(arguments: list[str]) -> list[str]:
+    """`--config NAME` and `--config=NAME` with NAME replaced by the file's path, after its keys were checked."""
+    result = []
+    previous = ""
+    for argument in arguments:
+        prefix, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
+        if prefix or previous == "--config":
+            path = find(value)
+            content = yaml.safe_load(path.read_text()) or {}
+            if not isinstance(content, dict):
+                raise ConfigError(f"{path}: a mapping of keys to values is expected, {type(content).__name__} found")
+            check_keys(content, str(path))
+            argument = prefix + str(path)
+        result.append(argument)
+        previous = argument
+    return result
+
+
+def typed(values: dict[str, Any]) -> Config:
+    """Config from a nested dict as a YAML file holds it: keys and types are checked. Raises ConfigError."""
+    check_keys(values, "config")
+    try:
+        return from_namespace(_parser().parse_object(values))
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from None
+
+
+@functools.cache
+def _parser() -> ArgumentParser:
+    """A parser of configs alone, made once: a sweep has hundreds of cells."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_arguments(parser)
+    return parser
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict: what JSON and YAML store."""
+    return dataclasses.asdict(config)
+
+
+def own_options(config: Config) -> dict[str, Any]:
+    """What a record keeps of a config: all but paths of the machine, and of the options of the loss those that it
+    reads."""
+    values = to_dict(config)
+    for section, name in (("data", "dir"), ("model", "initial"), ("evaluation", "attacker")):
+        del values[section][name]
+    read = {*GENERAL_OPTIONS, *OPTIONS_OF_LOSS[config.loss.kind]}
+    values["loss"] = {name: value for name, value in values["loss"].items() if name in read}
+    return values
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of to_dict; unknown keys raise ConfigError."""
+    check_keys(values, "config")
+    return _build(Config, values)
+
+
+def complete(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored config, perhaps of an earlier version, with the defaults of the fields that it lacks."""
+    return to_dict(from_dict(values))
+
+
+def to_yaml(config: Config) -> str:
+    """YAML in the order of the dataclasses."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
