@@ -114,7 +114,7 @@ def test_a_loss_begins_after_its_epochs_of_cross_entropy_with_gamma_in_medians(d
         [w / g for w, g in zip(parts, gamma, strict=True)], rel=2e-3
     )
     assert list(margin.task.loss.gamma) == margin.measured["gamma"]
-    assert margin.summary()["measured"] == margin.measured
+    assert margin.summary().measured == margin.measured
 
 
 def taps_of(model, x):
