@@ -16,6 +16,7 @@ from test_experiments_report import record
 from margin_kernels.experiments import objectives
 from margin_kernels.experiments.config import OPTIONS_OF_LOSS, Config, from_dict, own_options, to_dict
 from margin_kernels.experiments.results import RECORDS, Records, Tried, changed_settings, common, differences, merged
+from margin_kernels.experiments.sweeps.job import Choice, Job
 
 HERE = Path(__file__).parent
 LEAVES = (
@@ -178,6 +179,18 @@ def test_two_processes_that_write_at_once_lose_nothing_and_write_the_first_line_
     assert seeds == [*range(20), *range(100, 120)]
     assert all(own == made(own.seed) for own in file.all())
     assert file.path.read_text().count('"shared"') == 1
+
+
+def test_a_job_is_read_as_it_was_written(tmp_path):
+    tried = [Tried({"loss.gamma": 1}, 2 / 3, True, [0, 1]), Tried({"loss.gamma": 2}, 1 / 3, False, [0, 1])]
+    settings = from_dict({"model": {"initial": "cells/a"}, "loss": {"kind": "hinge"}, "training": {"threads": 1}})
+    place = {"cell": "b__seed1", "model": "b", "point": "few", "seed": 1, "values": {"data.seed": 1}}
+    files = {"records": "records.jsonl", "candidates": "candidates.jsonl", "common": {"loss": {"kind": "hinge"}}}
+    job = Job(**place, **files, after="a__seed1", attacker=None, config=settings, choice=Choice("c", "d", ["e"], tried))
+    job.write(tmp_path)
+    assert Job.read(tmp_path) == job and job.place == {**place, "after": "a__seed1", "attacker": None}
+    replace(job, choice=None, trained=True).write(tmp_path)
+    assert Job.read(tmp_path) == replace(job, choice=None, trained=True)
 
 
 def test_every_loss_says_which_options_it_reads():

@@ -175,7 +175,8 @@ def test_records_make_a_report_with_the_histogram_of_the_margin(tiny, tmp_path):
     assert [model["label"] for model in models] == ["cross-entropy label_noise=0.4", "hinge label_noise=0.4"]
     own = records(tiny[1])["hinge__label_noise=0.4__seed0"]
     assert models[1]["evaluation"] == {k: v for k, v in own.evaluation.items() if k not in SINGLE_SAMPLES}
-    assert own.evaluation["deepfool_norms"] and models[1]["run"]["history"] == own.history
+    assert own.evaluation["deepfool_norms"] and models[1]["run"] == own.run.to_dict()
+    assert "evaluation" not in models[1]["run"] and models[1]["run"]["history"] == own.history
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/svg+xml") == 4 + 1 and "Histogram of the margin" in page
 

@@ -161,7 +161,7 @@ def read_compared(folder: Path) -> table.Compared:
         if cell not in found:
             raise ValueError(f"{path}: no record of {cell}; there are {', '.join(r.cell for r in found.all())}")
         record = found[cell]
-        return table.Compared(" ".join(filter(None, record.place)), record, record.measurements, record.timing)
+        return table.Compared(" ".join(filter(None, record.place)), record.run, record.measurements, record.timing)
     for name in ("run.json", "evaluation.json"):
         if not (folder / name).is_file():
             command = "train" if name == "run.json" else "evaluate"

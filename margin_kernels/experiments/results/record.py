@@ -95,6 +95,11 @@ class Record(Run):
         return self.evaluation or {}
 
     @property
+    def run(self) -> Run:
+        """The training run alone."""
+        return Run(**{item.name: getattr(self, item.name) for item in dataclasses.fields(Run)})
+
+    @property
     def place(self) -> tuple[str, str]:
         """Labels of model and point."""
         return self.model, self.point
