@@ -125,7 +125,7 @@ def test_a_cell_that_is_measured_anew_takes_the_place_of_its_line(file):
     assert file.all() == [made(0), anew, made(2)]
 
 
-@pytest.mark.parametrize("kept", [5, 0.5, -1])
+@pytest.mark.parametrize("kept", [5, 0.5, -2])
 def test_a_torn_last_line_is_not_read_and_the_next_record_overwrites_it(file, kept):
     file.put(made())
     whole = file.path.read_bytes()
@@ -136,6 +136,17 @@ def test_a_torn_last_line_is_not_read_and_the_next_record_overwrites_it(file, ke
     assert Records(file.path).all() == [made()]
     file.put(made(2))
     assert Records(file.path).all() == [made(), made(2)] and file.path.read_bytes().startswith(whole)
+
+
+def test_a_record_without_its_newline_counts(file):
+    """A killed process has written all but the last character, or an editor has taken it."""
+    for seed in (0, 1):
+        file.put(made(seed))
+    whole = file.path.read_text()
+    file.path.write_text(whole.removesuffix("\n"))
+    assert Records(file.path).all() == [made(0), made(1)]
+    file.put(made(2))
+    assert file.all() == [made(0), made(1), made(2)] and file.path.read_text().startswith(whole)
 
 
 def test_a_torn_first_line_is_written_again(file):

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomic
+from .files import write_text
 from .record import Record
 
 Values = dict[str, Any]
@@ -132,26 +132,28 @@ class Records:
         those of `record` without it."""
         values = record.to_dict()
         with self._lock():
-            content = self.path.read_bytes() if self.path.is_file() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            lines = whole.decode().splitlines(keepends=True)
+            lines = _whole_lines(self.path.read_text()) if self.path.is_file() else []
             if lines:
                 shared = self._shared(lines[0])
             else:
                 shared = shared_values(values, values["config"] if config is None else config)
-            line = dumps({"cell": record.cell, **differences(values, shared)}) + "\n"
+            line = dumps({"cell": record.cell, **differences(values, shared)})
             place = next((i for i, other in enumerate(lines[1:], 1) if _cell(other) == record.cell), None)
             if place is None:
-                head = "" if lines else dumps({"shared": shared}) + "\n"
-                with self.path.open("r+b" if content else "wb") as file:
-                    file.truncate(len(whole))  # a torn line goes
-                    file.seek(len(whole))
-                    file.write((head + line).encode())
-                    file.flush()
-                    os.fsync(file.fileno())
+                self._append(lines, [line] if lines else [dumps({"shared": shared}), line])
             else:
                 lines[place] = line
-                write_atomic(self.path, lambda file: file.write("".join(lines).encode()))
+                write_text(self.path, "".join(f"{line}\n" for line in lines))
+
+    def _append(self, lines: list[str], new: list[str]) -> None:
+        """Writes `new` behind `lines`, which are there; what a killed process left behind these goes."""
+        before = "\n".join(lines).encode()
+        with self.path.open("r+b" if self.path.is_file() else "wb") as file:
+            file.truncate(len(before))
+            file.seek(len(before))
+            file.write(("\n" * bool(lines) + "\n".join(new) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def _read(self) -> dict[str, Record]:
         if not self.path.is_file():
@@ -159,8 +161,7 @@ class Records:
         about = self.path.stat()
         seen = (about.st_ino, about.st_mtime_ns, about.st_size)
         if seen != self._seen:
-            content = self.path.read_text()
-            whole = content[: content.rfind("\n") + 1].splitlines()
+            whole = _whole_lines(self.path.read_text())
             shared = self._shared(whole[0]) if whole else {}
             found: dict[str, Record] = {}
             for number, line in enumerate(whole[1:], 2):
@@ -191,6 +192,16 @@ class Records:
         with self.path.with_suffix(".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _whole_lines(content: str) -> list[str]:
+    """The lines, without a last one that has no end: neither a newline nor the closing bracket of its values."""
+    *lines, last = content.split("\n")
+    try:
+        json.loads(last)
+    except json.JSONDecodeError:
+        return lines
+    return [*lines, last]
 
 
 def _cell(line: str) -> str:
