@@ -96,9 +96,8 @@ FILES = {
 # From above to below: a file imports from its own room and from those to the right of it.
 ORDER = ("experiments", "task", "losses", "deepfool", "gradients", "functional", "backends", "triton", "reference")
 
-EXPERIMENTS = tuple(
-    ["cli", "demo", "report", "sweeps", "training", "objectives", "evaluation", "models", "results", "data", "config"]
-)
+EXPERIMENTS = ("cli", "demo", "report", "sweeps", "training", "objectives")
+EXPERIMENTS += ("evaluation", "models", "results", "data", "config")
 
 
 def imported(name: str) -> set[str]:
