@@ -7,8 +7,10 @@
 #   make release      source archive and wheel in dist/, each installed in an empty environment and tried
 #
 # PYTHON  the interpreter for .venv          TORCH  what to install as torch, e.g. TORCH="torch==2.12.*"
+# JOBS    processes for the tests, as many as there are cores
 PYTHON ?= python3
 TORCH ?= torch==2.13.*
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -28,8 +30,9 @@ $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*.* python
 demo: install
 	$(BIN)/margin-kernels demo --out demo $(DEMO)
 
+# A process for each core, with one thread each.
 test: install
-	$(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) $(TESTS)
 
 # Drawn networks, twenty times as many as `make test` draws, and other ones each time.
 test-fuzz: install
@@ -38,7 +41,7 @@ test-fuzz: install
 # The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90: no GPU needed.
 OP_TESTS := $(patsubst margin_kernels/reference/%.py,tests/test_%.py,$(filter-out %/__init__.py,$(wildcard margin_kernels/reference/*.py)))
 test-triton: install
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q --backend triton $(OP_TESTS) tests/test_dispatch.py tests/test_triton.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --backend triton $(OP_TESTS) tests/test_dispatch.py tests/test_triton.py
 	$(BIN)/python -m margin_kernels.triton.compile_check
 
 bench: install
@@ -67,7 +70,7 @@ cpptest: install
 	cmake -S . -B $(CPPTEST) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python \
 	    -DMARGIN_KERNELS_CUDA_CHECK=$(or $(CUDA_CHECK),OFF) -DMARGIN_KERNELS_SANITIZE=$(or $(SANITIZE),OFF)
 	cmake --build $(CPPTEST)
-	ctest --test-dir $(CPPTEST) --output-on-failure
+	ctest --test-dir $(CPPTEST) --output-on-failure --parallel $(JOBS)
 
 release: install
 	TORCH="$(TORCH)" bash .ci/release

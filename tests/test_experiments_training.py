@@ -96,13 +96,13 @@ def test_a_loss_begins_after_its_epochs_of_cross_entropy_with_gamma_in_medians(d
     model, taps = cross_entropy.model.eval(), ("input", "relu1", "pool2", "relu3", "output")
     x, _ = digits.train.batch(slice(None))
     logits, seen = taps_of(model, x)
-    rivals = logits.argsort(1, descending=True)
+    competitors = logits.argsort(1, descending=True)
     factors, parts = (2, 1.5, 1.5, 1.5, 3), (16, 1, 1, 1, 2)
     gamma = []
     for tap, factor in zip(taps, factors, strict=True):
         distances = []
         for j in range(1, 10):
-            gap = logits.gather(1, rivals[:, :1]) - logits.gather(1, rivals[:, j : j + 1])
+            gap = logits.gather(1, competitors[:, :1]) - logits.gather(1, competitors[:, j : j + 1])
             (g,) = torch.autograd.grad(gap.sum(), seen[tap], retain_graph=True)
             distances.append(gap[:, 0] / (1e-6 + g.flatten(1).norm(dim=1)))
         gamma.append(factor * torch.stack(distances).amin(0).median().item())
@@ -491,8 +491,8 @@ def test_margin_sensitivity_lowers_the_norm_that_it_is_given(digits):
     ("arguments", "expected"),
     [
         (
-            (*SENSITIVITY, "--loss.sensitivity.power", "1", "--loss.sensitivity.candidates", "3"),
-            mk.MarginSensitivityLoss(0.1, 2, 1, candidates=3),
+            (*SENSITIVITY, "--loss.sensitivity.power", "1", "--loss.sensitivity.top_k", "3"),
+            mk.MarginSensitivityLoss(0.1, 2, 1, top_k=3),
         ),
         (
             (*SENSITIVITY, "--loss.sensitivity.p", "inf", "--loss.sensitivity.classification", "cross_entropy"),

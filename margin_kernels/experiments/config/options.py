@@ -70,14 +70,14 @@ class SensitivityConfig:
         p: norm of the distances, p >= 1 or inf
         power: of the norm, >= 1 (1 or 2 in [M])
         classification: hinge or cross_entropy
-        candidates: rivals whose gradient is looked at, the largest logits; null for all
+        top_k: competitors whose gradient is looked at, the largest logits; null for all
     """
 
     weight: float = 0.1
     p: float | Literal["inf"] = 2.0
     power: float = 2.0
     classification: Literal["hinge", "cross_entropy"] = "hinge"
-    candidates: int | None = None
+    top_k: int | None = None
 
 
 @dataclass
@@ -93,7 +93,7 @@ class AdversarialConfig:
         normalize: divide each perturbation by the norm of its image (Deep Defense)
         max_iter: DeepFool iterations at most
         overshoot: of each DeepFool step
-        candidates: largest logits that take part, the prediction included
+        top_k: competitors that take part, those with the largest logits
         gradient: unrolled, envelope or first_order
         p: norm of the perturbations, 1, 2 or inf
     """
@@ -106,7 +106,7 @@ class AdversarialConfig:
     normalize: bool = False
     max_iter: int = 5
     overshoot: float = 0.02
-    candidates: int = 10
+    top_k: int = 9
     gradient: Literal["unrolled", "envelope", "first_order"] = "unrolled"
     p: float | Literal["inf"] = 2.0
 
