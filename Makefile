@@ -32,7 +32,7 @@ demo: install
 
 # A process for each core, with one thread each.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
 # Drawn networks, twenty times as many as `make test` draws, and other ones each time.
 test-fuzz: install
@@ -41,7 +41,7 @@ test-fuzz: install
 # The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90: no GPU needed.
 OP_TESTS := $(patsubst margin_kernels/reference/%.py,tests/test_%.py,$(filter-out %/__init__.py,$(wildcard margin_kernels/reference/*.py)))
 test-triton: install
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --backend triton $(OP_TESTS) tests/test_dispatch.py tests/test_triton.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --backend triton $(OP_TESTS) tests/test_dispatch.py tests/test_triton.py
 	$(BIN)/python -m margin_kernels.triton.compile_check
 
 bench: install

@@ -192,12 +192,13 @@ class Passes:
         self._thin: list[Any] = []
         if taps:
             self._graph = captured.graph
-            behind = self._graph.above(reader for tap in taps for reader, _ in self._graph.readers_of(tap.edge))
-            # A tap that another lies behind is reached by the pass itself: a second way to it would lose its slope.
-            self._thin = [
-                None if tap.edge.node in behind else thin_convolution(self._graph, tap, captured.batch) for tap in taps
-            ]
-            self._along = behind
+            self._thin = [thin_convolution(self._graph, tap, captured.batch) for tap in taps]
+            if any(self._thin):
+                # A tap that another lies behind is reached by the pass itself: a second way to it would lose its slope.
+                behind = self._tapped_path()
+                self._thin = [
+                    None if tap.edge.node in behind else thin for tap, thin in zip(taps, self._thin, strict=True)
+                ]
         self._edges = [tap.edge if thin is None else thin.output for tap, thin in zip(taps, self._thin, strict=True)]
         self._edges += others
 
@@ -233,8 +234,13 @@ class Passes:
             found.append(gradient if thin is None else thin.input_gradient(gradient))
         return found, list(gradients[len(self.taps) :])
 
+    def _tapped_path(self) -> set[Any]:
+        """The nodes from the logits to what reads a tap."""
+        assert self._graph is not None
+        return self._graph.above(reader for tap in self.taps for reader, _ in self._graph.readers_of(tap.edge))
+
     def _check_attention(self) -> None:
-        for node in self._along:
+        for node in self._tapped_path():
             if FUSED_ATTENTION.fullmatch(node.name()):
                 raise ValueError(
                     f"a second derivative is asked for, and PyTorch has none of fused attention ({node.name()}): run "

@@ -106,12 +106,18 @@ class Captured:
         if self.head is None:
             return False
         tapped = {(tap.edge.node, tap.edge.output_nr) for tap in self.taps}
-        along = self.graph.above(reader for tap in self.taps for reader, _ in self.graph.readers_of(tap.edge))
         top = self.graph.top
-        return any(
-            number != HEAD_INPUT[top.name()] and (edge[0] in along or edge in tapped)
-            for number, edge in enumerate(top.next_functions)
-        )
+        seen = set()
+        # From the weight and the bias down: two nodes, but for a head whose weight is computed.
+        open_ = [edge for number, edge in enumerate(top.next_functions) if number != HEAD_INPUT[top.name()]]
+        while open_:
+            edge = open_.pop()
+            if edge in tapped:
+                return True
+            if edge[0] is not None and edge[0] not in seen:
+                seen.add(edge[0])
+                open_.extend(edge[0].next_functions)
+        return False
 
     def structure(self, taps: Sequence[Tap]) -> Structure:
         """What the graph says about the samples between the logits and these taps."""
