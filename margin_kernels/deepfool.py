@@ -34,6 +34,7 @@ from .deepfool_checks import (
     warn_of_training_mode,
 )
 from .deprecation import renamed
+from .gradients.autograd_graph import without_hooks
 from .gradients.loop import pair_gradient, passes_to
 from .random_state import RandomState
 from .replay import untouched
@@ -207,7 +208,8 @@ def search(
                     leaf, output = source, logits
                 else:
                     leaf = _taken(moved, group).detach().requires_grad_()
-                    output = model(leaf)
+                    with without_hooks(getattr(model, "model", model)):
+                        output = model(leaf)
                 if not looks:
                     state.look(group, output.detach())
                 above, below = state.boundaries(group, looks and not shared)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from margin_kernels import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, MarginTask, OneToNLoss
+from margin_kernels import (
+    AdversarialMarginLoss,
+    LargeMarginLoss,
+    MarginSensitivityLoss,
+    MarginTask,
+    OneToNLoss,
+    deepfool,
+)
 from margin_kernels.gradients import autograd_graph, register_row_local, structure
 from margin_kernels.testing import assert_same_gradients
 
@@ -179,6 +186,37 @@ def test_a_module_with_backward_hooks_sees_one_backward() -> None:
         calls.clear()
         found.append([parameter.grad for parameter in model.parameters()])
     assert_same_gradients(*found, least=4)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "retain_grad", "full", "pre", "inside forward"])
+def test_without_the_extension_hooks_on_activations_are_refused(monkeypatch, kind) -> None:
+    def between(self: Net, h: Tensor) -> Tensor:
+        h = h * 1.0
+        if kind == "register_hook" and h.requires_grad:
+            h.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
+        if kind == "retain_grad" and h.requires_grad:
+            h.retain_grad()
+        return h
+
+    model = build(between)
+    if kind == "full":
+        model.second.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    if kind == "pre":
+        model.second.register_full_backward_pre_hook(lambda module, grad_output: None)
+    if kind == "inside forward":
+        model.second.register_forward_hook(lambda module, args, output: output.register_hook(torch.neg) and None)
+    monkeypatch.setattr(autograd_graph, "EXTENSION", None)
+    for loss in (LargeMarginLoss(3.0), MarginSensitivityLoss()):
+        layers = ("input",) if isinstance(loss, MarginSensitivityLoss) else ("input", "first")
+        with pytest.raises(ValueError, match=r"need the compiled extension.*install with a C\+\+ compiler, or remove"):
+            MarginTask(model, loss, layers, "loop")(*batch())
+    if kind in ("register_hook", "retain_grad"):
+        with pytest.raises(ValueError, match="need the compiled extension"):
+            deepfool(model, batch()[0])
+        with pytest.raises(ValueError, match="need the compiled extension"):
+            MarginTask(model, AdversarialMarginLoss(max_iter=2))(*batch())
+    plain = MarginTask(build(), LargeMarginLoss(3.0), ("input", "first"), "loop")(*batch())
+    assert plain["norm"].gt(0).any() and deepfool(build(), batch()[0]).distance.gt(0).all()
 
 
 class Clamped(torch.autograd.Function):

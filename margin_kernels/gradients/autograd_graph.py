@@ -16,15 +16,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
 from ..backends import EXTENSION
+from ..tracing import tracing
 
 # Versions of PyTorch whose graphs were read and compared with the loop: from the first on, below the second.
 TESTED = ((2, 11), (2, 15))
@@ -54,6 +56,39 @@ def refusal() -> str | None:
     if missing:
         return f"the autograd graph of torch {torch.__version__} has no {missing[0]}"
     return None
+
+
+def sees_hooks() -> bool:
+    """Whether hooks of nodes can be listed and silenced: only compiled code can."""
+    return hasattr(EXTENSION, "node_hooks")
+
+
+class _HooksRefused(TorchFunctionMode):
+    """Inside, an activation that gets a hook (register_hook, retain_grad) is an error."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.retain_grad or (func is Tensor.register_hook and not _of_distributed(args[1])):
+            _refuse_hook(func.__name__)
+        return func(*args, **kwargs)
+
+
+def _refuse_hook(what: str) -> None:
+    raise ValueError(
+        f"hooks on activations ({what}) need the compiled extension, which keeps them out of the passes that measure "
+        "margins: install with a C++ compiler, or remove the hook"
+    )
+
+
+def without_hooks(model: Any) -> AbstractContextManager[Any]:
+    """For a forward pass whose graph is measured. Where hooks cannot be silenced, a hook on an activation would run in
+    every pass and change what it measures: there it raises ValueError, and so does a backward hook of a module."""
+    if sees_hooks() or tracing():
+        return nullcontext()
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if module._backward_hooks or module._backward_pre_hooks:
+            _refuse_hook(f"a backward hook of module {name!r}")
+    return _HooksRefused()
 
 
 class Graph:
@@ -108,8 +143,9 @@ class Graph:
 
         Hooks that torch.distributed registers for itself are part of the backward and do not count.
         """
-        if EXTENSION is None or not hasattr(EXTENSION, "node_hooks"):
+        if not sees_hooks():
             return {}
+        assert EXTENSION is not None
         found = {}
         for i, callables, others in EXTENSION.node_hooks(self.root):
             callables = [hook for hook in callables if not _of_distributed(hook)]

@@ -29,7 +29,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ..gradients.autograd_graph import same_edge, sequence_now
+from ..gradients.autograd_graph import same_edge, sequence_now, without_hooks
 from ..gradients.request import HEAD_INPUT, Captured, Head, Tap
 from ..tracing import is_plain
 
@@ -169,7 +169,7 @@ class Taps:
             x = _in_graph(_floating(x), sources)
             # Now, for a model that changes its input in place moves the tensor along the graph.
             entry = Tap(INPUT, get_gradient_edge(x), x.shape)
-        with _hooks(self._handles(model, calls, sources, ends)):
+        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model):
             logits = model(x)
         if not isinstance(logits, Tensor):
             raise ValueError(f"model must return its logits as one tensor [N,C], got {type(logits).__name__}")
