@@ -37,7 +37,7 @@ from .deprecation import renamed
 from .gradients.autograd_graph import without_hooks
 from .gradients.loop import pair_gradient, passes_to
 from .random_state import RandomState
-from .replay import untouched
+from .replay import ReplayedModel, untouched
 from .tracing import tracing
 
 LOG = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def search(
                     leaf, output = source, logits
                 else:
                     leaf = _taken(moved, group).detach().requires_grad_()
-                    with without_hooks(getattr(model, "model", model)):
+                    with without_hooks(model.model if isinstance(model, ReplayedModel) else model):
                         output = model(leaf)
                 if not looks:
                     state.look(group, output.detach())

@@ -39,15 +39,16 @@ def do(function: Callable[..., Tensor], *layers: nn.Module) -> nn.Module:
 
 
 class Clamped(torch.autograd.Function):
-    """A backward that is not linear."""
+    """A backward that is not linear: the gradient is clamped to `limit`."""
 
     @staticmethod
-    def forward(ctx, h):
+    def forward(ctx, h, limit):
+        ctx.limit = limit
         return h.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.clamp(-0.05, 0.05)
+        return grad.clamp(-ctx.limit, ctx.limit), None
 
 
 def hooked(self: Do, h: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ ANY: dict[str, Callable[[Shape], nn.Module | None]] = {
     "hook": lambda s: do(hooked),
     "retain": lambda s: do(lambda self, h: (h := h * self.scale, h.retain_grad())[0]),
     "dropout": lambda s: nn.Dropout(0.3),
-    "clamped": lambda s: do(lambda self, h: Clamped.apply(h)),
+    "clamped": lambda s: do(lambda self, h: Clamped.apply(h, 0.05)),
     "mean of the batch": lambda s: do(lambda self, h: h - h.mean(0)),
     "part of the mean": lambda s: do(lambda self, h: h + self.gate * h.mean(0)),
     "mixup": lambda s: do(lambda self, h: (1 - self.gate) * h + self.gate * h.flip(0)),

@@ -209,7 +209,7 @@ def test_a_killed_sweep_goes_on_from_records_and_checkpoints(tmp_path):
     long = changed(grid={}, seeds=[0], budgets={})
     long["base"] = {**TINY["base"], "training": {**TINY["base"]["training"], "epochs": 15}}
     path, out = write(tmp_path, long), tmp_path / "out"
-    command = [sys.executable, "-m", "margin_kernels.experiments.cli", "sweep", str(path), "--out"]
+    command = [sys.executable, "-m", "margin_kernels.experiments", "sweep", str(path), "--out"]
     process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
     first, second = out / RECORDS, out / "cells" / "hinge__seed0"
     wait_for(lambda: first.exists() and (second / "checkpoint.pt").exists() and epochs(second) >= 2)

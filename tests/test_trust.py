@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_networks import Clamped
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -219,18 +220,6 @@ def test_without_the_extension_hooks_on_activations_are_refused(monkeypatch, kin
     assert plain["norm"].gt(0).any() and deepfool(build(), batch()[0]).distance.gt(0).all()
 
 
-class Clamped(torch.autograd.Function):
-    """A backward that is not linear."""
-
-    @staticmethod
-    def forward(ctx, h):
-        return h.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.clamp(-0.01, 0.01)
-
-
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h):
@@ -242,7 +231,7 @@ class Doubled(torch.autograd.Function):
 
 
 def test_a_function_of_which_nothing_is_known_takes_the_loop_where_its_batch_is_named() -> None:
-    between = lambda self, h: Clamped.apply(h)  # noqa: E731
+    between = lambda self, h: Clamped.apply(h, 0.01)  # noqa: E731
     with pytest.raises(ValueError, match=r"is not proven by the graph \(ClampedBackward: nothing is known"):
         run(between, "auto")
     auto, split = run(between, "auto", batch_dim=0)
@@ -781,8 +770,8 @@ def test_what_is_not_linear_behind_the_taps_takes_the_loop(where) -> None:
             if where == "hook":
                 h.register_hook(lambda grad: grad.clamp(-0.02, 0.02))
             if where == "function":
-                h = Clamped.apply(h)
-            weight = Clamped.apply(self.second.weight) if where == "weight" else self.second.weight
+                h = Clamped.apply(h, 0.01)
+            weight = Clamped.apply(self.second.weight, 0.01) if where == "weight" else self.second.weight
             return self.head(torch.tanh(F.linear(h, weight)))
 
     found = []

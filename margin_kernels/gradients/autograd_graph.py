@@ -124,6 +124,10 @@ class Graph:
                     open_.append(reader)
         return found
 
+    def path_to(self, edges: Iterable[GradientEdge]) -> set[Any]:
+        """The nodes from the root to what reads one of these edges."""
+        return self.above(reader for edge in edges for reader, _ in self.readers_of(edge))
+
     def readers_of(self, edge: GradientEdge) -> list[tuple[Any, int]]:
         """Who reads one output of a node: (reader, number of its edge)."""
         return [(node, number) for node, number, output in self.readers.get(edge.node, ()) if output == edge.output_nr]

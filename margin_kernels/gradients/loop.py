@@ -237,7 +237,7 @@ class Passes:
     def _tapped_path(self) -> set[Any]:
         """The nodes from the logits to what reads a tap."""
         assert self._graph is not None
-        return self._graph.above(reader for tap in self.taps for reader, _ in self._graph.readers_of(tap.edge))
+        return self._graph.path_to(tap.edge for tap in self.taps)
 
     def _check_attention(self) -> None:
         for node in self._tapped_path():

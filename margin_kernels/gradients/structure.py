@@ -127,7 +127,7 @@ class Structure:
     def __init__(self, graph: Graph, ends: Sequence[GradientEdge], batch: int) -> None:
         self.graph, self.batch = graph, batch
         self._ends = {(edge.node, edge.output_nr) for edge in ends}
-        self.along = graph.above(reader for edge in ends for reader, _ in graph.readers_of(edge))
+        self.along = graph.path_to(ends)
         self.where: dict[Edge, Where] = {}
         self.findings: list[Finding] = []
         self._lost: set[Edge] = set()

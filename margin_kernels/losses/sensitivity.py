@@ -63,7 +63,7 @@ class MarginSensitivityLoss(MarginLoss):
         top_k: competitors among which j is chosen, those with the largest logits, 1 <= top_k <= C - 1; None: all C - 1.
             1 takes the strongest competitor and needs no passes for the choice.
         gradient: how the norm is differentiated in the parameters. "tangent": by one tangent pass, 4 F in all, exact in
-            piecewise-linear networks with the hinge and top_k=1 (margin_kernels.tangent), in MarginTask; the loss
+            piecewise-linear networks with the hinge and top_k=1 (gradients/tangent.py), in MarginTask; the loss
             is then connected to the parameters alone. "double_backward": 6 F, any network. "auto": as `passes` says, in
             MarginTask by default a tangent where that is exact.
         reduction: "mean", "sum" or "none" over samples.

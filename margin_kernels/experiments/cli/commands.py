@@ -27,11 +27,11 @@ from margin_kernels import LargeMarginLoss, MarginTask
 from margin_kernels.memory import keep_freed_memory
 
 from .. import config, data, models, sweeps
-from ..config import Config, ConfigError
+from ..config import Config
 from ..evaluation import evaluate
 from ..report import page, study_page, table
 from ..results import RECORDS, Records, Run, machine, summary, versions, write_json
-from ..training import Meter, Trainer, TrainingError, resolve_device, time_steps
+from ..training import EXPECTED, Meter, Trainer, resolve_device, time_steps
 
 USAGE = """usage: margin-kernels COMMAND [options]
 
@@ -46,9 +46,6 @@ USAGE = """usage: margin-kernels COMMAND [options]
 
 margin-kernels COMMAND --help says more.
 """
-
-# Mistakes of the caller: their message is the whole answer, a traceback would hide it.
-EXPECTED = (ConfigError, data.DataError, models.CheckpointError, TrainingError, ValueError)
 
 
 def main(arguments: list[str] | None = None) -> int:

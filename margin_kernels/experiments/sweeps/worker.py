@@ -21,14 +21,12 @@ import torch
 
 from margin_kernels.memory import keep_freed_memory
 
-from .. import config, data, models
+from .. import data, models
 from ..config import Config, LossConfig
 from ..evaluation import evaluate
 from ..results import Record, Records
-from ..training import Trainer, TrainingError, resolve_device, time_steps
+from ..training import EXPECTED, Trainer, resolve_device, time_steps
 from .job import Choice, Job
-
-EXPECTED = (config.ConfigError, data.DataError, models.CheckpointError, TrainingError, ValueError)
 
 
 def run(folder: Path) -> None:

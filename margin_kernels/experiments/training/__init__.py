@@ -2,9 +2,10 @@
 
 from .progress import Meter
 from .timing import time_steps
-from .trainer import RESUMABLE, Trainer, TrainingError, build_optimiser, learning_rate, resolve_device
+from .trainer import EXPECTED, RESUMABLE, Trainer, TrainingError, build_optimiser, learning_rate, resolve_device
 
 __all__ = [
+    "EXPECTED",
     "RESUMABLE",
     "Meter",
     "Trainer",

@@ -1,9 +1,5 @@
-"""Checkpoints: one file with everything a run needs to go on bit for bit, and the weights alone for everybody else.
-
-checkpoint.pt        torch.save, loaded with weights_only=True: weights, optimiser, scaler, random states, epoch,
-history, config model.safetensors    weights; model.json: the model's name, options, image shape and classes, so
-that `load_model` needs no config
-"""
+"""checkpoint.pt: everything that a run needs to go on bit for bit. Weights, optimiser, scaler, random states, epoch,
+history and config, by torch.save, loaded with weights_only=True."""
 
 from __future__ import annotations
 

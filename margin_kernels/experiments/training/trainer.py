@@ -36,6 +36,11 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step, and what to change."""
 
 
+# Mistakes of the caller: their message is the whole answer, a traceback would hide it. ConfigError, DataError and
+# CheckpointError are ValueErrors.
+EXPECTED = (TrainingError, ValueError)
+
+
 def learning_rate(config: Config, epoch: float) -> float:
     """Learning rate at `epoch` (fractions count: cosine and warm-up move with every step)."""
     schedule, total = config.schedule, config.training.epochs
