@@ -205,10 +205,24 @@ def shape_of(node: Any, output: int) -> torch.Size:
     return node._input_metadata[output].shape
 
 
-def like_output(node: Any, output: int) -> Tensor:
-    """Zeros of the shape, dtype and device of an output, in the memory of one number."""
+def shapes_of(node: Any) -> list[torch.Size]:
+    """The shapes of all outputs of the forward operation."""
+    return [output.shape for output in node._input_metadata]
+
+
+def like_output(node: Any, output: int, zeros: dict[Any, Tensor] | None = None) -> Tensor:
+    """A constant of the shape, dtype and device of an output that holds no memory of its own: the values of a leaf,
+    else zeros. `zeros`, where it is given, keeps them for the next call."""
+    if node.name() == LEAF:
+        return node.variable.detach()
     like = node._input_metadata[output]
-    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+    key = like.dtype, like.device
+    zero = None if zeros is None else zeros.get(key)
+    if zero is None:
+        zero = torch.zeros((), dtype=like.dtype, device=like.device)
+        if zeros is not None:
+            zeros[key] = zero
+    return zero.expand(like.shape)
 
 
 def saved(node: Any, name: str) -> Any:

@@ -339,7 +339,7 @@ class Split:
         """What reaches the inputs from gradients at `roots`, without going along the tapped path."""
         if not roots:
             return [None] * len(self._inputs)
-        leaves = [like_output(node, output).requires_grad_() for node, output in self._inputs]
+        leaves = [like_output(*edge).requires_grad_() for edge in self._inputs]
         places, sinks = self._places(leaves)
         with self._graph.redirected(places):
             ends = [*leaves, *sinks]
@@ -369,6 +369,7 @@ class Split:
         """The edges along the tapped path, which are to lead nowhere or to sinks, and those to the inputs of the loss,
         to leaves without hooks."""
         sinks: list[Tensor] = []
+        zeros: dict[Any, Tensor] = {}
         ends: dict[Edge, Tensor] = dict(zip(self._inputs, leaves, strict=True))
         places: list[tuple[Any, int, Tensor | None]] = []
         for node in self._made:
@@ -381,7 +382,7 @@ class Split:
                     following in self._along or following not in self._trained or (following, output) in self._ends
                 ):
                     if node.name() in WITH_INPUT:
-                        sinks.append(like_output(following, output).requires_grad_())
+                        sinks.append(like_output(following, output, zeros).requires_grad_())
                     places.append((node, number, sinks[-1] if node.name() in WITH_INPUT else None))
         return places, sinks
 

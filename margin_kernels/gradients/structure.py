@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .autograd_graph import Edge, Graph, saved, saved_dim, saved_dims, shape_of
+from .autograd_graph import Edge, Graph, saved, saved_dim, saved_dims, shape_of, shapes_of
 
 # User's autograd Functions that were declared row-local, by the name of their node.
 _REGISTERED: set[str] = set()
@@ -104,6 +104,8 @@ def per_sample(factor: Tensor, shape: Sequence[int], stride: int) -> Tensor:
         outer = prod(shape) // (batch * stride)
         return factor.view(1, batch, 1).expand(outer, batch, stride).reshape(list(shape))
     d, inner = at
+    if d == 0 and inner == 1 and shape[0] == batch:
+        return factor.view(-1, *[1] * (len(shape) - 1))
     outer = shape[d] // (inner * batch)
     if inner != 1:
         factor = factor.repeat_interleave(inner)
@@ -176,8 +178,8 @@ class Structure:
         if rule is None:
             self._find("unknown", name, _WHY.get(name, "nothing is known of this operation"))
         outputs = [
-            (output, self.where[node, output])
-            for output in range(len(node._input_metadata))
+            (output, self.where[node, output], shape)
+            for output, shape in enumerate(shapes_of(node))
             if (node, output) in self.where
         ]
         if not outputs and self.batch > 1:
@@ -188,8 +190,9 @@ class Structure:
             if self.batch <= 1:  # a single sample has nobody to meet
                 self._place(into, Where(0), name)
                 continue
-            for nr, where in outputs:
-                at = _At(node, nr, where.stride, self.batch, number, numbers, shape_of(following, output))
+            before = shape_of(following, output)
+            for nr, where, shape in outputs:
+                at = _At(node, nr, shape, where.stride, self.batch, number, numbers, before)
                 self._place(into, self._through(at, rule, where), name)
 
     def _through(self, at: _At, rule: Rule | None, where: Where) -> Where | None:
@@ -236,20 +239,17 @@ class _Unknown(Exception):
 
 
 class _At(NamedTuple):
-    """One way through a node: from output `output`, where the batch has `stride`, to the input of edge `number`, whose
-    shape is `into`; `numbers` are all edges of the node along the tapped path."""
+    """One way through a node: from output `output`, of `shape`, where the batch has `stride`, to the input of edge
+    `number`, whose shape is `into`; `numbers` are all edges of the node along the tapped path."""
 
     node: Any
     output: int
+    shape: torch.Size
     stride: int
     batch: int
     number: int
     numbers: list[int]
     into: torch.Size
-
-    @property
-    def shape(self) -> torch.Size:
-        return shape_of(self.node, self.output)
 
     def dim(self) -> tuple[int, int]:
         """(d, inner) of the output, see `locate`."""
