@@ -1,8 +1,9 @@
 // Distance, hinge, clip and aggregation: one launch each way over gap [N, k] and norm [N, k, L].
 //
 // `width` neighbouring lanes work on one sample and share its competitors: one lane for few of them, up to a warp for
-// many. Forward reads N k (L + 1) numbers and writes N (k L + 1); backward reads N (k L + k + 1) and writes N k (L +
-// 1). Blocks of 128 threads: with the loops this short the launch is what one waits for.
+// many. Blocks of 128 threads: with loops this short the launch is what one waits for. Numbers read and written:
+//   forward    N k (L + 1)        N (k L + 1)
+//   backward   N (k L + k + 1)    N k (L + 1)
 #pragma once
 
 #include "../math/margin_hinge.h"

@@ -61,8 +61,8 @@ MK_HOST_DEVICE LabelProbability<T> label_probability(T z_label, T max, T sum) {
   return {label / (label + rest), rest / (label + rest)};
 }
 
-// The mean of -log p_c over the finite classes, from the `count` finite competitors and deficit = sum over them of R -
-// z_j.
+// The mean of -log p_c over the finite classes, from their `count` finite competitors and
+//   deficit = sum over these of R - z_j
 template <class T>
 MK_HOST_DEVICE T uniform_loss(T z_label, T max, T sum, T deficit, T count) {
   if (sum == T(0)) return T(0);
