@@ -165,14 +165,16 @@ def search(
     together: bool = False,
     backend: str = "auto",
 ) -> Search:
-    """`deepfool` with the boundaries that its steps went to; arguments as there, checked by the caller.
+    """`deepfool` with the boundaries that its steps went to; the other arguments as there, checked by the caller.
 
-    logits: model(x) if it is known.
-    source: the tensor at which the graph of these logits begins, if they have one: the first step then needs no forward
-        pass of its own.
-    whole_batch: finished samples stay in the batch, for models whose rows depend on their place in it (dropout masks
-        that are drawn again) or on the others (batch norm).
-    together: the gradients of all competitors in one batched backward pass, faster for networks without convolutions.
+    What it takes beside them:
+
+    * logits: model(x) if it is known.
+    * source: the tensor at which the graph of these logits begins, if they have one: the first step then needs no
+      forward pass of its own.
+    * whole_batch: finished samples stay in the batch, for models whose rows depend on their place in it (dropout masks
+      that are drawn again) or on the others (batch norm).
+    * together: the gradients of all competitors in one batched backward pass, faster for networks without convolutions.
     """
     x = differentiable(x.detach())
     target = None if target is None else differentiable(target)

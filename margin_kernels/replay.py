@@ -137,10 +137,12 @@ class ReplayedModel:
         with replayed.replaying():
             replayed(other)                 the same function; the model is as after the ordinary pass when this ends
 
-    draws: whether the forward pass draws random numbers.  hooked: whether modules have forward or backward hooks.
-    graph_hooked: whether hooks may sit on the graph of the ordinary pass, which then must see the backward of the loss
-    alone: those that module hooks set, and those of modules whose code names register_hook or retain_grad. Python
-    cannot ask the graph.
+    Attributes:
+        draws: whether the forward pass draws random numbers
+        hooked: whether modules have forward or backward hooks
+        graph_hooked: whether hooks may sit on the graph of the ordinary pass, which then must see the backward of the
+            loss alone: those that module hooks set, and those of modules whose code names register_hook or retain_grad.
+            Python cannot ask the graph.
     """
 
     def __init__(self, model: nn.Module, x: Any) -> None:

@@ -131,10 +131,10 @@ def test_several_keys_are_chosen_together_and_all_seeds_take_part(tmp_path):
     ("choose", "message"),
     [
         ({"loss.gama": [1]}, r"models.a.choose: unknown key 'loss.gama'; did you mean loss.gamma"),
-        ({"loss.gamma": 1}, r"models.a.choose.loss.gamma is 1; a list of values is expected"),
-        ({"loss.gamma": []}, r"models.a.choose.loss.gamma is \[\]; a list of values is expected"),
+        ({"loss.gamma": 1}, r"models.a.choose.loss.gamma must be a list of values, got 1"),
+        ({"loss.gamma": []}, r"models.a.choose.loss.gamma must be a list of values, got \[\]"),
         ({"model.name": ["mlp80"]}, r"model.name: unknown value 'mlp80'; did you mean mlp800"),
-        (3, r"models.a.choose is 3; a mapping is expected"),
+        (3, r"models.a.choose must be a mapping, got 3"),
     ],
 )
 def test_a_choice_that_does_not_fit_is_refused_by_name(tmp_path, choose, message):

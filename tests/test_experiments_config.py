@@ -34,7 +34,7 @@ def test_the_resolved_config_reads_back_the_same(tmp_path):
         ("loss:\n  gama: 2\n", "unknown key 'loss.gama'; did you mean loss.gamma"),
         ("epochs: 2\n", "unknown key 'epochs'; did you mean training.epochs"),
         ("optimizer:\n  lr: 1\n", "unknown key 'optimizer'"),
-        ("- 1\n", "a mapping of keys to values is expected, list found"),
+        ("- 1\n", "must be a mapping of keys to values, got list"),
     ],
 )
 def test_unknown_keys_in_a_file_raise_with_close_names(tmp_path, text, message):

@@ -100,7 +100,7 @@ def test_usual_folder_layouts_are_found(mnist_folder, tmp_path_factory, layout):
 
 def test_a_wrong_checksum_is_refused_by_name(mnist_folder):
     with pytest.raises(
-        DataError, match=r"train-images.*md5 [0-9a-f]{32} found, f68b3c2dcbeaaa9fbdd348bbdeb94873 expected"
+        DataError, match=r"train-images.*md5 of mnist must be f68b3c2dcbeaaa9fbdd348bbdeb94873, got [0-9a-f]{32}"
     ):
         data.load("mnist", mnist_folder, validation_size=5)
 
@@ -120,13 +120,15 @@ def test_truncated_foreign_and_mismatched_idx_files_are_refused(mnist_folder, pi
     message = damaged(mnist_folder, idx.TRAIN_IMAGES, whole[:-1])
     assert "truncated" in message and "15,695" in message and "15,696" in message
     assert "too long" in damaged(mnist_folder, idx.TRAIN_IMAGES, whole + b"\0")
-    assert "magic number 2049 found, 2051 expected" in damaged(
+    assert "magic number must be 2051, got 2049" in damaged(
         mnist_folder, idx.TRAIN_IMAGES, labels_content(np.zeros(99, int))
     )
-    assert "at least the 16 bytes" in damaged(mnist_folder, idx.TRAIN_IMAGES, whole[:7])
+    assert "an idx header must have 16 bytes, got 7" in damaged(mnist_folder, idx.TRAIN_IMAGES, whole[:7])
     (mnist_folder / idx.TRAIN_IMAGES).write_bytes(whole)
-    assert "19 labels found" in damaged(mnist_folder, idx.TRAIN_LABELS, labels_content(labels[:19]))
-    assert "label 10 found" in damaged(mnist_folder, idx.TRAIN_LABELS, labels_content(np.full(20, 10)))
+    assert "must have 20 labels, as many as" in damaged(mnist_folder, idx.TRAIN_LABELS, labels_content(labels[:19]))
+    assert "labels must be in [0, 9], got 10" in damaged(
+        mnist_folder, idx.TRAIN_LABELS, labels_content(np.full(20, 10))
+    )
 
 
 def test_a_truncated_gzip_and_a_missing_file_are_refused(mnist_folder):
@@ -179,15 +181,15 @@ def test_damaged_cifar_batches_are_refused(cifar_folder):
     good = (cifar_folder / "data_batch_1").read_bytes()
     with pytest.raises(DataError, match="here: not a readable pickle"):
         cifar.parse_python_batch(good[:-100], "here")
-    with pytest.raises(DataError, match="a dict with b'data' and b'labels' expected"):
+    with pytest.raises(DataError, match="must hold a dict with b'data' and b'labels', got"):
         cifar.parse_python_batch(pickle.dumps([1, 2]), "here")
     short = batch_dict()
     short[b"labels"] = short[b"labels"][:-1]
-    with pytest.raises(DataError, match="9 labels found, 10 expected"):
+    with pytest.raises(DataError, match="must have 10 labels, one per image, got 9"):
         cifar.parse_python_batch(pickle.dumps(short, protocol=2), "here")
     with pytest.raises(DataError, match="a multiple of 3073"):
         cifar.parse_binary_batch(b"\0" * 3072, "here")
-    with pytest.raises(DataError, match=r"data_batch_1: md5 [0-9a-f]{32} found"):
+    with pytest.raises(DataError, match=r"data_batch_1: md5 must be [0-9a-f]{32}, got [0-9a-f]{32}"):
         data.load("cifar10", cifar_folder, validation_size=10)
     (cifar_folder / "data_batch_3").unlink()
     with pytest.raises(DataError, match="data_batch_3: missing; found data_batch_1, data_batch_2, data_batch_4"):
@@ -228,7 +230,7 @@ def test_a_training_fraction_keeps_the_same_samples_for_the_same_seed():
     "arguments", [{"name": "mnits"}, {"train_fraction": 0.0}, {"label_noise": 1.5}, {"train_fraction": 1e-9}]
 )
 def test_arguments_out_of_range_raise(arguments):
-    with pytest.raises(ValueError, match=r"data\.(name|train_fraction|label_noise) is"):
+    with pytest.raises(ValueError, match=r"data\.(name|train_fraction|label_noise) must "):
         data.load(**arguments)
 
 
@@ -248,7 +250,9 @@ def test_an_unzipped_real_file_passes_by_content_and_a_changed_one_does_not(tmp_
     content = bytearray((tmp_path / idx.TEST_LABELS).read_bytes())
     content[100] = (content[100] + 1) % 10
     (tmp_path / idx.TEST_LABELS).write_bytes(content)
-    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte: sha256 [0-9a-f]{64} found, ff7bcfd4"):
+    with pytest.raises(
+        DataError, match=r"t10k-labels-idx1-ubyte: sha256 of mnist must be ff7bcfd4[0-9a-f]{56}, got [0-9a-f]{64}"
+    ):
         data.load("mnist", tmp_path)
 
 
@@ -287,7 +291,7 @@ def test_images_stay_as_they_are_without_augmentation():
     x, generator = torch.rand(3, 1, 4, 4), torch.Generator().manual_seed(3)
     before = generator.get_state()
     assert data.augmented(x, "none", generator) is x and torch.equal(generator.get_state(), before)
-    with pytest.raises(ValueError, match=r"training.augment is 'flip'; allowed: none, crop, crop_flip"):
+    with pytest.raises(ValueError, match=r"training.augment must be one of none, crop, crop_flip, got 'flip'"):
         data.augmented(x, "flip", generator)
 
 
@@ -356,5 +360,5 @@ def test_splits_are_whitened_by_the_training_images_that_are_kept(cifar_folder):
         assert torch.equal(split.images, whitening(expected.images)) and torch.equal(split.labels, expected.labels)
         assert (split.preprocess, expected.preprocess) == ("gcn_zca", "none")
         assert split.bounds == (-np.inf, np.inf) and expected.bounds == (0, 1)
-    with pytest.raises(ValueError, match=r"data.preprocess is 'zca'; allowed: none, gcn_zca"):
+    with pytest.raises(ValueError, match=r"data.preprocess must be one of none, gcn_zca, got 'zca'"):
         data.load("digits", preprocess="zca")

@@ -292,7 +292,7 @@ def test_accuracy_under_noise_is_that_of_a_literal_loop(linear):
     assert measure.under_noise(model, split, replace(settings, noise_seed=4)) != result["noise"]
     images = torch.cat([split.images] * 2).mul(255).byte()
     assert measure.under_noise(model, Split(images, split.labels.repeat(2)), settings)[0] > 0.5  # bytes are scaled
-    with pytest.raises(ValueError, match=r"evaluation.noise_sigmas is \[-0.1\]; allowed: numbers >= 0"):
+    with pytest.raises(ValueError, match=r"evaluation.noise_sigmas must be numbers >= 0, got \[-0.1\]"):
         measure.under_noise(model, split, replace(settings, noise_sigmas=[-0.1]))
 
 
@@ -403,7 +403,7 @@ def test_mistakes_are_answered_in_one_sentence(tmp_path, capsys):
     assert cli.main(["train", "--data.name", "mnist", "--out", str(tmp_path)]) == 1
     assert "mnist is read from files: pass --data-dir" in capsys.readouterr().err
     assert cli.main(["train", "--loss.kind", "svm", "--out", str(tmp_path)]) == 1
-    assert "loss.kind is 'svm'; allowed: cross_entropy, hinge, large_margin" in capsys.readouterr().err
+    assert "loss.kind must be one of cross_entropy, hinge, large_margin" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path)]) == 1
     assert "is not the folder of a training run" in capsys.readouterr().err
     assert cli.main(["swep"]) == 2

@@ -147,9 +147,9 @@ def test_dropout_stands_in_front_of_every_linear_layer_but_the_first(name):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"model.name is 'vgg'; allowed: digits_cnn, mnist_cnn"):
+    with pytest.raises(ValueError, match=r"model.name must be one of digits_cnn, mnist_cnn.*, got 'vgg'"):
         models.build("vgg", (1, 8, 8), 10)
-    with pytest.raises(ValueError, match=r"model.norm is 'layer'; allowed: batch, group"):
+    with pytest.raises(ValueError, match=r"model.norm must be one of batch, group, got 'layer'"):
         network("resnet20", norm="layer")
-    with pytest.raises(ValueError, match=r"model.init is 'zero'; allowed: default, lecun_uniform, he_normal"):
+    with pytest.raises(ValueError, match=r"model.init must be one of default, lecun_uniform, he_normal.*, got 'zero'"):
         network("mlp800", init="zero")

@@ -166,7 +166,7 @@ def test_a_line_that_is_no_record_is_named(file):
     with pytest.raises(ValueError, match=r"line 3: a second record of plain__few_samples__seed0; delete one"):
         file.all()
     file.path.write_text('{"cell":"a"}\n')
-    with pytest.raises(ValueError, match=r"records.jsonl, line 1: the shared values are expected, got cell"):
+    with pytest.raises(ValueError, match=r"records.jsonl, line 1 must hold the shared values, got cell"):
         file.all()
 
 

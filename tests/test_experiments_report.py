@@ -299,7 +299,7 @@ def test_a_sweep_leaves_out_models_of_the_one_it_builds_on(tmp_path):
         read(without=["margin*"])
     with pytest.raises(ConfigError, match="without: no model matches 'margn'; there are plain, margin l1, margin l2"):
         read(without=["margn"])
-    with pytest.raises(ConfigError, match="without is 'plain'; a list of patterns is expected"):
+    with pytest.raises(ConfigError, match="without must be a list of patterns, got 'plain'"):
         read(without="plain")
     child.write_text(yaml.safe_dump({"base": {}, "models": models, "without": ["plain"]}))
     with pytest.raises(ConfigError, match="without: leaves out models of the sweep that `extends` names"):

@@ -332,7 +332,7 @@ def test_an_attacker_comes_first_and_with_the_cells_that_it_attacks(tmp_path):
     assert sweeps.select(cells, ["hinge*"]) == cells
     for labels, message in (
         (["hinge", "cross-entropy"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'"),
-        (["hinge"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'; allowed: none"),
+        (["hinge"], "models.hinge.evaluation.attacker: unknown model above it 'cross-entropy'; known: none"),
     ):
         content = {**ATTACKED, "models": {label: {} for label in labels}}
         with pytest.raises(ConfigError, match=message):
@@ -412,7 +412,7 @@ def test_a_point_may_have_seeds_of_its_own(tmp_path):
     points = [{"label": "all", "seeds": [0]}, {"label": "few", "data.train_fraction": 0.1}]
     cells = sweeps.read(write(tmp_path, changed(models={"a": {}}, grid={}, points=points, seeds=[0, 7])))
     assert [cell.name for cell in cells] == ["a__all__seed0", "a__few__seed0", "a__few__seed7"]
-    with pytest.raises(ConfigError, match=r"points\[0\].seeds is \['x'\]; a list of integers is expected"):
+    with pytest.raises(ConfigError, match=r"points\[0\].seeds must be a list of integers, got \['x'\]"):
         sweeps.read(write(tmp_path, changed(points=[{"seeds": ["x"]}])))
 
 
@@ -421,7 +421,7 @@ def test_a_point_may_have_seeds_of_its_own(tmp_path):
     [
         ({"modles": {}}, "unknown key 'modles'; did you mean models"),
         ({"grid": {"data.label_nose": [1]}}, "grid: unknown key 'data.label_nose'; did you mean data.label_noise"),
-        ({"grid": {"data.label_noise": 0.5}}, r"grid.data.label_noise is 0.5; a list of values is expected"),
+        ({"grid": {"data.label_noise": 0.5}}, r"grid.data.label_noise must be a list of values, got 0.5"),
         ({"models": {"a": {"los": {"kind": "hinge"}}}}, r"models.a: unknown key 'los'"),
         ({"models": {"a": {"loss.knd": "hinge"}}}, r"models.a: unknown key 'loss.knd'; did you mean loss.kind"),
         ({"models": {"a": {"loss.kind": "hinje"}}}, r"loss.kind: unknown value 'hinje'; did you mean hinge"),
@@ -431,9 +431,9 @@ def test_a_point_may_have_seeds_of_its_own(tmp_path):
             {"models": {"hinge": {}, "b": {"after": "hinj"}}},
             r"models.b.after: unknown model above it 'hinj'; did you mean",
         ),
-        ({"models": {"b": {"after": "b"}}}, r"models.b.after: unknown model above it 'b'; allowed: none"),
+        ({"models": {"b": {"after": "b"}}}, r"models.b.after: unknown model above it 'b'; known: none"),
         ({"models": {}}, "models: at least one label"),
-        ({"seeds": 3}, "seeds is 3; a list of integers is expected"),
+        ({"seeds": 3}, "seeds must be a list of integers, got 3"),
         ({"seed_keys": ["seed"]}, "seed_keys: unknown key 'seed'; did you mean"),
         (
             {"points": [{"training.epoch": 1}]},
@@ -455,7 +455,7 @@ def test_unknown_names_and_impossible_options_are_refused(tmp_path, capsys):
     assert cli.main(["sweep", "no_such_sweep"]) == 1
     assert "no such file, and not one of the shipped sweeps" in capsys.readouterr().err
     assert run(path, tmp_path, "--jobs", "0") == 1
-    assert "--jobs is 0; allowed: at least 1" in capsys.readouterr().err
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path):

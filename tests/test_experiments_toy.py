@@ -115,7 +115,7 @@ def test_a_network_without_a_boundary_has_no_margin_and_misclassified_points_a_n
     wrong = plane.measure(linear((-1.0, 0.0), 0.0), x, y)
     assert wrong["margin"] == pytest.approx(-float(x[:, 0].abs().max())) and wrong["deepfool"] < -2.5
     assert len(zero_set(linear((1.0, 0.0), -20.0), 12)) == 0  # beyond the box
-    with pytest.raises(ValueError, match="a layer Tanh; allowed: Linear, ReLU"):
+    with pytest.raises(ValueError, match="layers must be Linear or ReLU, got Tanh"):
         zero_set(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), 12)
 
 
@@ -163,4 +163,4 @@ def test_a_quick_run_leaves_a_record_and_a_figure(tmp_path, capsys, monkeypatch)
     assert plane.figure(record).svg == (tmp_path / "toy.svg").read_text()  # the record is enough to draw it
     assert "MIN EXP, envelope" in capsys.readouterr().out
     assert cli.main(["toy", "--epochs", "0", "--out", str(tmp_path)]) == 1
-    assert "--epochs is 0; allowed: at least 1" in capsys.readouterr().err
+    assert "--epochs must be at least 1, got 0" in capsys.readouterr().err

@@ -28,8 +28,9 @@ SPLIT_UP_TO = 2
 class Gradients(Protocol):
     """How the gradients of one forward pass are obtained.
 
-    name    of the strategy
-    logits  what the loss reads: the logits, or a leaf in their place
+    Attributes:
+        name: of the strategy
+        logits: what the loss reads: the logits, or a leaf in their place
     """
 
     name: str
@@ -65,11 +66,17 @@ def choose(
 ) -> Gradients:
     """The strategy for a request on one forward pass.
 
-    mode    "auto": the cheapest that is proven exact; "loop"; "split": the split or tangent, where an operation of
+    Args:
+        mode: "auto": the cheapest that is proven exact; "loop"; "split": the split or tangent, where an operation of
             which nothing is known is tried out instead of refused
-    trials  what earlier steps of the same task have tried
-    asked   what the user wrote, for the error
-    Raises ValueError with the reason where "split" is asked for and would not be exact.
+        request: what the loss asks for
+        captured: the forward pass
+        logits: what the loss is computed from
+        trials: what earlier steps of the same task have tried
+        asked: what the user wrote, for the error
+
+    Raises:
+        ValueError: "split" is asked for and would not be exact, with the reason.
     """
     if mode == "loop" or (mode == "auto" and request.competitors > SPLIT_UP_TO):
         return Loop(request, captured, logits)

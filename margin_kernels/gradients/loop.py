@@ -38,9 +38,10 @@ INSTEAD = "take first order"
 class Loop:
     """Strategy "loop": a pass for each competitor, then the ordinary backward of the loss.
 
-    request   what the loss asks for
-    captured  one forward pass
-    logits    what the loss is computed from; not those of `captured` where the norms have a forward pass of their own
+    Args:
+        request: what the loss asks for
+        captured: one forward pass
+        logits: what the loss is computed from; not those of `captured` where the norms have a forward pass of their own
     """
 
     name = "loop"
@@ -158,7 +159,13 @@ def pair_gradient(
 ) -> Tensor:
     """d (z[n,upper_n] - z[n,lower_n]) / d x[n], [N,*], of logits z [N,C] made from x [N,*]; the graph is kept.
 
-    upper, lower  classes, int64 [N];  second_order  True: the gradient carries a graph;  passes  to x, if it is known
+    Args:
+        logits: z [N,C]
+        upper: classes, int64 [N]
+        lower: classes, int64 [N]
+        x: [N,*], in the graph of the logits
+        second_order: True: the gradient carries a graph
+        passes: backward passes to x, where they are known
     """
     with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(second_order):
         seed = (

@@ -28,14 +28,15 @@ HEAD_INPUT = {"AddmmBackward0": 1, "MmBackward0": 0}
 class Request:
     """What a loss measures, and what of it is differentiated.
 
-    p             norm of the distances, >= 1
-    space         "logit": gaps of logits, "probability": of softmax scores
-    layer_scale   None, or "numel": D divided by the number of elements of a sample's activation
-    second_order  D is differentiated in the parameters, not a constant
-    competitors   how many competitors the loss weighs for each sample
-    outside       the part of the loss whose gradient in the logits is not a combination of those of the gaps, in words
-                  for the user; None where there is no such part
-    backend       of every op
+    Attributes:
+        p: norm of the distances, >= 1
+        space: "logit": gaps of logits, "probability": of softmax scores
+        layer_scale: None, or "numel": D divided by the number of elements of a sample's activation
+        second_order: D is differentiated in the parameters, not a constant
+        competitors: how many competitors the loss weighs for each sample
+        outside: the part of the loss whose gradient in the logits is not a combination of those of the gaps, in words
+            for the user; None where there is no such part
+        backend: of every op
     """
 
     p: float = 2.0
@@ -74,13 +75,14 @@ class Head(NamedTuple):
 class Captured:
     """One forward pass.
 
-    logits   [N,C], or [N] and [N,1] for a model with one logit
-    taps     in the order of their names
-    head     where it was found
-    sources  marks of the nodes that stand for tensors without gradient, see `cut_sources`
-    begin    sequence number of autograd when the forward pass began; None for tensors that the caller kept
-    inputs   edges of the tensors with a graph of their own that were passed to the model
-    remedy   how the user names the batch dimension of a tap, a format string with {name}
+    Attributes:
+        logits: [N,C], or [N] and [N,1] for a model with one logit
+        taps: in the order of their names
+        head: where it was found
+        sources: marks of the nodes that stand for tensors without gradient, see `cut_sources`
+        begin: sequence number of autograd when the forward pass began; None for tensors that the caller kept
+        inputs: edges of the tensors with a graph of their own that were passed to the model
+        remedy: how the user names the batch dimension of a tap, a format string with {name}
     """
 
     logits: Tensor

@@ -91,10 +91,11 @@ class Trials:
 class Split:
     """The split backward of one forward pass. Raises NotExact with the reason where it would not be exact.
 
-    request   what the loss asks for
-    captured  the forward pass, whose logits the loss is computed from
-    logits    the logits of the loss
-    trials    given where the user asked for the split by name: nodes of which nothing is known are tried, not refused
+    Args:
+        request: what the loss asks for
+        captured: the forward pass, whose logits the loss is computed from
+        logits: the logits of the loss
+        trials: given where the user asked for the split by name: nodes of which nothing is known are tried, not refused
     """
 
     name = "split"

@@ -117,13 +117,15 @@ def per_sample(factor: Tensor, shape: Sequence[int], stride: int) -> Tensor:
 class Structure:
     """What the graph between the logits and the taps says about the samples.
 
-    graph   of the logits [N,C] (or [N])
-    ends    the edges of the taps
-    batch   N
+    Args:
+        graph: of the logits [N,C] (or [N])
+        ends: the edges of the taps
+        batch: N
 
-    along      nodes between the logits and the taps: the tapped path
-    where      (node, output) -> Where, of the outputs on the tapped path and of the taps; missing where it was lost
-    findings   nodes that are not row-local, from the logits on
+    Attributes:
+        along: nodes between the logits and the taps: the tapped path
+        where: (node, output) -> Where, of the outputs on the tapped path and of the taps; missing where it was lost
+        findings: nodes that are not row-local, from the logits on
     """
 
     def __init__(self, graph: Graph, ends: Sequence[GradientEdge], batch: int) -> None:

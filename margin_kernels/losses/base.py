@@ -123,8 +123,9 @@ class MarginLoss(nn.Module):
         repr(loss)           the options that are not at their default
         loss.key()           everything that a compiled step depends on
 
-    needs         what MarginTask gives it: "taps" of one forward pass, the "logits", or the "model" and its input
-    second_order  whether norms are differentiated
+    Attributes:
+        needs: what MarginTask gives it: "taps" of one forward pass, the "logits", or the "model" and its input
+        second_order: whether norms are differentiated
     """
 
     needs: ClassVar[str] = "logits"

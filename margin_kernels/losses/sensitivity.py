@@ -143,11 +143,12 @@ class MarginSensitivityLoss(MarginLoss):
     ) -> SensitivityMargins:
         """The loss and all that it measured on the way.
 
-        logits    [N,C], from which the classification loss is taken
-        target    [N] int64, values in [0, C)
-        captured  the forward pass whose tap is measured; its logits may differ from `logits` (frozen batch norm)
-        passes    as `passes` of MarginTask, what `gradient` says goes before it; `how`: see
-                  margin_kernels.gradients.choose
+        Args:
+            logits: [N,C], from which the classification loss is taken
+            target: [N] int64, values in [0, C)
+            captured: the forward pass whose tap is measured; its logits may differ from `logits` (frozen batch norm)
+            passes: as `passes` of MarginTask; what `gradient` says goes before it
+            **how: arguments of margin_kernels.gradients.choose
         """
         if len(captured.taps) != 1:
             names = ", ".join(tap.name for tap in captured.taps)

@@ -139,9 +139,10 @@ def in_graph(x: Any) -> tuple[Any, list[Tensor]]:
 class Taps:
     """The taps of one model: `capture` runs a forward pass and returns its logits, taps and head.
 
-    model      nn.Module with one positional argument and logits [N,C] as output
-    layers     names and glob patterns as in `resolve`
-    batch_dim  the batch dimension of taps where the graph does not show it: a number for all, or name -> number
+    Args:
+        model: nn.Module with one positional argument and logits [N,C] as output
+        layers: names and glob patterns as in `resolve`
+        batch_dim: the batch dimension of taps where the graph does not show it: a number for all, or name -> number
     """
 
     def __init__(

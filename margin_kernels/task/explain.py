@@ -9,15 +9,16 @@ from dataclasses import dataclass
 class Explanation:
     """What one step of a task on one batch does; `print(task.explain(x, y))`.
 
-    strategy        "loop", "split" or "tangent", or "logits" and "model" for losses that measure at no tap
-    reason          why this one, in a sentence
-    refused         strategy -> why it is not taken
-    nodes           operations between the logits and the taps that are not proven row-local, each with the reason
-    layers          the taps, in order
-    passes          cost in forward passes F of the model, by the counts of `cost`; cross-entropy costs 3 F
-    cost            how these passes come about
-    backends        op -> backend that computes it here
-    recorded_bytes  memory of the activation gradients that the step records beside what cross-entropy keeps
+    Attributes:
+        strategy: "loop", "split" or "tangent", or "logits" and "model" for losses that measure at no tap
+        reason: why this one, in a sentence
+        refused: strategy -> why it is not taken
+        nodes: operations between the logits and the taps that are not proven row-local, each with the reason
+        layers: the taps, in order
+        passes: cost in forward passes F of the model, by the counts of `cost`; cross-entropy costs 3 F
+        cost: how these passes come about
+        backends: op -> backend that computes it here
+        recorded_bytes: memory of the activation gradients that the step records beside what cross-entropy keeps
     """
 
     strategy: str

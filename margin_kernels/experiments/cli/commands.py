@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        print(f"margin-kernels: unknown command {command!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"margin-kernels: command must be one of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
         return 2
     if alone and command in TRAINING:
         keep_freed_memory()
@@ -257,7 +257,7 @@ def run_sweep(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     for name in ("jobs", "threads"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}; allowed: at least 1")
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     path = sweeps.find(options.sweep)
     every = sweeps.read(path, options.budget)
     cells = sweeps.select(every, options.cells)
@@ -323,7 +323,7 @@ def run_toy(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     epochs = plane.QUICK if options.quick else options.epochs
     if epochs < 1:
-        raise ValueError(f"--epochs is {epochs}; allowed: at least 1")
+        raise ValueError(f"--epochs must be at least 1, got {epochs}")
     plane.run(options.out, epochs, options.seed)
     return 0
 
@@ -344,7 +344,7 @@ def explain(arguments: list[str]) -> int:
     parser.add_argument("--eval", action="store_true", help="the network in evaluation mode")
     options = parser.parse_args(arguments)
     if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; allowed: at least 1")
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     loss = LargeMarginLoss(
         top_k=options.top_k,
         second_order=options.second_order,

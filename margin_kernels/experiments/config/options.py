@@ -166,7 +166,7 @@ class LossConfig:
 
     Args:
         kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin, one_to_n,
-        fgsm_training or vat
+            fgsm_training or vat
         cross_entropy_epochs: epochs of cross-entropy alone before this loss, for any kind
         gamma: desired distance to the boundary in the units of each tap; one value, one for each of `layers`, or one
             for each tap that these stand for, in their order
@@ -243,11 +243,13 @@ OPTIONS_OF_LOSS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class OptimiserConfig:
-    """Args:
-    name: sgd, adam or rmsprop
-    lr: learning rate at the start
-    momentum: of sgd and rmsprop
-    weight_decay: added to the gradient
+    """Which optimiser.
+
+    Args:
+        name: sgd, adam or rmsprop
+        lr: learning rate at the start
+        momentum: of sgd and rmsprop
+        weight_decay: added to the gradient
     """
 
     name: Literal["sgd", "adam", "rmsprop"] = "adam"

@@ -130,7 +130,7 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
             path = find(value)
             content = yaml.safe_load(path.read_text()) or {}
             if not isinstance(content, dict):
-                raise ConfigError(f"{path}: a mapping of keys to values is expected, {type(content).__name__} found")
+                raise ConfigError(f"{path} must be a mapping of keys to values, got {type(content).__name__}")
             check_keys(content, str(path))
             argument = prefix + str(path)
         result.append(argument)

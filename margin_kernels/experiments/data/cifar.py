@@ -65,7 +65,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise DataError(f"the pickle encodes bytes as {encoding!r}, latin1 expected.")
+        raise DataError(f"the encoding of bytes in the pickle must be latin1, got {encoding!r}")
     return text.encode("latin1")
 
 
@@ -79,11 +79,11 @@ def parse_python_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarr
         raise DataError(f"{where}: not a readable pickle ({type(error).__name__}: {error}).") from error
     if not isinstance(batch, dict) or b"data" not in batch or b"labels" not in batch:
         found = sorted(map(repr, batch)) if isinstance(batch, dict) else type(batch).__name__
-        raise DataError(f"{where}: {found} found, a dict with b'data' and b'labels' expected.")
+        raise DataError(f"{where} must hold a dict with b'data' and b'labels', got {found}")
     data, labels = batch[b"data"], batch[b"labels"]
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         found = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
-        raise DataError(f"{where}: b'data' is {found}, uint8 [N, 3072] expected.")
+        raise DataError(f"{where}: b'data' must be uint8 [N, 3072], got {found}")
     return _checked(data, np.asarray(labels), where)
 
 
@@ -91,7 +91,7 @@ def parse_binary_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarr
     """uint8 [N, 3, 32, 32] and int64 [N] from the bytes of one binary batch."""
     if not content or len(content) % 3073:
         raise DataError(
-            f"{where}: {len(content):,} bytes found, a multiple of 3073 (1 label + 3072 pixels) expected; truncated?"
+            f"{where} must have a multiple of 3073 bytes, 1 label and 3072 pixels each, got {len(content):,}"
         )
     rows = np.frombuffer(content, dtype=np.uint8).reshape(-1, 3073)
     return _checked(rows[:, 1:], rows[:, 0], where)
@@ -99,9 +99,9 @@ def parse_binary_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarr
 
 def _checked(data: np.ndarray, labels: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
     if len(labels) != len(data):
-        raise DataError(f"{where}: {len(labels)} labels found, {len(data)} expected, one per image.")
+        raise DataError(f"{where} must have {len(data)} labels, one per image, got {len(labels)}")
     if labels.min() < 0 or labels.max() > 9:
-        raise DataError(f"{where}: labels in {labels.min()}..{labels.max()} found, 0..9 expected.")
+        raise DataError(f"{where}: labels must be in [0, 9], got {labels.min()} to {labels.max()}")
     return data.reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 
@@ -156,7 +156,7 @@ def load_cifar(data_dir: Path, verify: bool = True) -> tuple[np.ndarray, np.ndar
             found = hashlib.md5(content).hexdigest()
             if found != MD5[member]:
                 raise DataError(
-                    f"{where}: md5 {found} found ({len(content):,} bytes), {MD5[member]} expected. "
+                    f"{where}: md5 must be {MD5[member]}, got {found} ({len(content):,} bytes). "
                     "Fetch the official file again, or pass --data.verify false to read a file of your own."
                 )
         x, y = (parse_binary_batch if suffix else parse_python_batch)(content, where)

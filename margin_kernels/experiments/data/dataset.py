@@ -108,13 +108,13 @@ def load(
     for an argument out of range.
     """
     if name not in DATASETS:
-        raise ValueError(f"data.name is {name!r}; allowed: {', '.join(DATASETS)}")
+        raise ValueError(f"data.name must be one of {', '.join(DATASETS)}, got {name!r}")
     if not 0 < train_fraction <= 1:
-        raise ValueError(f"data.train_fraction is {train_fraction}; allowed: 0 < fraction <= 1")
+        raise ValueError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
     if preprocess not in PREPROCESSING:
-        raise ValueError(f"data.preprocess is {preprocess!r}; allowed: {', '.join(PREPROCESSING)}")
+        raise ValueError(f"data.preprocess must be one of {', '.join(PREPROCESSING)}, got {preprocess!r}")
     if not 0 <= label_noise <= 1:
-        raise ValueError(f"data.label_noise is {label_noise}; allowed: 0 <= noise <= 1")
+        raise ValueError(f"data.label_noise must be in [0, 1], got {label_noise}")
     dataset = _load_digits() if name == "digits" else _load_files(name, data_dir, validation_size, verify)
     generator = torch.Generator().manual_seed(seed)
     train = dataset.train
@@ -122,7 +122,7 @@ def load(
         count = int(train_fraction * len(train))
         if count < 1:
             raise ValueError(
-                f"data.train_fraction is {train_fraction}, which leaves none of {len(train)} training images"
+                f"data.train_fraction must leave at least one of {len(train)} training images, got {train_fraction}"
             )
         keep = torch.randperm(len(train), generator=generator)[:count].sort().values
         train = Split(train.images[keep], train.labels[keep])
@@ -173,7 +173,7 @@ def augmented(x: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     if kind == "none":
         return x
     if kind not in AUGMENTATIONS:
-        raise ValueError(f"training.augment is {kind!r}; allowed: {', '.join(AUGMENTATIONS)}")
+        raise ValueError(f"training.augment must be one of {', '.join(AUGMENTATIONS)}, got {kind!r}")
     n, _, height, width = x.shape
     down, right = torch.randint(0, 2 * SHIFT + 1, (2, n, 1), generator=generator)
     rows, columns = down + torch.arange(height), right + torch.arange(width)
@@ -215,7 +215,7 @@ def _load_files(name: str, data_dir: str | Path | None, validation_size: int, ve
         torch.from_numpy(np.array(a)) for a in arrays
     )  # frombuffer gives read-only memory
     if not 0 < validation_size < len(labels):
-        raise ValueError(f"data.validation_size is {validation_size}; allowed: 1 to {len(labels) - 1}")
+        raise ValueError(f"data.validation_size must be from 1 to {len(labels) - 1}, got {validation_size}")
     first = len(labels) - validation_size
     names = {"mnist": DIGITS, "fashion_mnist": FASHION, "cifar10": CIFAR}[name]
     channels, height, width = images.shape[1:]

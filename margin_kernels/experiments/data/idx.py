@@ -104,7 +104,7 @@ def _content(path: Path, name: str, stem: str, verify: bool) -> bytes:
         other = [key for key, files in OFFICIAL.items() if found in (files[stem].md5, files[stem].sha256)]
         hint = f" (this is the file of {other[0]})" if other else ""
         raise DataError(
-            f"{path}: {kind} {found} found, {expected} expected for {name}{hint}. "
+            f"{path}: {kind} of {name} must be {expected}, got {found}{hint}. "
             "Fetch the official file again, or pass --data.verify false to read a file of your own."
         )
     return content
@@ -125,26 +125,24 @@ def parse_labels(content: bytes, path: Path) -> np.ndarray:
     _check_size(content, 8 + count, f"{count} labels", path)
     labels = np.frombuffer(content, dtype=np.uint8, offset=8)
     if count and labels.max() > 9:
-        raise DataError(f"{path}: label {labels.max()} found, 0..9 expected.")
+        raise DataError(f"{path}: labels must be in [0, 9], got {labels.max()}")
     return labels
 
 
 def _check_magic(content: bytes, magic: int, header: int, path: Path) -> None:
     if len(content) < header:
-        raise DataError(
-            f"{path}: truncated: {len(content)} bytes found, at least the {header} bytes of an idx header expected."
-        )
+        raise DataError(f"{path}: truncated: an idx header must have {header} bytes, got {len(content)}")
     found = int.from_bytes(content[:4], "big")
     if found != magic:
         raise DataError(
-            f"{path}: magic number {found} found, {magic} expected; this is not the idx file its name says."
+            f"{path}: magic number must be {magic}, got {found}: this is not the idx file that its name says"
         )
 
 
 def _check_size(content: bytes, expected: int, what: str, path: Path) -> None:
     if len(content) != expected:
         verdict = "truncated" if len(content) < expected else "too long"
-        raise DataError(f"{path}: {verdict}: {len(content):,} bytes found, {expected:,} expected for {what}.")
+        raise DataError(f"{path}: {verdict}: {what} must have {expected:,} bytes, got {len(content):,}")
 
 
 def load_idx(name: str, data_dir: Path, verify: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -157,7 +155,7 @@ def load_idx(name: str, data_dir: Path, verify: bool = True) -> tuple[np.ndarray
         labels = parse_labels(_content(labels_path, name, labels_stem, verify), labels_path)
         if len(images) != len(labels):
             raise DataError(
-                f"{labels_path}: {len(labels)} labels found, {len(images)} expected, as many as in {images_path.name}."
+                f"{labels_path} must have {len(images)} labels, as many as {images_path.name}, got {len(labels)}"
             )
         arrays += [images[:, None], labels.astype(np.int64)]
     return arrays[0], arrays[1], arrays[2], arrays[3]

@@ -30,7 +30,7 @@ def zero_set(model: nn.Sequential, box: float) -> Array:
         elif isinstance(layer, nn.ReLU):
             pieces = [part for piece in pieces for part in _rectified(*piece)]
         else:
-            raise ValueError(f"the network has a layer {type(layer).__name__}; allowed: Linear, ReLU")
+            raise ValueError(f"layers must be Linear or ReLU, got {type(layer).__name__}")
     found = []
     for polygon, slope, offset in pieces:
         ends = _crossing(polygon, polygon @ (slope[1] - slope[0]) + offset[1] - offset[0])

@@ -71,7 +71,7 @@ def log_odds(logits: Tensor, target: Tensor) -> Tensor:
 def attack_gradient(model: nn.Module, x: Tensor, target: Tensor, objective: str) -> tuple[Tensor, Tensor]:
     """grad_x of the summed objective, [N, *], and the logits [N, C] at x; no parameter is touched."""
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; allowed: {', '.join(OBJECTIVES)}")
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
         logits = model(leaf)
@@ -139,9 +139,9 @@ def _iterate(
     bounds: tuple[float, float],
 ) -> Attack:
     if not eps >= 0:
-        raise ValueError(f"eps is {eps}; allowed: eps >= 0")
+        raise ValueError(f"eps must be >= 0, got {eps}")
     if steps < 1:
-        raise ValueError(f"steps is {steps}; allowed: at least 1")
+        raise ValueError(f"steps must be at least 1, got {steps}")
     size = 2 * eps / steps if alpha is None else alpha
     if steps * size < eps * (1 - 1e-6):
         raise ValueError(

@@ -166,7 +166,7 @@ def under_noise(
     """Accuracy at clip(x + sigma n) for each sigma; n is drawn once from the seed, on the CPU, and scaled: the same
     noise for every model, sigma, batch size and device. Raises ValueError for a negative sigma."""
     if any(not sigma >= 0 for sigma in config.noise_sigmas):
-        raise ValueError(f"evaluation.noise_sigmas is {config.noise_sigmas}; allowed: numbers >= 0")
+        raise ValueError(f"evaluation.noise_sigmas must be numbers >= 0, got {config.noise_sigmas}")
     generator = torch.Generator().manual_seed(config.noise_seed)
     noise = torch.randn(split.images.shape, generator=generator)
     hits = [0] * len(config.noise_sigmas)
@@ -215,11 +215,12 @@ def boundary_norms(
 ) -> dict[str, Any]:
     """DeepFool l2 norms, over the samples for which it finds the boundary.
 
-    deepfool_norm           mean over all of them
-    deepfool_norm_correct   mean over those classified correctly; rho_adv the same of the relative norms
-    deepfool_missed         number of samples without a boundary
-    deepfool_norms          the norm of each sample, negative where it is misclassified (NaN where missed)
-    histograms              counts of these and of the relative norms (histogram.py)
+    Returns:
+        deepfool_norm: mean over all of them
+        deepfool_norm_correct: mean over those classified correctly; rho_adv the same of the relative norms
+        deepfool_missed: number of samples without a boundary
+        deepfool_norms: the norm of each sample, negative where it is misclassified (NaN where missed)
+        histograms: counts of these and of the relative norms (histogram.py)
     """
     norms, ratios = [], []
     with attacks.eval_mode(model):

@@ -110,7 +110,7 @@ def normalisation(kind: str, channels: int, groups: int = 32) -> nn.Module:
         return nn.BatchNorm2d(channels)
     if kind == "group":
         return nn.GroupNorm(math.gcd(groups, channels), channels)
-    raise ValueError(f"model.norm is {kind!r}; allowed: batch, group")
+    raise ValueError(f"model.norm must be one of batch, group, got {kind!r}")
 
 
 def nin(shape: Shape = (3, 32, 32), classes: int = 10, dropout: float = 0.0) -> nn.Module:
@@ -267,7 +267,7 @@ INITS: dict[str, Callable[[Tensor], Any]] = {
 
 def _initialise(network: nn.Module, init: str) -> None:
     if init not in ("default", *INITS):
-        raise ValueError(f"model.init is {init!r}; allowed: default, {', '.join(INITS)}")
+        raise ValueError(f"model.init must be one of default, {', '.join(INITS)}, got {init!r}")
     for layer in network.modules():
         if init != "default" and isinstance(layer, (nn.Conv2d, nn.Linear)):
             INITS[init](layer.weight)
@@ -300,5 +300,5 @@ def has_norm(name: str) -> bool:
 
 def _entry(name: str) -> tuple[Callable[..., nn.Module], tuple[str, ...]]:
     if name not in MODELS:
-        raise ValueError(f"model.name is {name!r}; allowed: {', '.join(MODELS)}")
+        raise ValueError(f"model.name must be one of {', '.join(MODELS)}, got {name!r}")
     return MODELS[name]

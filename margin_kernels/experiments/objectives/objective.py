@@ -97,10 +97,10 @@ class VirtualAdversarialTask(nn.Module):
     def __init__(self, model: nn.Module, config: VirtualAdversarialConfig) -> None:
         super().__init__()
         if config.iterations < 1:
-            raise ValueError(f"loss.virtual_adversarial.iterations is {config.iterations}; allowed: at least 1")
+            raise ValueError(f"loss.virtual_adversarial.iterations must be at least 1, got {config.iterations}")
         for name in ("eps", "xi"):
             if not getattr(config, name) > 0:
-                raise ValueError(f"loss.virtual_adversarial.{name} is {getattr(config, name)}; allowed: above 0")
+                raise ValueError(f"loss.virtual_adversarial.{name} must be above 0, got {getattr(config, name)}")
         self.model = model
         self.config = config
 
@@ -245,7 +245,7 @@ def build(
     """The module to train: task(x, y) -> dict with "loss" and "output"; it owns `model`. `hidden`: the network's
     hidden taps; `bounds`: what attacked images are clipped to."""
     if config.kind not in OBJECTIVES:
-        raise ValueError(f"loss.kind is {config.kind!r}; allowed: {', '.join(OBJECTIVES)}")
+        raise ValueError(f"loss.kind must be one of {', '.join(OBJECTIVES)}, got {config.kind!r}")
     task = OBJECTIVES[config.kind](model, config, layers(config.layers, hidden))
     if isinstance(task, AdversarialTrainingTask):
         task.bounds = bounds

@@ -183,7 +183,7 @@ class Records:
     def _shared(self, line: str) -> Values:
         values = self._parsed(1, line)
         if set(values) != {"shared"}:
-            raise ValueError(f"{self.path}, line 1: the shared values are expected, got {', '.join(values)}")
+            raise ValueError(f"{self.path}, line 1 must hold the shared values, got {', '.join(values)}")
         return values["shared"]
 
     @contextmanager

@@ -65,7 +65,7 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     """The cells of a sweep file, in the order in which they are started. Raises ConfigError naming the key."""
     content = _content(path)
     if not content.get("models"):
-        raise ConfigError(f"{path}: models: at least one label with its overrides is expected")
+        raise ConfigError(f"{path}: models must be a mapping of at least one label to its overrides")
     _published(path, content)
     budgets = {"full": {}, **_mapping(path, "budgets", content.get("budgets"))}
     _known(f"{path}: --budget", "budget", [budget], tuple(budgets))
@@ -179,7 +179,7 @@ def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dic
         _known(f"{path}: published.{key}", "measure", values, tuple(measure.key for measure in MEASURES))
         for measure, value in values.items():
             if not isinstance(value, (int, float)):
-                raise ConfigError(f"{path}: published.{key}.{measure} is {value!r}; a number is expected")
+                raise ConfigError(f"{path}: published.{key}.{measure} must be a number, got {value!r}")
         result[model, point] = {measure: float(value) for measure, value in values.items()}
     return result
 
@@ -188,7 +188,7 @@ def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a sweep file, laid over that of the file that it extends."""
     content = yaml.safe_load(path.read_text())
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: a mapping is expected, {type(content).__name__} found")
+        raise ConfigError(f"{path} must be a mapping of keys to values, got {type(content).__name__}")
     _known(str(path), "key", content, KEYS)
     if path in above:
         raise ConfigError(f"{path}: extends: the file extends itself")
@@ -211,7 +211,7 @@ def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _without(path: Path, models: dict[str, Any], patterns: Any) -> dict[str, Any]:
     """The models whose labels match no pattern. Raises ConfigError for a pattern that matches none."""
     if not isinstance(patterns, list):
-        raise ConfigError(f"{path}: without is {patterns!r}; a list of patterns is expected")
+        raise ConfigError(f"{path}: without must be a list of patterns, got {patterns!r}")
     for pattern in patterns:
         if not any(fnmatchcase(str(label), str(pattern)) for label in models):
             raise ConfigError(f"{path}: without: no model matches {pattern!r}; there are {', '.join(map(str, models))}")
@@ -233,7 +233,7 @@ def _base(path: Path, base: Any) -> dict[str, Any]:
 
 def _seeds(path: Path, where: str, seeds: Any) -> list[int]:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise ConfigError(f"{path}: {where} is {seeds!r}; a list of integers is expected")
+        raise ConfigError(f"{path}: {where} must be a list of integers, got {seeds!r}")
     return seeds
 
 
@@ -251,10 +251,10 @@ def _points(path: Path, content: dict[str, Any], seeds: list[int]) -> list[Point
     _overrides(path, "grid", grid)
     for key, values in grid.items():
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"{path}: grid.{key} is {values!r}; a list of values is expected")
+            raise ConfigError(f"{path}: grid.{key} must be a list of values, got {values!r}")
     points = content.get("points", [{}])
     if not isinstance(points, list) or not points:
-        raise ConfigError(f"{path}: points is {points!r}; a list of mappings is expected")
+        raise ConfigError(f"{path}: points must be a list of mappings, got {points!r}")
     result = []
     for number, given in enumerate(points):
         own = dict(_mapping(path, f"points[{number}]", given))
@@ -290,7 +290,7 @@ def _models(path: Path, entries: Any) -> Iterator[Model]:
         _overrides(path, f"models.{model}.choose", choose)
         for key, values in choose.items():
             if not isinstance(values, list) or not values:
-                raise ConfigError(f"{path}: models.{model}.choose.{key} is {values!r}; a list of values is expected")
+                raise ConfigError(f"{path}: models.{model}.choose.{key} must be a list of values, got {values!r}")
         options = [dict(zip(choose, values, strict=True)) for values in itertools.product(*choose.values())]
         yield Model(str(model), after, _overrides(path, f"models.{model}", own), options)
 
@@ -328,7 +328,7 @@ def _mapping(path: Path, where: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: {where} is {value!r}; a mapping is expected")
+        raise ConfigError(f"{path}: {where} must be a mapping, got {value!r}")
     return value
 
 
@@ -343,7 +343,7 @@ def _known(where: str, what: str, given: Any, known: tuple[str, ...]) -> None:
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(known) or 'none'}"
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
             raise ConfigError(f"{where}: unknown {what} {name!r}; {hint}")
 
 

@@ -70,7 +70,7 @@ def build_optimiser(config: Config, parameters: Any) -> torch.optim.Optimizer:
         )
     if settings.name == "adam":
         return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay, fused=True)
-    raise ValueError(f"optimiser.name is {settings.name!r}; allowed: sgd, adam, rmsprop")
+    raise ValueError(f"optimiser.name must be one of sgd, adam, rmsprop, got {settings.name!r}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -78,7 +78,7 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"training.device is {name!r}, but this torch {torch.__version__} sees no CUDA device; use cpu"
+            f"training.device must be cpu, got {name!r}: this torch {torch.__version__} sees no CUDA device"
         )
     return device
 
@@ -89,11 +89,12 @@ class Trainer:
     def __init__(self, config: Config, dataset: Dataset, folder: Path | None = None) -> None:
         self.config, self.dataset, self.folder = config, dataset, folder
         settings = config.training
-        if settings.epochs < 0 or min(settings.batch_size, settings.accumulate, settings.repeat) < 1:
-            raise ValueError("training.epochs must be >= 0, training.batch_size, accumulate and repeat >= 1")
+        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1), ("repeat", 1)):
+            if getattr(settings, name) < least:
+                raise ValueError(f"training.{name} must be at least {least}, got {getattr(settings, name)}")
         self.device = resolve_device(settings.device)
         if settings.precision == "fp16" and self.device.type != "cuda":
-            raise ValueError("training.precision is fp16, which needs a CUDA device; use bf16 or fp32 on the CPU")
+            raise ValueError("training.precision must be bf16 or fp32 on the CPU, got fp16, which needs a CUDA device")
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.hidden = models.hidden_taps(config.model.name)
