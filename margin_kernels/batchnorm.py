@@ -21,17 +21,17 @@ def running_statistics(modules: list[_BatchNorm]) -> Iterator[None]:
     Copies, because the backward reads the statistics again and the next forward changes them in place, which autograd
     does not notice.
     """
-    kept: list[tuple[_BatchNorm, Tensor, Tensor]] = []
+    saved: list[tuple[_BatchNorm, Tensor, Tensor]] = []
     for module in modules:
         if module.running_mean is None or module.running_var is None:
             raise ValueError('batchnorm="frozen" needs running statistics, and one has track_running_stats=False')
-        kept.append((module, module.running_mean, module.running_var))
+        saved.append((module, module.running_mean, module.running_var))
     try:
-        for module, mean, variance in kept:
+        for module, mean, variance in saved:
             module.training = False
             module.running_mean, module.running_var = mean.clone(), variance.clone()
         yield
     finally:
-        for module, mean, variance in kept:
+        for module, mean, variance in saved:
             module.training = True
             module.running_mean, module.running_var = mean, variance

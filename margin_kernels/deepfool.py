@@ -9,7 +9,7 @@ At x + Delta, for each candidate class j and reference class r:   gap_j = z_j - 
            e_i, i = argmax |w_i|
 
 until the predicted class changes, at most `max_iter` times. All samples move together; finished ones are masked, and
-leave the batch where the host looks at the mask anyway. `deepfool` measures: its result carries no graph. `search` also
+leave the batch where the host reads the mask anyway. `deepfool` measures: its result carries no graph. `search` also
 keeps which boundary each step went to, from which a loss can repeat the steps with a graph.
 """
 
@@ -49,7 +49,7 @@ TOTAL_SLACK = 1e-4
 # A gap that is exactly 0 gives no step, and a sample on the boundary of a tie would stay there: gaps count as at least
 # this far open.
 SMALLEST_GAP = 1e-12
-# How many iterations a CUDA batch runs between two looks at the active mask: a look waits for the device.
+# How many iterations a CUDA batch runs between two readings of the active mask: a reading waits for the device.
 CUDA_CHECK_EVERY = 5
 
 
@@ -182,7 +182,7 @@ def search(
     # Where the host sees the mask anyway, a pass without a graph finds what is done, and only the others pay for
     # gradients: one for each competitor, or a single one where the target is the only one.
     whole_batch = whole_batch or tracing()
-    looks = host_sees(x) and not whole_batch
+    host_reads = host_sees(x) and not whole_batch
     rows = torch.arange(len(x), device=x.device)  # the samples still in the batch
     iterations = torch.zeros_like(rows)
     uppers: list[Tensor] = []
@@ -194,16 +194,16 @@ def search(
     state = _State.start(logits, x, target, top_k)
     for step in range(max_iter + 1):
         last = step == max_iter
-        if step and (looks or last):
+        if step and (host_reads or last):
             with torch.no_grad():
                 state.look(rows, model(_taken(moved, rows)))
-        if looks or (step and not last and step % CUDA_CHECK_EVERY == 0 and not whole_batch):
+        if host_reads or (step and not last and step % CUDA_CHECK_EVERY == 0 and not whole_batch):
             rows = rows[state.active[rows]]
         if last or (step and len(rows) == 0):
             break
         upper, lower = torch.zeros_like(iterations), torch.zeros_like(iterations)
-        shared = step == 0 and source is not None and state.shares(rows, looks)
-        for group in (rows,) if shared or not looks else state.groups(rows):
+        shared = step == 0 and source is not None and state.shares(rows, host_reads)
+        for group in (rows,) if shared or not host_reads else state.groups(rows):
             with torch.enable_grad():
                 if shared:
                     assert source is not None
@@ -212,9 +212,9 @@ def search(
                     leaf = _taken(moved, group).detach().requires_grad_()
                     with without_hooks(model.model if isinstance(model, ReplayedModel) else model):
                         output = model(leaf)
-                if not looks:
+                if not host_reads:
                     state.look(group, output.detach())
-                above, below = state.boundaries(group, looks and not shared)
+                above, below = state.boundaries(group, host_reads and not shared)
                 active = _taken(state.active, group)
                 slack = overshoot_mode == "total"
                 delta, choice = _nearest_step(
@@ -296,10 +296,10 @@ class _State:
         toward = self.toward[rows]
         return [group for group in (rows[~toward], rows[toward]) if len(group)]
 
-    def shares(self, rows: Tensor, looks: bool) -> bool:
+    def shares(self, rows: Tensor, host_reads: bool) -> bool:
         """Whether the first step is cheaper on the graph of the whole batch than on graphs of the two groups: a forward
         pass saved, and for each sample that moves toward its target as many backward passes as for the others."""
-        if not looks:
+        if not host_reads:
             return True
         if len(rows) < len(self.active):
             return False

@@ -1,4 +1,4 @@
-"""The state of the random number generators that a forward pass draws from, kept to draw the same numbers again."""
+"""The state of the random number generators that a forward pass draws from, saved to draw the same numbers again."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class RandomState(NamedTuple):
         if recording():
             yield
             return
-        kept = RandomState(torch.get_rng_state())
+        saved = RandomState(torch.get_rng_state())
         if self.device is not None:
-            kept = kept._replace(device=self.device, state=torch.cuda.get_rng_state(self.device))
+            saved = saved._replace(device=self.device, state=torch.cuda.get_rng_state(self.device))
         self.restore()
         try:
             yield
         finally:
-            kept.restore()
+            saved.restore()

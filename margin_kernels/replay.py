@@ -19,9 +19,9 @@ and leaves everything as the ordinary pass left it.
       global hooks
 
 A hook only looks on if it returned None, changed no tensor that it was given and set no attribute of a module. If the
-logits of a replay depend on tensors of the ordinary pass all the same (a hook kept an activation that the model reads
+logits of a replay depend on tensors of the ordinary pass all the same (a hook stored an activation that the model reads
 later), all hooks run in all replays. Such a dependence is seen in the autograd graph: it is not seen where the hook
-detached what it kept.
+detached what it stored.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class ModelState:
         self._containers: dict[int, tuple[Any, Any]] = {}
         self._clones: dict[int, Tensor] = {}
         for attributes in self._attributes:
-            for value in attributes.kept.values():
+            for value in attributes.saved.values():
                 _collect(value, self._containers)
                 if values:
                     self._clone(value)
         if values:
-            for _, kept in self._buffers:
-                for value in kept.values():
+            for _, saved in self._buffers:
+                for value in saved.values():
                     self._clone(value)
 
     def _clone(self, value: Any) -> None:
@@ -89,10 +89,10 @@ class ModelState:
             if not _same(container, copy):
                 container.clear()
                 (container.update if isinstance(container, (dict, set)) else container.extend)(copy)
-        for live, kept in self._buffers:
-            if twins or not _same(live, kept):
+        for live, saved in self._buffers:
+            if twins or not _same(live, saved):
                 live.clear()
-                live.update({name: twins.get(id(value), value) for name, value in kept.items()})
+                live.update({name: twins.get(id(value), value) for name, value in saved.items()})
 
 
 class Attributes:
@@ -100,18 +100,18 @@ class Attributes:
 
     def __init__(self, live: dict[str, Any]) -> None:
         self.live, self.size = live, len(live)
-        self.kept = {name: value for name, value in live.items() if name not in INTERNAL}
-        self.tensors = any(isinstance(value, Tensor) for value in self.kept.values())
+        self.saved = {name: value for name, value in live.items() if name not in INTERNAL}
+        self.tensors = any(isinstance(value, Tensor) for value in self.saved.values())
 
     def changed(self) -> bool:
         live = self.live
-        return len(live) != self.size or any(live.get(name, live) is not value for name, value in self.kept.items())
+        return len(live) != self.size or any(live.get(name, live) is not value for name, value in self.saved.items())
 
     def restore(self, twins: dict[int, Tensor]) -> None:
         """The noted values, or their twins by id."""
-        for name in [name for name in self.live if name not in self.kept and name not in INTERNAL]:
+        for name in [name for name in self.live if name not in self.saved and name not in INTERNAL]:
             del self.live[name]
-        self.live.update({name: twins.get(id(value), value) for name, value in self.kept.items()})
+        self.live.update({name: twins.get(id(value), value) for name, value in self.saved.items()})
 
 
 @contextmanager
@@ -272,16 +272,16 @@ def _same(container: Any, copy: Any) -> bool:
 def _silence(model: nn.Module, silent: set[int]) -> list[tuple[dict[str, Any], str, Any]]:
     """Takes the backward hooks and the silent forward hooks from all modules; their own dicts stay as they are and are
     returned, with where they belong."""
-    taken = []
+    removed = []
     for live in map(vars, model.modules()):
         for kind in (*BACKWARD_HOOKS, *FORWARD_HOOKS):
             hooks = live.get(kind)
             if not hooks or (kind in FORWARD_HOOKS and silent.isdisjoint(hooks)):
                 continue
-            taken.append((live, kind, hooks))
+            removed.append((live, kind, hooks))
             run = {} if kind in BACKWARD_HOOKS else {key: hook for key, hook in hooks.items() if key not in silent}
             live[kind] = OrderedDict(run)
-    return taken
+    return removed
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Docstrings speak one dialect, Google's: sections "Args:", "Attributes:", "Returns:", "Raises:", entries `name: text`."""
+"""Docstrings speak one dialect, Google's: sections with entries `name: text`."""
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def entries_without_text(docstring: str) -> list[str]:
     """First lines of sections that are not `name: text` (Returns may be plain text)."""
     lines = docstring.splitlines()
     wrong = []
-    for section, entry in zip(lines, lines[1:], strict=False):
+    for section, entry in pairwise(lines):
         if section in SECTIONS and section not in ("Returns:", "Yields:"):
             fits = re.match(r"^    \*{0,2}[\w., ]+(?: \([^)]*\))?: \S", entry)
             wrong += [] if fits else [entry]

@@ -68,11 +68,11 @@ def choose(
 
     Args:
         mode: "auto": the cheapest that is proven exact; "loop"; "split": the split or tangent, where an operation of
-            which nothing is known is tried out instead of refused
+            which nothing is known is verified by a trial instead of refused
         request: what the loss asks for
         captured: the forward pass
         logits: what the loss is computed from
-        trials: what earlier steps of the same task have tried
+        trials: verdicts of earlier steps of the same task
         asked: what the user wrote, for the error
 
     Raises:

@@ -80,7 +80,7 @@ class Captured:
         taps: in the order of their names
         head: where it was found
         sources: marks of the nodes that stand for tensors without gradient, see `cut_sources`
-        begin: sequence number of autograd when the forward pass began; None for tensors that the caller kept
+        begin: sequence number of autograd when the forward pass began; None for tensors of the caller
         inputs: edges of the tensors with a graph of their own that were passed to the model
         remedy: how the user names the batch dimension of a tap, a format string with {name}
     """
@@ -168,7 +168,7 @@ class Captured:
 
 
 def explicit(logits: Tensor, activations: Sequence[Tensor], batch_dim: int | Sequence[int | None] | None) -> Captured:
-    """Taps from tensors that the caller kept: activations [N,*] of one forward pass that led to logits [N,C].
+    """Taps from tensors of the caller: activations [N,*] of one forward pass that led to logits [N,C].
 
     Raises TypeError for anything but tensors, ValueError for a tensor that is not part of an autograd graph.
     """

@@ -62,7 +62,7 @@ class Trials:
         self._generator = torch.Generator().manual_seed(0)
 
     def due(self, kind: Any) -> bool:
-        """Counts a step of this kind of graph: whether it is to be tried."""
+        """Counts a step of this kind of graph: whether it is to be verified."""
         self._steps[kind] += 1
         step = self._steps[kind]
         return step & (step - 1) == 0 or step % TRIAL_EVERY == 0
@@ -95,7 +95,8 @@ class Split:
         request: what the loss asks for
         captured: the forward pass, whose logits the loss is computed from
         logits: the logits of the loss
-        trials: given where the user asked for the split by name: nodes of which nothing is known are tried, not refused
+        trials: given where the user asked for the split by name: nodes of which nothing is known are verified by a
+            trial, not refused
     """
 
     name = "split"
@@ -112,9 +113,9 @@ class Split:
         self._along = self._structure.along
         self._find_inputs()
         self._check_graph()
-        self._owners = [node for node in self._graph.nodes[1:] if node in self._along and self._leaving(node)]
+        self._layer_nodes = [node for node in self._graph.nodes[1:] if node in self._along and self._leaving(node)]
         # Where passes record gradients: the outputs of the layer nodes, and taps behind which the backward goes on.
-        self.edges = [edge for node in self._owners for edge in self._outputs(node)]
+        self.edges = [edge for node in self._layer_nodes for edge in self._outputs(node)]
         self._ends = {
             (tap.edge.node, tap.edge.output_nr): tap.edge
             for tap in self._plan.taps
@@ -186,7 +187,7 @@ class Split:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What the loss has gradients for: leaves, and stand-ins for tensors with a graph of their own."""
+        """What the loss has gradients for: leaves, and detached leaves for tensors with a graph of their own."""
         return [
             node.variable if node.name() == LEAF else self._graph.tensor_at(node, output)
             for node, output in self._inputs

@@ -113,7 +113,7 @@ class TangentSplit(Split):
             if node in self._along:
                 self._check_linear(node)
         # Which of the tangents, at the taps and then at further edges, is the one at the input of a layer.
-        self._tangent_of = {node: self._input(node) for node in self._owners if node.name() in LAYERS}
+        self._tangent_of = {node: self._input(node) for node in self._layer_nodes if node.name() in LAYERS}
         self._strides = [self._stride(edge) for edge in self.edges]
 
     def _check_linear(self, node: Any) -> None:

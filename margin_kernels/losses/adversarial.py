@@ -6,9 +6,9 @@
     R         = sum over T of min(weight shrink(-c m), 50) + sum over F of min(weight shrink(d m), 50)
     total     = mean nll + R / N
 
-The search for Delta runs without a graph; which boundary each step went to is kept. Where the loss needs gradients the
-steps are then repeated with a graph, one backward pass for each instead of one for each candidate, and only for the
-samples that take part.
+The search for Delta runs without a graph and records which boundary each step went to. Where the loss needs gradients
+the steps are then repeated with a graph, one backward pass for each instead of one for each competitor, and only for
+the samples that take part.
 """
 
 from __future__ import annotations
@@ -185,22 +185,22 @@ class AdversarialMarginLoss(MarginLoss):
         x = differentiable(x.detach())
         training = training_batchnorms(model)
         mixed = torch.is_autocast_enabled(x.device.type)
-        held = ReplayedModel(model, x) if replayed is None else replayed
+        replay = ReplayedModel(model, x) if replayed is None else replayed
         # In half precision a step of two per cent beyond the boundary is often none.
         with (
             outside_inference_mode(),
             running_statistics(training) if training else nullcontext(),
             torch.autocast(x.device.type, enabled=False),
-            held.replaying(),
+            replay.replaying(),
         ):
             if replayed is None:
-                held.try_out(x)
+                replay.try_out(x)
             wide = x if x.dtype == torch.float64 else x.float()
             # The forward pass of the loss, where it was that of the same function and no hook sees a pass on its graph.
-            same = not (training or mixed or (replayed is None and held.draws))
-            shared = same and not held.graph_hooked and wide.dtype == x.dtype
+            same = not (training or mixed or (replayed is None and replay.draws))
+            shared = same and not replay.graph_hooked and wide.dtype == x.dtype
             found = search(
-                held,
+                replay,
                 wide,
                 target,
                 self.p,
@@ -210,7 +210,7 @@ class AdversarialMarginLoss(MarginLoss):
                 self.top_k,
                 logits=differentiable(logits) if same else None,
                 source=source if shared else None,
-                whole_batch=held.draws,
+                whole_batch=replay.draws,
                 together=not convolves(model),
                 backend=self.backend,
             )
@@ -221,8 +221,8 @@ class AdversarialMarginLoss(MarginLoss):
             # An image that is 0 has no relative distance.
             usable = result.success if scale is None else result.success & (scale > 0)
             selected = self._selected(distance, correct, usable, target, logits.shape[1])
-            rows = self._rows(selected, logits.shape[1], held.draws)
-            terms = self._terms(held, wide, found, target, scale, rows)
+            rows = self._rows(selected, logits.shape[1], replay.draws)
+            terms = self._terms(replay, wide, found, target, scale, rows)
         loss = nll.mean() + torch.where(selected[rows], terms, 0).sum() / max(len(x), 1)
         return AdversarialMargins(
             loss, nll.detach(), distance, result.success, correct, selected, result.iterations, result.label
@@ -236,9 +236,9 @@ class AdversarialMarginLoss(MarginLoss):
         """Which samples take part, [N] bool."""
         if self.aggregation == "avg":
             return success
-        kept = max(1, int(MIN_SHARE * len(m)))
-        nearest = _first_of_each_class(m, correct & success, target, classes, kept)
-        return nearest | _first_of_each_class(-m, ~correct & success, target, classes, kept)
+        most = max(1, int(MIN_SHARE * len(m)))
+        nearest = _first_of_each_class(m, correct & success, target, classes, most)
+        return nearest | _first_of_each_class(-m, ~correct & success, target, classes, most)
 
     def _rows(self, selected: Tensor, classes: int, draws: bool) -> Tensor:
         """Indices [S] of samples that are repeated with a graph: all selected ones, and others where to leave them out
@@ -254,7 +254,7 @@ class AdversarialMarginLoss(MarginLoss):
         return selected.float().topk(min(slots, len(selected))).indices
 
     def _terms(
-        self, held: ReplayedModel, x: Tensor, found: Search, target: Tensor, scale: Tensor | None, rows: Tensor
+        self, replay: ReplayedModel, x: Tensor, found: Search, target: Tensor, scale: Tensor | None, rows: Tensor
     ) -> Tensor:
         """The terms of samples rows [S], with a graph."""
         correct = (found.prediction == target)[rows]
@@ -262,7 +262,7 @@ class AdversarialMarginLoss(MarginLoss):
             return x.new_zeros(len(rows))
         if torch.is_grad_enabled():
             measure = self._envelope if self.gradient == "envelope" else self._unrolled
-            m = measure(held, x, found, target, rows)
+            m = measure(replay, x, found, target, rows)
         else:
             m = found.result.distance[rows]
         if scale is not None:
@@ -284,10 +284,10 @@ class AdversarialMarginLoss(MarginLoss):
         largest = math.log(TERM_LIMIT + self.weight)  # of t + ln(weight), where t = ln(50 / weight + 1)
         return (t + math.log(self.weight)).clamp_max(largest).exp().clamp_max(TERM_LIMIT)
 
-    def _unrolled(self, held: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
+    def _unrolled(self, replay: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
         """||Delta||_p [S], the steps of the search repeated with a graph toward the boundaries that it chose."""
         x, iterations = x[rows], found.result.iterations[rows]
-        leaving = host_sees(x) and not held.draws
+        leaving = host_sees(x) and not replay.draws
         delta = torch.zeros_like(x)
         everyone = torch.arange(len(rows), device=rows.device)
         for i in range(len(found.upper)):
@@ -299,7 +299,7 @@ class AdversarialMarginLoss(MarginLoss):
             if not point.requires_grad:
                 point.requires_grad_()
             upper, lower = found.upper[i, rows[moving]], found.lower[i, rows[moving]]
-            logits = held(point)
+            logits = replay(point)
             gap = _difference(logits, upper, lower)
             w = self._gradient_with_graph(logits, upper, lower, point, check=i == 0)
             step = functional.deepfool_step(gap.unsqueeze(1), w.unsqueeze(1), active[moving], self.p, self.backend).step
@@ -321,7 +321,7 @@ class AdversarialMarginLoss(MarginLoss):
             check_second_derivative(w, point, instead)
         return w
 
-    def _envelope(self, held: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
+    def _envelope(self, replay: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
         """||Delta||_p [S] with the gradient (g - const) / ||grad_x g||_q at x + Delta, g = z_upper - z_lower > 0 on the
         side of x."""
         result, target = found.result, target[rows]
@@ -333,7 +333,7 @@ class AdversarialMarginLoss(MarginLoss):
         after = torch.where(correct, result.label[rows], target)
         # A sample that takes no part may have a masked class there, and inf * 0 is NaN in the backward.
         before = torch.where(result.success[rows], before, after)
-        logits = held(point)
+        logits = replay(point)
         g = _difference(logits, before, after)
         w = pair_gradient(logits, before, after, point)
         slope = functional.dual_norm([w], self.p, batch_dims=1, backend=self.backend)[:, 0]
@@ -347,12 +347,12 @@ def _difference(logits: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
     return (z.gather(1, upper.unsqueeze(1)) - z.gather(1, lower.unsqueeze(1))).squeeze(1)
 
 
-def _first_of_each_class(value: Tensor, among: Tensor, target: Tensor, classes: int, kept: int) -> Tensor:
-    """[N] bool: for each class the sample with the smallest value, if it is one of the `kept` smallest; of samples
+def _first_of_each_class(value: Tensor, among: Tensor, target: Tensor, classes: int, most: int) -> Tensor:
+    """[N] bool: for each class the sample with the smallest value, if it is one of the `most` smallest; of samples
     `among` alone, equal values in the order of the batch."""
     rank = torch.empty_like(target)
     order = torch.where(among, value, math.inf).sort(stable=True).indices
     rank[order] = torch.arange(len(target), device=target.device)
     first = torch.full((classes,), len(target), device=target.device)
     first = first.scatter_reduce(0, target, torch.where(among, rank, len(target)), "amin")
-    return among & (rank < kept) & (rank == first[target])
+    return among & (rank < most) & (rank == first[target])

@@ -1,6 +1,6 @@
 """What every loss is made of: its options, checked whenever they are set.
 
-A check takes the name of an option and a value, and returns the value as it is kept, or raises an error with the
+A check takes the name of an option and a value, and returns the value as it is stored, or raises an error with the
 argument, its value and what is allowed.
 """
 
@@ -130,7 +130,7 @@ class MarginLoss(nn.Module):
 
     needs: ClassVar[str] = "logits"
     second_order: bool = False
-    # name -> (name, value) to the value as it is kept. Raises ValueError and TypeError.
+    # name -> (name, value) to the value as it is stored. Raises ValueError and TypeError.
     checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}
     # Made from the signature of __init__.
     Options: ClassVar[type]
@@ -172,10 +172,13 @@ class MarginLoss(nn.Module):
         """What a compiled step depends on: the options and every other plain value that the loss keeps. Of `live`
         options only whether they are None, 0 or 1, which decides what is computed."""
         without = ("training", "_live")
-        kept = {name: value for name, value in vars(self).items() if isinstance(value, PLAIN) and name not in without}
+        options = {
+            name: value for name, value in vars(self).items() if isinstance(value, PLAIN) and name not in without
+        }
         for name in self.live:
-            kept[name] = kept[name] if kept[name] in (None, 0, 1) and not isinstance(kept[name], list) else "live"
-        return type(self), repr(sorted(kept.items()))
+            value = options[name]
+            options[name] = value if value in (None, 0, 1) and not isinstance(value, list) else "live"
+        return type(self), repr(sorted(options.items()))
 
     @contextmanager
     def recorded(self, numbers: Tensor) -> Iterator[None]:

@@ -225,13 +225,13 @@ class Taps:
             if parsed.base == base and parsed.call in (None, len(calls)):
                 items = _path(name, parsed.items, passed_on)
                 tensor = _item(passed_on, items)
-                kept = self._kept(name, tensor, sources)
-                taps[name] = Tap(name, get_gradient_edge(kept), kept.shape)
-                passed_on = passed_on if kept is tensor else _with_item(passed_on, items, kept)
+                tapped = self._tapped(name, tensor, sources)
+                taps[name] = Tap(name, get_gradient_edge(tapped), tapped.shape)
+                passed_on = passed_on if tapped is tensor else _with_item(passed_on, items, tapped)
         calls.append(taps)
         return None if passed_on is output else passed_on
 
-    def _kept(self, name: str, output: Any, sources: list[Tensor]) -> Tensor:
+    def _tapped(self, name: str, output: Any, sources: list[Tensor]) -> Tensor:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"layer {name!r} returns {kind}; a tap must be a floating-point tensor")

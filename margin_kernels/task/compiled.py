@@ -186,8 +186,8 @@ def _rehearse(task: Task, x: Any, y: Tensor) -> None:
         loss = task.uncompiled(x, y)["loss"]
         drew = random.changed()
     with torch.no_grad():
-        for buffer, kept in buffers:
-            buffer.copy_(kept)
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
     if loss.dim() > 0:
         raise ValueError('a compiled task gives the gradients of one number: reduction="none" has a loss per sample')
     replays = task.loss.needs == "model" or (task.batchnorm == "frozen" and training_batchnorms(task.model))

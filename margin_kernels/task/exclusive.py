@@ -11,13 +11,13 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 # The thread that changes a model right now.
-_owners: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_running: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _guard = threading.Lock()
 
 
 def check_unchanged(model: nn.Module) -> None:
     """Raises RuntimeError where another thread changes the model right now."""
-    if _owners.get(model, threading.get_ident()) != threading.get_ident():
+    if _running.get(model, threading.get_ident()) != threading.get_ident():
         raise RuntimeError(
             "another thread is in a step of this model that changes it meanwhile (AdversarialMarginLoss, or "
             'batchnorm="frozen"): give each thread a model of its own, copy.deepcopy(model), or take turns'
@@ -29,11 +29,11 @@ def exclusive(model: nn.Module) -> Iterator[None]:
     """Inside, this thread may change the model. Raises RuntimeError where another one does."""
     with _guard:
         check_unchanged(model)
-        entered = model not in _owners
-        _owners[model] = threading.get_ident()
+        entered = model not in _running
+        _running[model] = threading.get_ident()
     try:
         yield
     finally:
         if entered:
             with _guard:
-                del _owners[model]
+                del _running[model]

@@ -187,8 +187,8 @@ class MarginTask(nn.Module):
                 self._explained = self._explain(x, y)
         finally:
             with torch.no_grad():
-                for buffer, kept in buffers:
-                    buffer.copy_(kept)
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
         return self._explained
 
     def _explain(self, x: Any, y: Tensor) -> Explanation:
