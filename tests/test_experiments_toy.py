@@ -60,8 +60,8 @@ def test_the_best_linear_margin_of_the_rectangles_is_one():
         best[angle] = (projected[y == 1].min() - projected[y == 0].max()) / 2
     assert max(best.values()) == pytest.approx(1.0, abs=1e-12) and max(best, key=best.get) == pytest.approx(0)
     found = plane.measure(linear((5.0, 0.0), 0.0), CORNERS, y)
-    assert found["margin"] == pytest.approx(1.0, abs=1e-12)
-    assert found["deepfool"] == pytest.approx(1.02, abs=1e-3)  # its overshoot
+    assert found.margin == pytest.approx(1.0, abs=1e-12)
+    assert found.deepfool == pytest.approx(1.02, abs=1e-3)  # its overshoot
 
 
 def test_the_distance_to_a_line_is_the_closed_form():
@@ -110,10 +110,10 @@ def test_between_a_point_and_its_distance_nothing_changes_sign_and_just_behind_i
 def test_a_network_without_a_boundary_has_no_margin_and_misclassified_points_a_negative_one():
     x, y = plane.rectangles(20, seed=0)
     nowhere = plane.measure(linear((0.0, 0.0), 1.0), x, y)
-    assert nowhere["margin"] is None and nowhere["boundary"] == []
-    assert nowhere["deepfool"] is None and nowhere["deepfool_missed"] == 40
+    assert nowhere.margin is None and nowhere.boundary == []
+    assert nowhere.deepfool is None and nowhere.deepfool_missed == 40
     wrong = plane.measure(linear((-1.0, 0.0), 0.0), x, y)
-    assert wrong["margin"] == pytest.approx(-float(x[:, 0].abs().max())) and wrong["deepfool"] < -2.5
+    assert wrong.margin == pytest.approx(-float(x[:, 0].abs().max())) and wrong.deepfool < -2.5
     assert len(zero_set(linear((1.0, 0.0), -20.0), 12)) == 0  # beyond the box
     with pytest.raises(ValueError, match="layers must be Linear or ReLU, got Tanh"):
         zero_set(nn.Sequential(nn.Linear(2, 2), nn.Tanh()), 12)
@@ -130,7 +130,7 @@ def test_a_network_that_is_flat_at_the_data_deceives_deepfool_and_not_the_margin
         head.bias.copy_(torch.tensor([0.0, -0.6]))
     x, y = plane.rectangles(50, seed=0)
     found = plane.measure(nn.Sequential(hidden, nn.ReLU(), head), x, y)
-    assert 0.9 < found["margin"] < 1.1 and found["deepfool_training"] > 20
+    assert 0.9 < found.margin < 1.1 and found.deepfool_training > 20
 
 
 def test_every_loss_moves_every_weight_of_the_relu_network():
@@ -153,6 +153,7 @@ def test_a_quick_run_leaves_a_record_and_a_figure(tmp_path, capsys, monkeypatch)
     assert record["epochs"] == plane.QUICK and record["epochs_of_the_paper"] == 1000 and record["versions"]["torch"]
     assert record["seeds"] == {"weights and order": 5, "training points": 5, "test points": 6}
     assert record["losses"]["MIN EXP, envelope"]["gradient"] == "envelope"
+    assert plane.Toy.from_dict(record).to_dict() == record
     x, y = plane.rectangles(200, 5)
     assert record["attainable_margin"] == plane.attainable(x, y) >= 1
     for model in record["models"]:
@@ -160,7 +161,9 @@ def test_a_quick_run_leaves_a_record_and_a_figure(tmp_path, capsys, monkeypatch)
         again = distances(x.double().numpy(), np.array(model["boundary"]))
         assert again.min() == pytest.approx(model["margin"], abs=1e-4)
     assert (tmp_path / "toy.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "toy.svg").read_text()
-    assert plane.figure(record).svg == (tmp_path / "toy.svg").read_text()  # the record is enough to draw it
+    assert (
+        plane.figure(plane.Toy.from_dict(record)).svg == (tmp_path / "toy.svg").read_text()
+    )  # the record is enough to draw it
     assert "MIN EXP, envelope" in capsys.readouterr().out
     assert cli.main(["toy", "--epochs", "0", "--out", str(tmp_path)]) == 1
     assert "--epochs must be at least 1, got 0" in capsys.readouterr().err

@@ -15,8 +15,10 @@ DeepFool overshoot enlarges its distances without moving the boundary.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +93,101 @@ def train(model: nn.Sequential, loss: LossConfig, x: Tensor, y: Tensor, epochs: 
             optimiser.step()
 
 
-def measure(model: nn.Sequential, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """On the training points: margin (None where there is no boundary within BOX), the boundary as segments, and the
-    smallest signed distance that DeepFool reports, with the number of points for which it finds no boundary."""
+@dataclass(frozen=True)
+class Measured:
+    """A network at the training points.
+
+    Attributes:
+        margin: the smallest signed distance to the exact boundary; None where there is none within BOX
+        deepfool_training: the smallest signed distance that DeepFool reports as training runs it; None: it finds none
+        deepfool_training_missed: points for which it finds no boundary
+        deepfool: as evaluation runs it
+        deepfool_missed: points for which it finds no boundary
+        boundary: segments [S, 2, 2] of the exact boundary
+    """
+
+    margin: float | None
+    deepfool_training: float | None
+    deepfool_training_missed: int
+    deepfool: float | None
+    deepfool_missed: int
+    boundary: list[Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One loss on one network: what the file stores of it."""
+
+    network: str
+    model: str
+    train_error: float
+    test_error: float
+    measured: Measured
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, what JSON stores."""
+        own = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        del own["measured"], own["seconds"]
+        return {**own, **vars(self.measured), "seconds": self.seconds}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Trained:
+        """The inverse of to_dict."""
+        names = {item.name for item in dataclasses.fields(Measured)}
+        measured = Measured(**{name: value for name, value in values.items() if name in names})
+        return cls(measured=measured, **{name: value for name, value in values.items() if name not in names})
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Of the weights and the order of the samples, of the training points, and of the test points."""
+
+    weights_and_order: int
+    training_points: int
+    test_points: int
+
+
+@dataclass(frozen=True)
+class Toy:
+    """The record of a run, toy.json."""
+
+    what: str
+    epochs: int
+    epochs_of_the_paper: int
+    training: dict[str, float]
+    points_of_each_class: int
+    seeds: Seeds
+    attainable_margin: float
+    losses: dict[str, Any]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    models: list[Trained]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON stores."""
+        seeds = {name.replace("_", " "): value for name, value in vars(self.seeds).items()}
+        return {**vars(self), "seeds": seeds, "models": [model.to_dict() for model in self.models]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Toy:
+        """The inverse of to_dict."""
+        seeds = Seeds(**{name.replace(" ", "_"): value for name, value in values["seeds"].items()})
+        return cls(**{**values, "seeds": seeds, "models": [Trained.from_dict(model) for model in values["models"]]})
+
+
+def measure(model: nn.Sequential, x: Tensor, y: Tensor) -> Measured:
+    """The network at the training points x [N, 2] with labels y [N]."""
     boundary = zero_set(model, BOX)
     with torch.no_grad():
         side = torch.where(model(x).argmax(1) == y, 1.0, -1.0)
-    result: dict[str, Any] = {"margin": _smallest(side.double() * torch.from_numpy(distances(_array(x), boundary)))}
-    for name, options in (
-        ("deepfool_training", {"max_iter": 5, "overshoot_mode": "step"}),
-        ("deepfool", {"max_iter": 50, "overshoot_mode": "total"}),
-    ):
-        found = deepfool(model, x, **options)  # type: ignore[arg-type]
-        result[name] = _smallest((side * found.distance)[found.success])
-        result[f"{name}_missed"] = int((~found.success).sum())
-    return {**result, "boundary": np.round(boundary, 5).tolist()}
+
+    def reported(max_iter: int, overshoot_mode: str) -> tuple[float | None, int]:
+        found = deepfool(model, x, max_iter=max_iter, overshoot_mode=overshoot_mode)
+        return _smallest((side * found.distance)[found.success]), int((~found.success).sum())
+
+    margin = _smallest(side.double() * torch.from_numpy(distances(_array(x), boundary)))
+    return Measured(margin, *reported(5, "step"), *reported(50, "total"), np.round(boundary, 5).tolist())
 
 
 def _array(x: Tensor) -> np.ndarray:
@@ -123,7 +205,7 @@ def attainable(x: Tensor, y: Tensor) -> float:
     return float(torch.cdist(x[y == 0].double(), x[y == 1].double()).min() / 2)
 
 
-def run(folder: Path, epochs: int = EPOCHS, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
+def run(folder: Path, epochs: int = EPOCHS, seed: int = 0, console: Console | None = None) -> Toy:
     """Trains every loss on every network, prints the table, writes toy.json, toy.png and toy.svg into `folder` and
     returns the record. The seeds: `seed` of weights and order, `seed` and `seed` + 1 of training and test points."""
     console = console or Console()
@@ -138,24 +220,22 @@ def run(folder: Path, epochs: int = EPOCHS, seed: int = 0, console: Console | No
                 start = time.perf_counter()
                 train(model, loss, x, y, epochs, seed)
                 seconds = time.perf_counter() - start
-                errors = {"train_error": _error(model, x, y), "test_error": _error(model, test_x, test_y)}
-                models.append(
-                    {"network": network, "model": label, **errors, **measure(model, x, y), "seconds": round(seconds, 2)}
-                )
+                errors = _error(model, x, y), _error(model, test_x, test_y)
+                models.append(Trained(network, label, *errors, measure(model, x, y), round(seconds, 2)))
                 meter.advance(1)
-    record = {
-        "what": "the 2-D toy of adversarial margin maximisation [A]",
-        "epochs": epochs,
-        "epochs_of_the_paper": EPOCHS,
-        "training": TRAINING,
-        "points_of_each_class": POINTS,
-        "seeds": {"weights and order": seed, "training points": seed, "test points": seed + 1},
-        "attainable_margin": attainable(x, y),
-        "losses": {label: _described(loss) for label, loss in LOSSES.items()},
-        "versions": versions(),
-        "machine": machine(),
-        "models": models,
-    }
+    record = Toy(
+        what="the 2-D toy of adversarial margin maximisation [A]",
+        epochs=epochs,
+        epochs_of_the_paper=EPOCHS,
+        training=TRAINING,
+        points_of_each_class=POINTS,
+        seeds=Seeds(seed, seed, seed + 1),
+        attainable_margin=attainable(x, y),
+        losses={label: _described(loss) for label, loss in LOSSES.items()},
+        versions=versions(),
+        machine=machine(),
+        models=models,
+    )
     write_measured(folder, record)
     show(console, record)
     return record
@@ -185,28 +265,29 @@ def _described(loss: LossConfig) -> dict[str, Any]:
     return {"kind": loss.kind}
 
 
-def write_measured(folder: Path, record: dict[str, Any]) -> None:
+def write_measured(folder: Path, record: Toy) -> None:
     """The record and its figure."""
     drawn = figure(record)
-    write_json(folder / "toy.json", record)
+    write_json(folder / "toy.json", record.to_dict())
     write_text(folder / "toy.svg", drawn.svg)
     write_bytes(folder / "toy.png", drawn.png)
 
 
-def show(console: Console, record: dict[str, Any]) -> None:
+def show(console: Console, record: Toy) -> None:
     """Prints the record: a line per model."""
-    title = f"Two rectangles, {record['epochs']} epochs; attainable margin {record['attainable_margin']:.3f}"
+    title = f"Two rectangles, {record.epochs} epochs; attainable margin {record.attainable_margin:.3f}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("test error %", "margin", "DeepFool, 50", "in training, 5", "seconds"):
         table.add_column(heading, justify="right")
     network = ""
-    for model in record["models"]:
-        if model["network"] != network:
-            network = model["network"]
+    for model in record.models:
+        if model.network != network:
+            network = model.network
             table.add_row(f"[italic]{network}[/italic]")
-        found = (_number(model[key]) for key in ("margin", "deepfool", "deepfool_training"))
-        table.add_row(model["model"], f"{100 * model['test_error']:.1f}", *found, f"{model['seconds']:.0f}")
+        own = model.measured
+        found = (_number(value) for value in (own.margin, own.deepfool, own.deepfool_training))
+        table.add_row(model.model, f"{100 * model.test_error:.1f}", *found, f"{model.seconds:.0f}")
     console.print(table)
 
 
@@ -214,10 +295,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def figure(record: dict[str, Any]) -> figures.Figure:
+def figure(record: Toy) -> figures.Figure:
     """A panel for each model, drawn from the record alone: boundary, band of the margin around it, training points."""
-    x, y = rectangles(record["points_of_each_class"], record["seeds"]["training points"])
-    models = record["models"]
+    x, y = rectangles(record.points_of_each_class, record.seeds.training_points)
+    models = record.models
     columns = 4
 
     def paint(panels: list[Axes]) -> None:
@@ -225,22 +306,23 @@ def figure(record: dict[str, Any]) -> figures.Figure:
             _panel(axes, model, _array(x), y.numpy())
 
     caption = (
-        f"Decision boundary after {record['epochs']} epochs, the band of its margin, and the training points. Title: "
+        f"Decision boundary after {record.epochs} epochs, the band of its margin, and the training points. Title: "
         "smallest distance of a training point to the boundary, and what DeepFool (50 iterations) reports for it. "
-        f"The best margin is 1 for the rectangles and {record['attainable_margin']:.3f} for these points."
+        f"The best margin is 1 for the rectangles and {record.attainable_margin:.3f} for these points."
     )
     return figures.draw_panels("toy", caption, paint, len(models), columns, (2.6, 2.35))
 
 
-def _panel(axes: Axes, model: dict[str, Any], x: np.ndarray, y: np.ndarray) -> None:
-    boundary = np.array(model["boundary"]).reshape(-1, 2, 2)
+def _panel(axes: Axes, model: Trained, x: np.ndarray, y: np.ndarray) -> None:
+    boundary = np.array(model.measured.boundary).reshape(-1, 2, 2)
     for side in (-1, 1):
         axes.add_patch(Rectangle((2 * side - 1, -2), 2, 4, fill=False, edgecolor="#999999", linewidth=0.8))
-    if model["margin"] is not None and model["margin"] > 0:
+    margin = model.measured.margin
+    if margin is not None and margin > 0:
         (left, right), (bottom, top) = WINDOW
         grid = np.meshgrid(np.linspace(left, right, 161), np.linspace(bottom, top, 121))
         near = distances(np.stack(grid, 2).reshape(-1, 2), boundary).reshape(grid[0].shape)
-        axes.contourf(*grid, near, [-1, model["margin"]], colors=["#56B4E9"], alpha=0.35)
+        axes.contourf(*grid, near, [-1, margin], colors=["#56B4E9"], alpha=0.35)
     for segment in boundary:
         axes.plot(*segment.T, color="#000000", linewidth=1.4, solid_capstyle="round")
     for label, colour, marker in ((0, "#D55E00", "o"), (1, "#0072B2", "^")):
@@ -250,6 +332,6 @@ def _panel(axes: Axes, model: dict[str, Any], x: np.ndarray, y: np.ndarray) -> N
     axes.grid(False)
     axes.set(xlim=WINDOW[0], ylim=WINDOW[1], xticks=(-2, 0, 2), yticks=(-2, 0, 2))
     axes.tick_params(labelsize=7)
-    numbers = f"margin {_number(model['margin'])}, DeepFool {_number(model['deepfool'])}"
-    error = f", error {100 * model['train_error']:.1f} %" if model["train_error"] else ""
-    axes.set_title(f"{model['network'].split()[0]}, {model['model']}\n{numbers}{error}", fontsize=7.5)
+    numbers = f"margin {_number(margin)}, DeepFool {_number(model.measured.deepfool)}"
+    error = f", error {100 * model.train_error:.1f} %" if model.train_error else ""
+    axes.set_title(f"{model.network.split()[0]}, {model.model}\n{numbers}{error}", fontsize=7.5)
