@@ -231,7 +231,7 @@ def test_the_network_is_left_as_it_was(network, batch):
 def test_impossible_settings_raise(network, batch):
     with pytest.raises(ValueError, match=r"steps \* alpha is 3 \* 0.01 = 0.03, less than eps = 0.1"):
         attacks.ifgsm(network, *batch, eps=0.1, alpha=0.01, steps=3)
-    with pytest.raises(ValueError, match=r"eps is -0\.1"):
+    with pytest.raises(ValueError, match=r"eps must be >= 0, got -0\.1"):
         attacks.fgsm(network, *batch, eps=-0.1)
     with pytest.raises(ValueError, match="objective must be one of ce, gap"):
         attacks.fgsm(network, *batch, eps=0.1, objective="cw")

@@ -407,7 +407,7 @@ def test_mistakes_are_answered_in_one_sentence(tmp_path, capsys):
     assert cli.main(["evaluate", str(tmp_path)]) == 1
     assert "is not the folder of a training run" in capsys.readouterr().err
     assert cli.main(["swep"]) == 2
-    assert "unknown command 'swep'" in capsys.readouterr().err
+    assert "command must be one of train, evaluate, report, sweep" in capsys.readouterr().err
 
 
 def test_print_config_shows_the_resolved_config(capsys):

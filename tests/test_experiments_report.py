@@ -241,7 +241,7 @@ def test_what_is_no_sweep_is_refused(folder, tmp_path, capsys):
         ({"plain": {"error": 1}}, "published.plain: unknown point ''"),
         ({"plain / label_noise=0.3": {"error": 1}}, "unknown point 'label_noise=0.3'; did you mean label_noise=0"),
         ({"plain / label_noise=0.4": {"eror": 1}}, "unknown measure 'eror'; did you mean error"),
-        ({"plain / label_noise=0.4": {"error": "1 %"}}, "published.plain / label_noise=0.4.error is '1 %'; a number"),
+        ({"plain / label_noise=0.4": {"error": "1 %"}}, "published.plain / label_noise=0.4.error must be a number"),
     ],
 )
 def test_published_values_of_nothing_are_refused_by_name(tmp_path, published, message):

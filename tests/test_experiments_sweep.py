@@ -432,7 +432,7 @@ def test_a_point_may_have_seeds_of_its_own(tmp_path):
             r"models.b.after: unknown model above it 'hinj'; did you mean",
         ),
         ({"models": {"b": {"after": "b"}}}, r"models.b.after: unknown model above it 'b'; known: none"),
-        ({"models": {}}, "models: at least one label"),
+        ({"models": {}}, "models must be a mapping of at least one label"),
         ({"seeds": 3}, "seeds must be a list of integers, got 3"),
         ({"seed_keys": ["seed"]}, "seed_keys: unknown key 'seed'; did you mean"),
         (

@@ -539,7 +539,7 @@ def test_settings_that_cannot_run_here_say_so(digits):
         Trainer(settings(*FGSM, "--training.compile", "true"), digits)
     with pytest.raises(ValueError, match=r"cannot follow the gradients of loss.kind vat"):
         Trainer(settings(*VAT, "--training.compile", "true"), digits)
-    with pytest.raises(ValueError, match=r"optimiser.name is 'lion'"):
+    with pytest.raises(ValueError, match=r"optimiser.name must be one of sgd, adam, rmsprop, got 'lion'"):
         build_optimiser(replace(config.Config(), optimiser=config.OptimiserConfig(name="lion")), [torch.zeros(1)])
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"training.device must be cpu, got .* sees no CUDA device"):
