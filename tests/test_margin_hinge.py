@@ -46,6 +46,12 @@ def loop(gap, norm, gamma, cap, weights, eps, aggregation, layer_reduction):
     return torch.tensor(losses, dtype=torch.float64)
 
 
+def distances(gap, norm, eps, backend):
+    """The second output of the op, of which the public function returns the loss alone."""
+    gamma = torch.ones(norm.shape[2], dtype=torch.promote_types(torch.float32, norm.dtype), device=norm.device)
+    return functional.hinge_of(gap, norm, gamma, None, None, None, eps, "max", "mean", backend)[1]
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("layer_reduction", ["mean", "sum"])
 @pytest.mark.parametrize("cap", [None, [0.3, 0.9]])
@@ -54,9 +60,8 @@ def loop(gap, norm, gamma, cap, weights, eps, aggregation, layer_reduction):
 def test_values_are_those_of_a_literal_loop(backend, aggregation, layer_reduction, cap, weights, dtype):
     gap, norm = sample(dtype=dtype)
     gamma = [0.5, 1.25]
-    loss, distance = functional.margin_hinge_with_distance(
-        gap, norm, gamma, cap, 1e-3, aggregation, layer_reduction, "none", weights, backend
-    )
+    loss = functional.margin_hinge(gap, norm, gamma, cap, 1e-3, aggregation, layer_reduction, "none", weights, backend)
+    distance = distances(gap, norm, 1e-3, backend)
     expected = loop(
         gap.double(),
         norm.double(),
@@ -133,7 +138,9 @@ def test_slope_is_zero_on_both_kinks(backend, aggregation):
 
 def test_a_norm_of_zero_gives_a_large_finite_distance(backend):
     gap = torch.tensor([[-2.0], [2.0]], requires_grad=True)
-    loss, distance = functional.margin_hinge_with_distance(gap, torch.zeros(2, 1, 1), 1.0, backend=backend)
+    norm = torch.zeros(2, 1, 1)
+    loss = functional.margin_hinge(gap, norm, 1.0, backend=backend)
+    distance = distances(gap, norm, 1e-6, backend)
     assert torch.allclose(distance.flatten(), torch.tensor([2e6, -2e6]))
     assert torch.allclose(torch.autograd.grad(loss, gap)[0].flatten(), torch.tensor([0.0, 5e5]))
 
@@ -369,3 +376,24 @@ def test_property_loss_lies_between_zero_and_its_cap_and_max_bounds_mean(gap, no
         assert 0 <= values[name] <= alpha * gamma * (1 + 1e-6)
     assert values["mean"] <= values["max"] * (1 + 1e-5) + 1e-7
     assert values["sum"] == pytest.approx(values["mean"] * len(gap), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_nan_gap_whose_norm_is_left_out_is_nan_in_the_derivatives(backend, aggregation):
+    """min_norm leaves out a direction that means nothing; it does not hide a NaN."""
+
+    def derivatives(name):
+        gap, norm = sample(3, 2, 2, torch.float32)
+        gap[1, 0], norm[1] = math.nan, 0.1
+        gap.requires_grad_()
+        norm.requires_grad_()
+        loss = functional.margin_hinge(
+            gap, norm, 5.0, aggregation=aggregation, reduction="none", backend=name, min_norm=0.2
+        )
+        first = torch.autograd.grad(loss.sum(), (gap, norm), create_graph=True)
+        return [*first, *torch.autograd.grad(sum(d.square().sum() for d in first), (gap, norm))]
+
+    found = derivatives(backend)
+    assert all(d[1, 0].isnan().all() for d in found[1:]) and all(d[[0, 2]].isfinite().all() for d in found)
+    for ours, theirs in zip(found, derivatives("reference"), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7, equal_nan=True)

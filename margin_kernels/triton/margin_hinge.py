@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from .launch import accumulate, cdiv, kernel, launch
 from .numerics import divide, narrow, widen
+from .second import second_derivative
 
 TILE = 256  # samples times layers
 
 _INF = tl.constexpr(float("inf"))
-_INFINITY = float("inf")
 
 
 @triton.jit
@@ -321,61 +322,21 @@ _margin_hinge.register_autograd(_differentiate, setup_context=_save)
 
 
 def _save_backward(ctx, inputs, output):
-    grad, gap, norm, gamma, cap, weight, min_norm, ctx.eps, ctx.aggregation, ctx.layer_reduction, ctx.norm_grad = inputs
+    grad, gap, norm, gamma, cap, weight, min_norm, *ctx.options, ctx.norm_grad = inputs
     ctx.save_for_backward(grad, gap, norm, gamma, cap, weight, min_norm)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_backward(ctx, from_gap, from_norm):
-    """from_gap [N, k], from_norm [N, k, L]: what arrives at dgap and dnorm. Plain PyTorch, so it can be differentiated
-    again."""
-    grad, gap, norm, gamma, cap, weight, min_norm = ctx.saved_tensors
-    acc = accumulate(gap.dtype, norm.dtype)
-    g, raw, norm_, gamma = grad.to(acc)[:, None, None], gap.to(acc)[:, :, None], norm.to(acc), gamma.to(acc)
-    # A gap that is infinite, a norm that is, and a pair that is left out have no slope: no 0 * infinity is formed.
-    far, endless = raw.abs() == _INFINITY, norm_ == _INFINITY
-    w, e = raw.masked_fill(far, 0.0), norm_.masked_fill(endless, 1.0) + ctx.eps
-    out = (raw == -_INFINITY).expand_as(e)
-    if min_norm is not None:
-        out = out | (norm_ <= min_norm.to(acc))
-    distance = torch.where(far, -raw, (-w / e).masked_fill(endless, 0.0)).detach()
-    cap = torch.full_like(gamma, float("inf")) if cap is None else cap.to(acc)
-    weight = torch.ones_like(gamma) if weight is None else weight.to(acc)
-    if ctx.layer_reduction == "mean":
-        weight = weight / weight.sum()
-    c = _coefficients(distance, out, gamma, cap, weight, ctx.aggregation).masked_fill(endless | far, 0.0)
-    d_grad = d_norm = torch.zeros_like(e)
-    d_gap = None
-    if from_gap is not None:
-        v = from_gap.to(acc)[:, :, None]
-        d_grad = d_grad + v * c / e
-        d_norm = d_norm - v * g * c / e.square()
-    if from_norm is not None and ctx.norm_grad:
-        v = from_norm.to(acc)
-        d_grad = d_grad - v * c * w / e.square()
-        d_gap = (-v * g * c / e.square()).sum(-1).to(gap.dtype)
-        d_norm = d_norm + 2 * v * g * c * w / (e * e * e)
-    return d_grad.sum((1, 2)).to(grad.dtype), d_gap, d_norm.to(norm.dtype), *[None] * 8
-
-
-def _coefficients(distance, out, gamma, cap, weight, aggregation):
-    """c[n, j, l], piecewise constant: no gradient flows through it. 0 in the pairs that are left out."""
-
-    def active(d):
-        return (~((gamma - d <= 0) | (gamma - d >= cap))).to(d.dtype)
-
-    k = distance.shape[1]
-    if aggregation == "max":
-        # The first of equals. Where all are left out the first is taken, and left out below.
-        nearest = distance.masked_fill(out, _INFINITY).argmin(1, keepdim=True)
-        c = torch.zeros_like(distance).scatter(1, nearest, active(distance.gather(1, nearest))) * weight
-    elif aggregation == "mean_distance":
-        count = (~out).sum(1, keepdim=True).clamp(min=1)
-        mean = distance.masked_fill(out, 0.0).sum(1, keepdim=True) / count
-        c = (active(mean) * weight / count).expand_as(distance)
-    else:
-        c = active(distance) * (weight if aggregation == "sum" else weight / k)
-    return c.masked_fill(out, 0.0)
+    """from_gap [N, k], from_norm [N, k, L]: what arrives at dgap and dnorm."""
+    grad, gap, norm, *bounds = ctx.saved_tensors
+    (d_grad,), (d_gap, d_norm) = second_derivative(
+        lambda g, n: [reference.margin_hinge(g, n, *bounds, *ctx.options)[0]],
+        [gap, norm],
+        [grad],
+        [from_gap, from_norm if ctx.norm_grad else None],
+    )
+    return d_grad, d_gap, d_norm, *[None] * 8
 
 
 _margin_hinge_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
