@@ -73,7 +73,7 @@ class Mode:
     def auto_takes(self, model: nn.Module, hidden: Sequence[str], x: Tensor, y: Tensor) -> str:
         """ "loop" or "split", whichever passes="auto" takes."""
         loss = self.task(model, hidden, "auto")(x, y)["loss"]
-        return "split" if "_WeightGradients" in type(loss.grad_fn).__name__ else "loop"
+        return "split" if "GivenGradients" in type(loss.grad_fn).__name__ else "loop"
 
 
 def floor(

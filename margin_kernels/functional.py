@@ -226,26 +226,6 @@ def margin_hinge(
 
     Source: Elsayed et al., Large Margin Deep Networks for Classification, NeurIPS 2018, eq. 7 and section 4.1.
     """
-    loss, _ = margin_hinge_with_distance(
-        gap, norm, gamma, cap, eps, aggregation, layer_reduction, reduction, layer_weights, backend, min_norm
-    )
-    return loss
-
-
-def margin_hinge_with_distance(
-    gap: Tensor,
-    norm: Tensor,
-    gamma: Layerwise,
-    cap: Layerwise | None = None,
-    eps: float = 1e-6,
-    aggregation: str = "max",
-    layer_reduction: str = "mean",
-    reduction: str = "mean",
-    layer_weights: Layerwise | None = None,
-    backend: str = "auto",
-    min_norm: Layerwise | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`margin_hinge` and the signed distances [N, k, L] that it computed on the way, without gradient."""
     if norm.dim() != 3:
         raise ValueError(f"norm must have shape [N, k, L], got {list(norm.shape)}")
     if reduction not in ("mean", "sum", "none"):
@@ -258,8 +238,8 @@ def margin_hinge_with_distance(
     cap, weight, least = (
         None if value is None else per_layer(value, norm, wide) for value in (cap, layer_weights, min_norm)
     )
-    loss, distance = hinge_of(gap, norm, gamma, cap, weight, least, eps, aggregation, layer_reduction, backend)
-    return reduced(loss, reduction), distance
+    loss, _ = hinge_of(gap, norm, gamma, cap, weight, least, eps, aggregation, layer_reduction, backend)
+    return reduced(loss, reduction)
 
 
 def hinge_of(

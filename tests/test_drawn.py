@@ -52,7 +52,7 @@ def steps(
         model.zero_grad()
         torch.manual_seed(number)
         value = task(x, y)["loss"]
-        split.append("_WeightGradients" in type(value.grad_fn).__name__)
+        split.append("GivenGradients" in type(value.grad_fn).__name__)
         value.backward()
         gradients.append([p.grad for p in model.parameters()])
         losses.append(value.detach())

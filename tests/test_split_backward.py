@@ -163,7 +163,7 @@ def test_values_and_statistics_are_those_of_the_loop() -> None:
     loss = LargeMarginLoss(3.0, top_k=2)
     x, y = batch()
     split, loop = (MarginTask(build("plain"), loss, NETWORKS["plain"][1], passes)(x, y) for passes in ("split", "loop"))
-    assert split.keys() == loop.keys() and "_WeightGradients" in type(split["loss"].grad_fn).__name__
+    assert split.keys() == loop.keys() and "GivenGradients" in type(split["loss"].grad_fn).__name__
     for name, value in split.items():
         assert torch.equal(value, loop[name])
 
@@ -311,7 +311,7 @@ def test_time_major_layers_are_exact_whatever_the_number_of_steps(n) -> None:
         out = task(*batch(n=n))
         out["loss"].backward()
         found.append([parameter.grad for parameter in model.parameters()])
-        assert ("_WeightGradients" in type(out["loss"].grad_fn).__name__) == (passes == "auto")
+        assert ("GivenGradients" in type(out["loss"].grad_fn).__name__) == (passes == "auto")
         # The norm at the layer, sample by sample.
         for i in range(n):
             x, y = batch(n=n)

@@ -323,7 +323,7 @@ class Split:
                 )
             return self._gradients(loss, grad)
 
-        return _WeightGradients.apply(loss.detach(), gradients, *self.parameters)
+        return GivenGradients.apply(loss.detach(), gradients, *self.parameters)
 
     def _gradients(self, loss: Tensor, grad: Tensor) -> list[Tensor | None]:
         """The gradients of <grad, loss> in `parameters`."""
@@ -389,8 +389,8 @@ class Split:
         return places, sinks
 
 
-class _WeightGradients(torch.autograd.Function):
-    """A value whose gradients in its inputs a function of its own finds."""
+class GivenGradients(torch.autograd.Function):
+    """A value whose gradients in its inputs a function of its own finds, from the one that arrives."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Callable[[Tensor], list[Tensor | None]], *inputs: Tensor) -> Tensor:

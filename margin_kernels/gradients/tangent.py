@@ -24,7 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .autograd_graph import Graph, same_edge, saved, shape_of
 from .plan import Seeds
 from .request import Captured, Request
-from .split import NotExact, Split, Trials
+from .split import GivenGradients, NotExact, Split, Trials
 from .structure import per_sample
 
 # Autograd nodes of operations that are (piecewise) linear in all their inputs.
@@ -218,7 +218,7 @@ class TangentSplit(Split):
         its nodes in the graph of the pass are replaced by ones that convolve the tangent and do nothing else.
         """
         with torch.enable_grad():
-            joined = _Joined.apply(slopes, *self._passed)
+            joined = GivenGradients.apply(slopes[0].new_zeros(()), lambda _: slopes, *self._passed)
         made = {_key(get_gradient_edge(gradient)): gradient for gradient in self._pass[: self._recorded_outputs]}
         graph = Graph(joined)
         instead: dict[Any, Tensor] = {}
@@ -247,19 +247,6 @@ def _replace(node: Any, made: dict[tuple[Any, int], Tensor], instead: dict[Any, 
     _replace(came_from[0], made, instead)  # a convolution of a convolution
     with torch.enable_grad():
         instead[node] = _Convolved.apply(instead.get(came_from[0], made[came_from]), node)
-
-
-class _Joined(torch.autograd.Function):
-    """A root whose derivative in each tensor is the given one."""
-
-    @staticmethod
-    def forward(ctx: Any, slopes: list[Tensor], *tensors: Tensor) -> Tensor:
-        ctx.slopes = slopes
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (None, *ctx.slopes)
 
 
 class _Convolved(torch.autograd.Function):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..gradients.request import Request, explicit
+
 COMPETITORS = " (and at most the number of classes - 1)"
 REDUCTIONS = ("mean", "sum", "none")
 # An ignore_index that no target has: losses take every row.
@@ -198,15 +200,6 @@ class MarginLoss(nn.Module):
                 parts.append(f"{field.name}={value:g}" if isinstance(value, float) else f"{field.name}={value!r}")
         return ", ".join(parts)
 
-    def count(self, logits: Tensor) -> int:
-        """Backward passes to the taps in one step."""
-        competitors: int = self.top_k
-        return competitors
-
-    def passes(self, asked: str) -> str:
-        """The mode of `passes` that holds, where a task asks for one and the loss may know better."""
-        return asked
-
     def margins(self, *args: Any, **kwargs: Any) -> Any:
         """The former name of `statistics`."""
         warnings.warn("margins() is now statistics(); margins() goes in 0.2", DeprecationWarning, stacklevel=2)
@@ -215,3 +208,41 @@ class MarginLoss(nn.Module):
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached."""
         raise NotImplementedError
+
+
+class TapLoss(MarginLoss):
+    """A loss on distances at the taps of one forward pass.
+
+    A subclass says in `request` what it asks of that pass, and in `statistics` what it makes of the answer.
+    """
+
+    needs = "taps"
+
+    def forward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        activations: Sequence[Tensor],
+        batch_dim: int | Sequence[int | None] | None = None,
+    ) -> Tensor:
+        """The loss, [] or [N], of logits [N,C] and target [N] int64; MarginSensitivityLoss also takes one logit and
+        target -1 or +1.
+
+        activations are the h_l of the same forward: they require grad and are in the graph of the logits. batch_dim
+        names their batch dimension where that graph does not show it.
+        """
+        loss: Tensor = self.statistics(logits, target, explicit(logits, activations, batch_dim)).loss
+        return loss
+
+    def request(self, classes: int) -> Request:
+        """What this loss asks of a forward pass with so many classes."""
+        raise NotImplementedError
+
+    def count(self, logits: Tensor) -> int:
+        """Backward passes to the taps in one step."""
+        competitors: int = self.top_k
+        return competitors
+
+    def passes(self, asked: str) -> str:
+        """The mode of `passes` that holds, where a task asks for one and the loss may know better."""
+        return asked

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from .. import functional
 from ..backends import BACKENDS
 from ..gradients.choose import choose
-from ..gradients.request import Captured, Request, explicit
+from ..gradients.request import Captured, Request
 from ..reference.margin_hinge import AGGREGATIONS
 from . import base
-from .base import NOTHING, MarginLoss, optional
+from .base import NOTHING, TapLoss, optional
 from .margins import Margins
 
 # Norms up to this multiple of eps, or up to this value, count as 0: the distance would be the gap over eps.
@@ -27,7 +27,7 @@ OUTSIDE = (
 )
 
 
-class LargeMarginLoss(MarginLoss):
+class LargeMarginLoss(TapLoss):
     """Large margin loss: hinge on the linearised distance of the sample, at every tap, to the decision boundaries.
 
         gap[n,j]    = s[n,i] - s[n,y_n]      i = j-th of the top_k logits without the label; s = logits or softmax
@@ -64,7 +64,6 @@ class LargeMarginLoss(MarginLoss):
     Source: Elsayed, Krishnan, Mobahi, Regan, Bengio. Large Margin Deep Networks for Classification. NeurIPS 2018.
     """
 
-    needs = "taps"
     live = ("gamma", "alpha", "layer_weights", "margin_weight", "cross_entropy_weight", "min_norm")
     shown = ("gamma", "p", "top_k", "aggregation")
     checks: ClassVar = {
@@ -109,17 +108,6 @@ class LargeMarginLoss(MarginLoss):
     ) -> None:
         super().__init__()
         self.keep(locals())
-
-    def forward(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        activations: Sequence[Tensor],
-        batch_dim: int | Sequence[int | None] | None = None,
-    ) -> Tensor:
-        """The loss, [] or [N], of logits [N,C], target [N] int64 and activations h_l of the same forward, which require
-        grad. batch_dim names their batch dimension where the graph of the logits does not show it."""
-        return self.statistics(logits, target, explicit(logits, activations, batch_dim)).loss
 
     def request(self, classes: int) -> Request:
         """What this loss asks of a forward pass with so many classes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,8 +12,8 @@ from .. import functional
 from ..backends import BACKENDS
 from ..deprecation import former, renamed
 from ..gradients.choose import choose
-from ..gradients.request import Captured, Request, explicit
-from .base import COMPETITORS, NOTHING, REDUCTIONS, MarginLoss, count, exponent, non_negative, number, one_of, optional
+from ..gradients.request import Captured, Request
+from .base import COMPETITORS, NOTHING, REDUCTIONS, TapLoss, count, exponent, non_negative, number, one_of, optional
 
 CLASSIFICATIONS = ("hinge", "cross_entropy")
 # How the norm is differentiated, as the passes that do it.
@@ -37,7 +36,7 @@ class SensitivityMargins(NamedTuple):
     competitor: Tensor
 
 
-class MarginSensitivityLoss(MarginLoss):
+class MarginSensitivityLoss(TapLoss):
     """Margin sensitivity: a classification loss and the norm of the gradient by which the margin can be changed.
 
         gap[n]   = max over j != y_n of z[n,j] - z[n,y_n]
@@ -78,7 +77,6 @@ class MarginSensitivityLoss(MarginLoss):
     and 19; `power` and `weight` of the presets are those of the authors' code.
     """
 
-    needs = "taps"
     second_order = True
     shown = ("weight", "p", "power")
     checks: ClassVar = {
@@ -108,20 +106,6 @@ class MarginSensitivityLoss(MarginLoss):
     ) -> None:
         super().__init__()
         self.keep(locals())
-
-    def forward(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        activations: Sequence[Tensor],
-        batch_dim: int | Sequence[int | None] | None = None,
-    ) -> Tensor:
-        """The loss, [] or [N], of logits [N,C] and target [N] int64, or one logit and target -1 or +1.
-
-        activations holds one tensor, h of the same forward: it requires grad and is in the graph of the logits, which
-        shows its batch dimension; batch_dim names it where it does not.
-        """
-        return self.statistics(logits, target, explicit(logits, activations, batch_dim)).loss
 
     def passes(self, asked: str) -> str:
         return GRADIENTS[self.gradient] or asked
