@@ -19,6 +19,7 @@
 #include "../layout.h"
 #include "../ops.h"
 #include "fresh_pages.h"
+#include "grain.h"
 
 namespace margin_kernels {
 
@@ -68,9 +69,6 @@ struct CompetitorsBackward {
 
 namespace margin_kernels {
 namespace {
-
-// Rows per task: about 32k logits each, so that small problems stay on one thread.
-int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / classes); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits,
                                                                                    const Tensor& target, int64_t k,

@@ -11,6 +11,7 @@
 
 #include "../check.h"
 #include "../ops.h"
+#include "grain.h"
 
 namespace margin_kernels {
 
@@ -28,12 +29,6 @@ struct ThinConvolution {
 namespace margin_kernels {
 namespace {
 
-// Samples per task: at least half a million products.
-int64_t grain(const ThinConvolution& at) {
-  const int64_t products = at.outputs * at.inputs * at.kh * at.kw * at.gh * at.gw;
-  return std::max<int64_t>(1, 500'000 / std::max<int64_t>(products, 1));
-}
-
 Tensor convolution_input_gradient_cpu(const Tensor& gradient, const Tensor& weight, IntArrayRef padding,
                                       IntArrayRef dilation, IntArrayRef size) {
   check::convolution_input_gradient(gradient, weight, padding, dilation, c10::fromIntArrayRefSlow(size));
@@ -41,8 +36,9 @@ Tensor convolution_input_gradient_cpu(const Tensor& gradient, const Tensor& weig
   Tensor dx = at::empty({g.size(0), w.size(1), size[0], size[1]}, g.options().requires_grad(false));
   const ThinConvolution at{w.size(0), w.size(1), w.size(2),  w.size(3),  size[0],     size[1],
                            g.size(2), g.size(3), padding[0], padding[1], dilation[0], dilation[1]};
+  const int64_t products = at.outputs * at.inputs * at.kh * at.kw * at.gh * at.gw;
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "convolution_input_gradient", [&] {
-    at::parallel_for(0, g.size(0), grain(at), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, g.size(0), grain(products, 500'000), [&](int64_t begin, int64_t end) {
       MK_DISPATCH(input_gradient_samples(at, g.const_data_ptr<scalar_t>(), w.const_data_ptr<scalar_t>(), begin, end,
                                          dx.data_ptr<scalar_t>()));
     });

@@ -19,6 +19,7 @@
 #include "../ops.h"
 #include "dual_norm.h"
 #include "fresh_pages.h"
+#include "grain.h"
 
 namespace margin_kernels {
 
@@ -55,9 +56,6 @@ namespace margin_kernels {
 namespace {
 
 using math::Norm;
-
-// Samples per task: at least 32k elements each, so that small problems stay on one thread.
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1)); }
 
 Tensor step_like(const Tensor& gradients) {
   auto sizes = gradients.sizes().vec();

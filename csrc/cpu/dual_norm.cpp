@@ -14,6 +14,7 @@
 #include "../check.h"
 #include "../layout.h"
 #include "../ops.h"
+#include "grain.h"
 
 #define MK_KERNEL "dual_norm_kernel.h"
 #include "foreach_isa.h"
@@ -36,9 +37,6 @@ Rows<scalar_t> rows_of(const Tensor& g, int64_t batch_dims) {
 }
 
 int64_t count_rows(const Tensor& g, int64_t batch_dims) { return batch_dims == 2 ? g.size(0) * g.size(1) : g.size(0); }
-
-// Rows per task: at least 32k elements each, so that small problems stay on one thread.
-int64_t grain(int64_t length) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(length, 1)); }
 
 Tensor dual_norm_cpu(TensorList gradients, double p, int64_t batch_dims) {
   check::dual_norm(gradients, p, batch_dims);

@@ -14,6 +14,7 @@
 
 #include "../check.h"
 #include "../ops.h"
+#include "grain.h"
 
 namespace margin_kernels {
 namespace {
@@ -150,8 +151,6 @@ struct Inputs {
       if (aggregation == Aggregation::MEAN_DISTANCE || math::active(distance(n, j, l), gamma, cap)) result[j] = share;
     }
   }
-
-  int64_t grain() const { return std::max<int64_t>(1, 8192 / (k * layers)); }
 };
 
 std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& norm, const Tensor& gamma,
@@ -164,7 +163,7 @@ std::tuple<Tensor, Tensor> margin_hinge_cpu(const Tensor& gap, const Tensor& nor
   AT_DISPATCH_FLOATING_TYPES(loss.scalar_type(), "margin_hinge", [&] {
     const Inputs<scalar_t> in(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction);
     auto *loss_data = loss.data_ptr<scalar_t>(), *distance_data = distance.data_ptr<scalar_t>();
-    at::parallel_for(0, in.rows, in.grain(), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, in.rows, grain(in.k * in.layers, 8192), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t j = 0; j < in.k; ++j) {
           for (int64_t l = 0; l < in.layers; ++l) distance_data[(n * in.k + j) * in.layers + l] = in.distance(n, j, l);
@@ -193,7 +192,7 @@ std::tuple<Tensor, Tensor> margin_hinge_backward_cpu(const Tensor& grad, const T
     const auto* grad_data = grads.const_data_ptr<scalar_t>();
     auto* dgap = gap_out.data_ptr<scalar_t>();
     auto* dnorm = norm_grad ? norm_out.data_ptr<scalar_t>() : nullptr;
-    at::parallel_for(0, in.rows, in.grain(), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, in.rows, grain(in.k * in.layers, 8192), [&](int64_t begin, int64_t end) {
       std::vector<scalar_t> c(in.k);
       for (int64_t n = begin; n < end; ++n) {
         std::fill_n(dgap + n * in.k, in.k, scalar_t(0));

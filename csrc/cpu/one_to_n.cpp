@@ -19,6 +19,7 @@
 #include "../layout.h"
 #include "../ops.h"
 #include "fresh_pages.h"
+#include "grain.h"
 
 namespace margin_kernels {
 
@@ -54,9 +55,6 @@ namespace {
 constexpr int64_t kChunkRows = 1024, kBlockColumns = 256;  // a task of the forward pass; a multiple of every vector
 
 int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
-
-// Rows per task: about 32k logits each, so that small problems stay on one thread.
-int64_t grain(int64_t classes) { return std::max<int64_t>(1, 32768 / classes); }
 
 template <class scalar_t>
 OneToNLogits<scalar_t> logits_of(const Tensor& z, const Tensor& y, double delta) {

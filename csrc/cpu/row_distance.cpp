@@ -17,6 +17,7 @@
 #include "../ops.h"
 #include "dual_norm.h"
 #include "fresh_pages.h"
+#include "grain.h"
 
 namespace margin_kernels {
 
@@ -41,9 +42,6 @@ struct RowUses {
 
 namespace margin_kernels {
 namespace {
-
-// Samples (or classes) per task: at least 32k elements, so that small problems stay on one thread.
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(elements, 1)); }
 
 template <class scalar_t>
 RowPairs<scalar_t> pairs_of(const Tensor& rows, const Tensor& index, const Tensor& target) {
