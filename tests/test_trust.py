@@ -658,6 +658,13 @@ def test_explain_says_what_a_step_does_and_changes_nothing() -> None:
     assert MarginTask(model, OneToNLoss()).explain(x, y).backends["one_to_n"] == "cpu"
 
 
+def test_explain_counts_what_a_step_with_tangents_records() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
+    task = MarginTask(model, MarginSensitivityLoss(top_k=1))
+    found = task.explain(*batch())
+    assert (found.strategy, found.passes) == ("tangent", 4.0) and found.recorded_bytes > 0
+
+
 class Folded(nn.Module):
     """Frames of a clip go through the convolution as samples of their own."""
 

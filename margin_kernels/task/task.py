@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .. import functional
 from ..backends import choose as backend_of
 from ..batchnorm import running_statistics, training_batchnorms
 from ..gradients.choose import check_passes, choose, reasons
@@ -223,7 +224,8 @@ class MarginTask(nn.Module):
         recorded = 0
         if isinstance(gradients, Split):
             label = y.clamp(0, logits.shape[1] - 1)
-            gradients.norms(label, self.loss.logit_statistics(logits.detach(), y)["competitor"])
+            rivals = functional.competitors(logits.detach(), label, request.competitors, backend=self.loss.backend)
+            gradients.norms(label, rivals.competitor)
             recorded = gradients.recorded_bytes
         reason = {
             "loop": "exact for every network",
