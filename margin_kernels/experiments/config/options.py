@@ -223,8 +223,9 @@ class LossConfig:
     virtual_adversarial: VirtualAdversarialConfig = field(default_factory=VirtualAdversarialConfig)
 
 
-# The options of LossConfig that each loss reads besides `kind` and `cross_entropy_epochs`.
-_SECTIONS = ("sensitivity", "adversarial", "one_to_n", "adversarial_training", "virtual_adversarial")
+# The options of LossConfig that each loss reads besides `kind` and `cross_entropy_epochs`. A section has a default that
+# is made anew for each config.
+_SECTIONS = tuple(f.name for f in dataclasses.fields(LossConfig) if dataclasses.is_dataclass(f.default_factory))
 GENERAL_OPTIONS = ("kind", "cross_entropy_epochs")
 OPTIONS_OF_LOSS: dict[str, tuple[str, ...]] = {
     "cross_entropy": (),
