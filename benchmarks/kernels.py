@@ -6,6 +6,7 @@ python benchmarks/kernels.py --out benchmarks/results/kernels_cpu.json
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bench_one_to_n import step as one_to_n_step
 from bench_row_distance import CLASSES, COMPETITORS, FEATURES, SAMPLES
 from bench_row_distance import forward as row_distance_forward
 from timing import environment, interleaved
+from torch import Tensor
 
 from margin_kernels import functional
 
@@ -56,33 +58,35 @@ def dual_norm(rounds: int, megabytes: int) -> list[dict[str, Any]]:
     return table
 
 
-def competitors(rounds: int, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Forward + backward against F.cross_entropy's and against the eager composition."""
-    table = []
+def labelled_logits(shapes: list[tuple[int, int]]) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+    """(what the row of a table says of them, logits [N, C], target [N]), each on the threads that it names."""
     for threads, dtype in ((1, torch.float32), (2, torch.float32), (2, torch.bfloat16)):
         torch.set_num_threads(threads)
         for n, classes in shapes:
-            logits = torch.randn(n, classes).to(dtype).requires_grad_()
-            target = torch.randint(0, classes, (n,))
-            runs = {"cross_entropy": step("cross_entropy", logits, target, 0)}
-            for k in (1, 5):
-                runs[f"ours {k}"] = step("ours", logits, target, k)
-                runs[f"eager {k}"] = step("eager", logits, target, k)
-            times = interleaved(runs, rounds, warmup=1)
-            for k in (1, 5):
-                table.append(
-                    {
-                        "n": n,
-                        "classes": classes,
-                        "k": k,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "threads": threads,
-                        "milliseconds": times[f"ours {k}"] * 1e3,
-                        "to_cross_entropy": times[f"ours {k}"] / times["cross_entropy"],
-                        "to_eager": times[f"ours {k}"] / times[f"eager {k}"],
-                    }
-                )
-                print(table[-1], flush=True)
+            case = {"n": n, "classes": classes, "dtype": str(dtype).removeprefix("torch."), "threads": threads}
+            yield case, torch.randn(n, classes).to(dtype).requires_grad_(), torch.randint(0, classes, (n,))
+
+
+def competitors(rounds: int, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Forward + backward against F.cross_entropy's and against the eager composition."""
+    table = []
+    for case, logits, target in labelled_logits(shapes):
+        runs = {"cross_entropy": step("cross_entropy", logits, target, 0)}
+        for k in (1, 5):
+            runs[f"ours {k}"] = step("ours", logits, target, k)
+            runs[f"eager {k}"] = step("eager", logits, target, k)
+        times = interleaved(runs, rounds, warmup=1)
+        for k in (1, 5):
+            table.append(
+                {
+                    **case,
+                    "k": k,
+                    "milliseconds": times[f"ours {k}"] * 1e3,
+                    "to_cross_entropy": times[f"ours {k}"] / times["cross_entropy"],
+                    "to_eager": times[f"ours {k}"] / times[f"eager {k}"],
+                }
+            )
+            print(table[-1], flush=True)
     return table
 
 
@@ -122,28 +126,21 @@ def row_distance(rounds: int, classes: int) -> list[dict[str, Any]]:
 def one_to_n(rounds: int, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """Forward + backward against F.cross_entropy's and against the paper's N x N form."""
     table = []
-    for threads, dtype in ((1, torch.float32), (2, torch.float32), (2, torch.bfloat16)):
-        torch.set_num_threads(threads)
-        for n, classes in shapes:
-            logits = torch.randn(n, classes).to(dtype).requires_grad_()
-            target = torch.randint(0, classes, (n,))
-            kinds = ("cross_entropy", "ours", "ours with cross-entropy")
-            times = interleaved({kind: one_to_n_step(kind, logits, target) for kind in kinds}, rounds)
-            # The N x N form takes a hundred times as long: fewer rounds, beside one of ours.
-            slow = interleaved({kind: one_to_n_step(kind, logits, target) for kind in ("ours", "pairs")}, 3, warmup=1)
-            table.append(
-                {
-                    "n": n,
-                    "classes": classes,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "threads": threads,
-                    "milliseconds": times["ours"] * 1e3,
-                    "to_cross_entropy": times["ours"] / times["cross_entropy"],
-                    "with_cross_entropy_to_cross_entropy": times["ours with cross-entropy"] / times["cross_entropy"],
-                    "to_pairs": slow["ours"] / slow["pairs"],
-                }
-            )
-            print(table[-1], flush=True)
+    for case, logits, target in labelled_logits(shapes):
+        kinds = ("cross_entropy", "ours", "ours with cross-entropy")
+        times = interleaved({kind: one_to_n_step(kind, logits, target) for kind in kinds}, rounds)
+        # The N x N form takes a hundred times as long: fewer rounds, beside one of ours.
+        slow = interleaved({kind: one_to_n_step(kind, logits, target) for kind in ("ours", "pairs")}, 3, warmup=1)
+        table.append(
+            {
+                **case,
+                "milliseconds": times["ours"] * 1e3,
+                "to_cross_entropy": times["ours"] / times["cross_entropy"],
+                "with_cross_entropy_to_cross_entropy": times["ours with cross-entropy"] / times["cross_entropy"],
+                "to_pairs": slow["ours"] / slow["pairs"],
+            }
+        )
+        print(table[-1], flush=True)
     return table
 
 
