@@ -36,12 +36,12 @@ test: install
 
 # Drawn networks, twenty times as many as `make test` draws, and other ones each time.
 test-fuzz: install
-	MARGIN_KERNELS_FUZZ=2000 $(BIN)/python -m pytest -q tests/test_drawn.py
+	MARGIN_KERNELS_FUZZ=2000 $(BIN)/python -m pytest -q tests/gradients/test_drawn.py
 
 # The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90: no GPU needed.
-OP_TESTS := $(patsubst margin_kernels/reference/%.py,tests/test_%.py,$(filter-out %/__init__.py,$(wildcard margin_kernels/reference/*.py)))
+OP_TESTS := $(patsubst margin_kernels/reference/%.py,tests/ops/test_%.py,$(filter-out %/__init__.py,$(wildcard margin_kernels/reference/*.py)))
 test-triton: install
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --backend triton $(OP_TESTS) tests/test_dispatch.py tests/test_triton.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --backend triton $(OP_TESTS) tests/ops/test_dispatch.py tests/ops/test_triton.py
 	$(BIN)/python -m margin_kernels.triton.compile_check
 
 bench: install

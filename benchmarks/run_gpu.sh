@@ -34,7 +34,7 @@ stage() { # NAME SECONDS COMMAND...
 
 sanitizer() { # TOOL
   "$CUDA_HOME/bin/compute-sanitizer" --tool "$1" --error-exitcode 86 --kernel-regex kns=margin_kernels --print-limit 20 \
-      "$python" tests/gpu_cases.py
+      "$python" tests/support/gpu_cases.py
 }
 export -f sanitizer
 export python
@@ -43,7 +43,7 @@ stage build 300 "$python" setup.py build_ext --inplace
 "$python" -m margin_kernels.info | tee "$out/info.log"
 # The experiments' own tests need their extra; without it they cannot be collected.
 ignore=()
-"$python" -c 'import jsonargparse' 2>/dev/null || ignore=("--ignore-glob=*test_experiments*")
+"$python" -c 'import jsonargparse' 2>/dev/null || ignore=(--ignore=tests/experiments)
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
 stage tests 300 "$python" -m pytest -q -m gpu --durations=15 -p no:cacheprovider "${ignore[@]}" "${workers[@]}"

@@ -7,7 +7,6 @@ Without one, `--backend triton` runs the Triton kernels on CPU tensors through T
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ if "--backend triton" in _COMMAND_LINE and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton, and margin_kernels, are imported
 
 from margin_kernels import backends  # noqa: E402
+
+pytest.register_assert_rewrite("support")  # its assertions then show the values, as those of a test file do
 
 ON_CPU = ("cpu", "reference")
 ON_GPU = ("cuda", "triton", "reference")
@@ -57,10 +58,3 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def data_root() -> Path | None:
-    """The folder with mnist/, fashion_mnist/ and cifar10/, or None."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    root = Path(os.environ.get("MARGIN_KERNELS_DATA", default))
-    return root if root.is_dir() else None

@@ -9,7 +9,7 @@ the input has no gradient. Backward runs along the edges: from the logits to the
 
 What is private in PyTorch and used here: `_input_metadata` (shape of each output of the forward operation), `_saved_*`
 (arguments of the forward operation), `_sequence_nr`, and whether the running backward will come to a node. `refusal()`
-says why a PyTorch cannot be trusted with it; tests/test_autograd_graph.py holds each helper to its meaning.
+says why a PyTorch cannot be trusted with it; tests/gradients/test_autograd_graph.py holds each helper to its meaning.
 """
 
 from __future__ import annotations
