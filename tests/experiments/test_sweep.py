@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from support.tiny_sweeps import EVALUATION, TINY, changed, records, run, write
+from support.tiny_sweeps import EVALUATION, TINY, changed, records, run, run_in_processes, write
 
 from margin_kernels.experiments import cli, data, models, sweeps
 from margin_kernels.experiments.config import Config, ConfigError
@@ -222,7 +222,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(tmp_path, capsys):
         seeds=[0],
     )
     path = write(tmp_path, sweep_file)
-    assert run(path, tmp_path / "out") == 1
+    assert run_in_processes(path, tmp_path / "out", "--jobs", "2") == 1
     output = capsys.readouterr()
     assert "diverges__seed0 failed: TrainingError" in output.err and "the loss is nan" in output.err
     assert "after_it__seed0 failed: diverges__seed0, whose weights it starts from, failed" in output.err

@@ -211,10 +211,7 @@ class Runner:
         self._job(cell).write(folder)
         if self.trained(cell):
             self.needed.add(cell.name)  # weights that were kept stay
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.options.threads)}
-        command = [sys.executable, "-m", "margin_kernels.experiments.sweeps.worker", str(folder)]
-        with (folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        return start_worker(folder, self.options.threads)
 
     def _job(self, cell: Cell) -> Job:
         """What the worker of a cell is given: names of cells have become folders."""
@@ -319,6 +316,14 @@ class Runner:
             except BlockingIOError:
                 raise ValueError(f"{self.out}: another sweep is running in this folder") from None
             yield file
+
+
+def start_worker(folder: Path, threads: int) -> subprocess.Popen[bytes]:
+    """The process of the cell whose job lies in `folder`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "margin_kernels.experiments.sweeps.worker", str(folder)]
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
 def _last_line(log: Path, status: int) -> str:

@@ -29,6 +29,14 @@ from ..training import EXPECTED, Trainer, resolve_device, time_steps
 from .job import Choice, Job
 
 
+def main(folder: Path) -> None:
+    """`run`, whose expected errors end the process with a sentence."""
+    try:
+        run(folder)
+    except EXPECTED as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
 def run(folder: Path) -> None:
     """Trains, or takes the weights that were kept, evaluates and records the cell of `folder`."""
     tick = while_alive(os.getppid())
@@ -98,7 +106,4 @@ def while_alive(parent: int) -> Callable[[Any], None]:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    try:
-        run(Path(sys.argv[1]))
-    except EXPECTED as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    main(Path(sys.argv[1]))
