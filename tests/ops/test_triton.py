@@ -25,6 +25,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 @installed
+@interpreter  # minutes, and once is enough: `make test-triton` has it, `make test` has not
 @pytest.mark.parametrize("op", triton_backend.OPS)
 def test_every_kernel_compiles_for_sm_90_without_spills(op):
     result = run_python("-m", "margin_kernels.triton.compile_check", op)
