@@ -4,6 +4,8 @@
 #   make test     the tests                 make bench    every benchmark, few rounds
 #   make lint     ruff, mypy, clang-format  make cpptest  the C++ library and its tests
 #   make test-triton  the Triton kernels without a GPU: interpreted by the op tests, compiled for sm_90
+#   make test-all     test, test-triton, cpptest
+#   make nightly      what a change rarely breaks: cpptest under ASan and UBSan, 2,000 drawn networks
 #   make release      source archive and wheel in dist/, each installed in an empty environment and tried
 #
 # PYTHON  the interpreter for .venv          TORCH  what to install as torch, e.g. TORCH="torch==2.12.*"
@@ -15,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test test-fuzz test-triton bench lint format cpptest release clean
+.PHONY: install demo test test-fuzz test-triton test-all nightly bench lint format cpptest release clean
 
 install: $(STAMP)
 
@@ -38,11 +40,16 @@ test: install
 test-fuzz: install
 	MARGIN_KERNELS_FUZZ=2000 $(BIN)/python -m pytest -q tests/gradients/test_drawn.py
 
-# The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90: no GPU needed.
+# The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90 by tests/ops/test_triton.py
+# (python -m margin_kernels.triton.compile_check prints their registers): no GPU needed.
 OP_TESTS := $(patsubst margin_kernels/reference/%.py,tests/ops/test_%.py,$(filter-out %/__init__.py,$(wildcard margin_kernels/reference/*.py)))
 test-triton: install
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --backend triton $(OP_TESTS) tests/ops/test_dispatch.py tests/ops/test_triton.py
-	$(BIN)/python -m margin_kernels.triton.compile_check
+
+test-all: test test-triton cpptest
+
+nightly: test-fuzz
+	$(MAKE) cpptest SANITIZE=ON
 
 bench: install
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only --benchmark-min-rounds=1 --benchmark-max-time=0.01 \
