@@ -6,7 +6,8 @@ Without one, `--backend triton` runs the Triton kernels on CPU tensors through T
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from margin_kernels import backends  # noqa: E402
 
 pytest.register_assert_rewrite("support")  # its assertions then show the values, as those of a test file do
 
+PROGRESS_SECONDS = 10  # between two lines of `progress`
 ON_CPU = ("cpu", "reference")
 ON_GPU = ("cuda", "triton", "reference")
 
@@ -58,3 +60,27 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def progress(request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """A long test calls progress(total) as each case starts: "case 400 of 2000, 35 s" is on the terminal now and then.
+
+    It is written past pytest's capture. A worker of xdist, which has no terminal of its own, writes nothing.
+    """
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    silent = hasattr(request.config, "workerinput")
+    start = said = time.monotonic()
+    count = 0
+
+    def case(total: int) -> None:
+        nonlocal count, said
+        count += 1
+        now = time.monotonic()
+        if silent or now - said < PROGRESS_SECONDS:
+            return
+        said = now
+        with capture.global_and_fixture_disabled():
+            print(f"\ncase {count} of {total}, {now - start:.0f} s", flush=True)
+
+    return case

@@ -18,6 +18,7 @@ from margin_kernels import LargeMarginLoss, MarginSensitivityLoss, MarginTask
 from margin_kernels.gradients import autograd_graph
 
 CASES = int(os.environ.get("MARGIN_KERNELS_FUZZ", "100"))
+COMPILED_CASES = max(CASES // 10, 1)
 REFUSED = "is not proven by the graph|a second derivative is asked for|register_hook|reentrant"
 # Per case; hypothesis draws the seeds, prints a failing one and remembers nothing between runs.
 drawn = settings(
@@ -71,7 +72,8 @@ def assert_close(found: list[Tensor | None], expected: list[Tensor | None], what
 
 @drawn
 @given(st.integers(0, 2**31))
-def test_auto_is_the_loop_and_the_loop_is_the_literal_one(seed: int) -> None:
+def test_auto_is_the_loop_and_the_loop_is_the_literal_one(progress, seed: int) -> None:
+    progress(CASES)
     case, loss = draw(seed), loss_of(seed)
     with sdpa_kernel(SDPBackend.MATH) if loss.second_order else warnings.catch_warnings():
         try:
@@ -98,9 +100,10 @@ def test_auto_is_the_loop_and_the_loop_is_the_literal_one(seed: int) -> None:
             assert_close(loop[0][number], [p.grad for p in model.parameters()], (case, loss, number))
 
 
-@settings(drawn, max_examples=max(CASES // 10, 1))
+@settings(drawn, max_examples=COMPILED_CASES)
 @given(st.integers(0, 2**31))
-def test_compiled_steps_are_those_of_eager(seed: int) -> None:
+def test_compiled_steps_are_those_of_eager(progress, seed: int) -> None:
+    progress(COMPILED_CASES)
     case, loss = draw(seed), loss_of(seed)
     with sdpa_kernel(SDPBackend.MATH):
         try:
