@@ -40,8 +40,8 @@ test: install
 test-fuzz: install
 	MARGIN_KERNELS_FUZZ=2000 $(BIN)/python -m pytest -q tests/gradients/test_drawn.py
 
-# The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90 by tests/ops/test_triton.py
-# (python -m margin_kernels.triton.compile_check prints their registers): no GPU needed.
+# The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90: no GPU needed.
+# `python -m margin_kernels.triton.compile_check` prints the registers that they take.
 OP_TESTS := $(patsubst margin_kernels/reference/%.py,tests/ops/test_%.py,$(filter-out %/__init__.py,$(wildcard margin_kernels/reference/*.py)))
 test-triton: install
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --backend triton $(OP_TESTS) tests/ops/test_dispatch.py tests/ops/test_triton.py

@@ -59,6 +59,19 @@ def test_every_launcher_has_kernels_without_torch_and_a_test_of_them(launcher):
     assert f'"cuda/{launcher.stem}.cuh"' in (ROOT / f"tests/cpp/test_cuda_{launcher.stem}.cpp").read_text()
 
 
+def test_every_test_file_stands_in_a_room_under_a_name_of_its_own():
+    files = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")]
+    assert {path.parts[0] for path in files if len(path.parts) == 2} >= {
+        "ops",
+        "losses",
+        "gradients",
+        "task",
+        "experiments",
+    }
+    assert not [path for path in files if len(path.parts) != 2]
+    assert len({path.name for path in files}) == len(files)  # mypy takes equal names for one module
+
+
 def test_every_op_has_a_schema_and_a_shape_function():
     library, meta, declared = ((ROOT / "csrc" / f).read_text() for f in ("library.cpp", "meta.cpp", "ops.h"))
     for op in OPS:
