@@ -83,4 +83,4 @@ release: install
 	TORCH="$(TORCH)" bash .ci/release
 
 clean:
-	rm -rf build dist *.egg-info margin_kernels/_C*.so margin_kernels/_build.py
+	rm -rf build dist .coverage* *.egg-info margin_kernels/_C*.so margin_kernels/_build.py

@@ -1,6 +1,7 @@
 """Every wrong call of every op: the same exception with the same sentence on every backend, first word to last."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -158,3 +159,31 @@ def test_the_same_call_without_the_mistake_runs(backend, op):
     result = getattr(functional, op)(**calls()[op], backend=backend)
     outputs = result if isinstance(result, tuple) else (result,)
     assert all(out.isfinite().all() for out in outputs if out is not None and out.is_floating_point())
+
+
+ELSEWHERE = [
+    ("competitors", "target", "target must be on the device of logits (cpu), got meta"),
+    ("one_to_n", "target", "target must be on the device of logits (cpu), got meta"),
+    ("row_distance", "index", "index must be on the device of rows (cpu), got meta"),
+    ("row_distance", "target", "target must be on the device of rows (cpu), got meta"),
+    ("margin_hinge", "norm", "norm must be on the device of gap (cpu), got meta"),
+    ("deepfool_step", "gradients", "gradients must be on the device of gap (cpu), got meta"),
+    ("deepfool_step", "active", "active must be on the device of gap (cpu), got meta"),
+]
+
+
+@pytest.mark.parametrize("op,name,sentence", ELSEWHERE, ids=[f"{op}: {name}" for op, name, _ in ELSEWHERE])
+def test_a_tensor_on_another_device_is_named(op, name, sentence):
+    arguments = {"active": torch.ones(4, dtype=torch.bool), **calls()[op]} if name == "active" else calls()[op]
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        getattr(functional, op)(**arguments, backend="reference")
+
+
+def test_a_layer_on_another_device_is_named():
+    gradients = [torch.ones(4, 2, 7), torch.ones(4, 2, 3, device="meta")]
+    with pytest.raises(ValueError, match=r"^gradients\[1\] must be on the device of gradients\[0\] \(cpu\), got meta$"):
+        functional.dual_norm(gradients, 2, backend="reference")
+    gap, norm, gamma = torch.zeros(4, 3), torch.ones(4, 3, 2), torch.ones(2, device="meta")
+    with pytest.raises(ValueError, match=r"^gamma must be on the device of gap \(cpu\), got meta$"):
+        functional.margin_hinge(gap, norm, gamma, backend="reference")

@@ -373,6 +373,10 @@ class TestRefusals:
             MarginTask(conv_net(), LargeMarginLoss(), batchnorm="eval")
         with pytest.raises(ValueError, match="layers has 'conv9', which names no module of Sequential"):
             MarginTask(conv_net(), LargeMarginLoss(), ("conv9",))
+        with pytest.raises(TypeError, match=r"batch_dim must be a dimension or a dict .*, got 'first'"):
+            MarginTask(conv_net(), LargeMarginLoss(), LAYERS, batch_dim="first")(*batch())
+        with pytest.raises(ValueError, match=r"batch_dim must name taps \(input, 0, 3, 4, output\), got 'conv9'"):
+            MarginTask(conv_net(), LargeMarginLoss(), LAYERS, batch_dim={"conv9": 0})(*batch())
         with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):
             MarginTask(lambda x: x, LargeMarginLoss())
         with pytest.raises(TypeError, match=r"loss must be a loss of margin_kernels\.losses, got CrossEntropyLoss"):
@@ -382,6 +386,14 @@ class TestRefusals:
         x, y = batch()
         with pytest.raises(ValueError, match=r"target must be in \[0, 4\)"):
             MarginTask(conv_net(), LargeMarginLoss())(x, y + CLASSES)
+
+
+def test_explain_says_who_asked_for_a_strategy_and_what_a_search_costs() -> None:
+    x, y = batch()
+    found = MarginTask(conv_net(), LargeMarginLoss(top_k=2), LAYERS, "loop").explain(x, y)
+    assert (found.strategy, found.reason) == ("loop", "asked for by passes='loop'")
+    found = MarginTask(conv_net(), AdversarialMarginLoss(max_iter=7)).explain(x, y)
+    assert (found.strategy, found.cost) == ("model", "F + 2 F, and up to 7 steps of DeepFool with their gradients")
 
 
 class TestCopies:
