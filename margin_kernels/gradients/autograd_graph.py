@@ -14,6 +14,7 @@ says why a PyTorch cannot be trusted with it; tests/gradients/test_autograd_grap
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..backends import EXTENSION
 from ..tracing import tracing
@@ -33,6 +35,7 @@ TESTED = ((2, 11), (2, 15))
 LEAF = "torch::autograd::AccumulateGrad"
 # Dimensions are saved as they were written, and a negative one is shown as an unsigned 64-bit integer.
 _UNSIGNED = 2**64
+NODE_HOOKS = ("register_hook", "register_prehook")
 
 Edge = tuple[Any, int]
 
@@ -80,15 +83,41 @@ def _refuse_hook(what: str) -> None:
     )
 
 
-def without_hooks(model: Any) -> AbstractContextManager[Any]:
-    """For a forward pass whose graph is measured. Where hooks cannot be silenced, a hook on an activation would run in
-    every pass and change what it measures: there it raises ValueError, and so does a backward hook of a module."""
+def without_hooks(model: Any, x: Any = None) -> AbstractContextManager[Any]:
+    """For a forward pass model(x) whose graph is measured. Where hooks cannot be silenced, a hook on an activation or
+    on a node would run in every pass and change what it measures: there it raises ValueError, as it does for a backward
+    hook of a module, of all modules, or of x."""
     if sees_hooks() or tracing():
         return nullcontext()
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if module._backward_hooks or module._backward_pre_hooks:
             _refuse_hook(f"a backward hook of module {name!r}")
-    return _HooksRefused()
+    of_all = torch.nn.modules.module
+    if of_all._global_backward_hooks or of_all._global_backward_pre_hooks:
+        _refuse_hook("a backward hook of all modules")
+    if any(isinstance(tensor, Tensor) and tensor._backward_hooks for tensor in tree_leaves(x)):
+        _refuse_hook("a hook of the model's input")
+    return _hooks_refused()
+
+
+@contextmanager
+def _hooks_refused() -> Iterator[None]:
+    """Tensors tell of their hooks by torch's function mode, nodes only by the calls of C functions, which a profile
+    function sees. Where a profiler is at work already, hooks of nodes are not seen."""
+
+    def watch(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ in NODE_HOOKS and isinstance(function.__self__, Node):
+            _refuse_hook(f"{function.__name__} of a node")
+
+    free = sys.getprofile() is None
+    with _HooksRefused():
+        if free:
+            sys.setprofile(watch)
+        try:
+            yield
+        finally:
+            if free:
+                sys.setprofile(None)
 
 
 class Graph:

@@ -170,7 +170,7 @@ class Taps:
             x = _in_graph(_floating(x), sources)
             # Now, for a model that changes its input in place moves the tensor along the graph.
             entry = Tap(INPUT, get_gradient_edge(x), x.shape)
-        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model):
+        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, x):
             logits = model(x)
         if not isinstance(logits, Tensor):
             raise ValueError(f"model must return its logits as one tensor [N,C], got {type(logits).__name__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import threading
 from typing import Any
 
@@ -185,17 +186,29 @@ def test_a_module_with_backward_hooks_sees_one_backward() -> None:
     assert_same_gradients(*found, least=4)
 
 
-@pytest.mark.parametrize("kind", ["register_hook", "retain_grad", "full", "pre", "inside forward"])
-def test_without_the_extension_hooks_on_activations_are_refused(monkeypatch, kind) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    ["register_hook", "retain_grad", "node", "node, before", "full", "pre", "all modules", "inside forward", "input"],
+)
+def test_without_the_extension_hooks_on_activations_are_refused(monkeypatch, request, kind) -> None:
     def between(self: Net, h: Tensor) -> Tensor:
         h = h * 1.0
         if kind == "register_hook" and h.requires_grad:
             h.register_hook(lambda grad: grad.clamp(-1e-3, 1e-3))
         if kind == "retain_grad" and h.requires_grad:
             h.retain_grad()
+        if kind == "node" and h.requires_grad:
+            h.grad_fn.register_hook(
+                lambda grad_input, grad_output: tuple(-g if g is not None else g for g in grad_input)
+            )
+        if kind == "node, before" and h.requires_grad:
+            h.grad_fn.register_prehook(lambda grad_output: tuple(-g for g in grad_output))
         return h
 
     model = build(between)
+    if kind == "all modules":
+        handle = torch.nn.modules.module.register_module_full_backward_hook(lambda *args: None)
+        request.addfinalizer(handle.remove)
     if kind == "full":
         model.second.register_full_backward_hook(lambda module, grad_input, grad_output: None)
     if kind == "pre":
@@ -203,15 +216,21 @@ def test_without_the_extension_hooks_on_activations_are_refused(monkeypatch, kin
     if kind == "inside forward":
         model.second.register_forward_hook(lambda module, args, output: output.register_hook(torch.neg) and None)
     monkeypatch.setattr(autograd_graph, "EXTENSION", None)
+    x, y = batch()
+    if kind == "input":
+        x.requires_grad_().register_hook(torch.neg)
     for loss in (LargeMarginLoss(3.0), MarginSensitivityLoss()):
         layers = ("input",) if isinstance(loss, MarginSensitivityLoss) else ("input", "first")
         with pytest.raises(ValueError, match=r"need the compiled extension.*install with a C\+\+ compiler, or remove"):
-            MarginTask(model, loss, layers, "loop")(*batch())
-    if kind in ("register_hook", "retain_grad"):
+            MarginTask(model, loss, layers, "loop")(x, y)
+    assert sys.getprofile() is None
+    if kind in ("register_hook", "retain_grad", "node", "node, before"):
         with pytest.raises(ValueError, match="need the compiled extension"):
             deepfool(model, batch()[0])
         with pytest.raises(ValueError, match="need the compiled extension"):
             MarginTask(model, AdversarialMarginLoss(max_iter=2))(*batch())
+    if kind == "all modules":
+        handle.remove()
     plain = MarginTask(build(), LargeMarginLoss(3.0), ("input", "first"), "loop")(*batch())
     assert plain["norm"].gt(0).any() and deepfool(build(), batch()[0]).distance.gt(0).all()
 
