@@ -149,11 +149,11 @@ def test_what_a_point_sets_is_not_to_be_chosen(tmp_path):
 
 
 def test_nothing_is_chosen_where_a_candidate_fails(tmp_path, capsys):
-    models = {"tuned": {"choose": {"optimiser.lr": [-1.0, FAST]}}, "other": {}}
+    models = {"tuned": {"choose": {"optimiser.lr": [1e30, FAST]}}, "other": {}}
     path, out = write(tmp_path, changed(models=models, grid={}, seeds=[0])), tmp_path / "out"
     assert run(path, out, "--budget", "quick") == 1
     error = capsys.readouterr().err
-    assert "tuned__seed0 failed: tuned_lr=-1.0__seed0, one of those it chooses among, failed" in error
+    assert "tuned__seed0 failed: tuned_lr=1e+30__seed0, one of those it chooses among, failed" in error
     assert set(records(out)) == {"other__seed0"}
 
 

@@ -15,7 +15,16 @@ from support.finished_cells import filled
 
 from margin_kernels.experiments import objectives
 from margin_kernels.experiments.config import OPTIONS_OF_LOSS, Config, from_dict, own_options, to_dict
-from margin_kernels.experiments.results import RECORDS, Records, Tried, changed_settings, common, differences, merged
+from margin_kernels.experiments.results import (
+    RECORDS,
+    Records,
+    Tried,
+    changed_settings,
+    common,
+    differences,
+    merged,
+    sealed_line,
+)
 from margin_kernels.experiments.sweeps.job import Choice, Job
 
 LEAVES = (
@@ -79,7 +88,7 @@ def test_what_is_not_finite_is_null(file):
 def test_another_cell_is_one_more_line_of_what_is_its_own(file):
     file.put(filled())
     before = file.path.read_text()
-    assert before.count("\n") == 2 and list(json.loads(before.splitlines()[0])) == ["shared"]
+    assert before.count("\n") == 2 and list(json.loads(before.splitlines()[0])) == ["shared", "crc32"]
     file.put(filled(1))
     after = file.path.read_text()
     assert after.startswith(before) and after.count("\n") == 3
@@ -160,7 +169,7 @@ def test_a_line_that_is_no_record_is_named(file):
     file.path.write_text(first + 2 * line)
     with pytest.raises(ValueError, match=r"line 3: a second record of plain__few_samples__seed0; delete one"):
         file.all()
-    file.path.write_text('{"cell":"a"}\n')
+    file.path.write_text(sealed_line('{"cell":"a"}') + "\n")
     with pytest.raises(ValueError, match=r"records.jsonl, line 1 must hold the shared values, got cell"):
         file.all()
 

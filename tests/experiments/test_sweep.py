@@ -18,7 +18,7 @@ from support.tiny_sweeps import EVALUATION, TINY, changed, records, run, run_in_
 from margin_kernels.experiments import cli, data, models, sweeps
 from margin_kernels.experiments.config import Config, ConfigError
 from margin_kernels.experiments.evaluation import attacks
-from margin_kernels.experiments.results import RECORDS, SINGLE_SAMPLES, Record, merged, summary
+from margin_kernels.experiments.results import RECORDS, SINGLE_SAMPLES, Record, merged, sealed_line, summary
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,8 @@ def test_a_record_from_before_a_field_existed_counts_as_its_default(tiny, tmp_pa
     shared = json.loads(first)
     del shared["shared"]["config"]["training"]["repeat"]
     file = tmp_path / RECORDS
-    file.write_text("".join([json.dumps(shared) + "\n", *lines]))
+    del shared["crc32"]
+    file.write_text("".join([sealed_line(json.dumps(shared)) + "\n", *lines]))
     before = file.stat().st_mtime_ns
     assert run(path, tmp_path, "--budget", "quick") == 0
     assert file.stat().st_mtime_ns == before
@@ -224,7 +225,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(tmp_path, capsys):
     path = write(tmp_path, sweep_file)
     assert run_in_processes(path, tmp_path / "out", "--jobs", "2") == 1
     output = capsys.readouterr()
-    assert "diverges__seed0 failed: TrainingError" in output.err and "the loss is nan" in output.err
+    assert "diverges__seed0 failed: diverges__seed0: the loss is nan" in output.err
     assert "after_it__seed0 failed: diverges__seed0, whose weights it starts from, failed" in output.err
     assert sorted(records(tmp_path / "out")) == ["hinge__seed0"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["failed"] == [

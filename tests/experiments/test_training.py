@@ -17,6 +17,7 @@ from margin_kernels.experiments.data import Dataset, Split
 from margin_kernels.experiments.evaluation import attacks
 from margin_kernels.experiments.results import files
 from margin_kernels.experiments.training import Trainer, TrainingError, build_optimiser, learning_rate
+from margin_kernels.experiments.training.checkpoint import load_state, save_state
 
 
 @pytest.fixture(scope="module")
@@ -227,14 +228,14 @@ def test_resume_refuses_another_config_and_a_broken_file(digits, tmp_path):
     with pytest.raises(models.CheckpointError, match=r"other settings \(optimiser.lr, training.seed\)"):
         other.resume()
     path = tmp_path / "checkpoint.pt"
-    state = torch.load(path, weights_only=True)
+    state = load_state(tmp_path)
     del state["config"]["training"]["repeat"]  # as written before the field existed
-    torch.save(state, path)
+    save_state(tmp_path, state)
     same = Trainer(settings(), digits, tmp_path)
     same.resume()
     assert same.epoch == 1
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(models.CheckpointError, match=r"checkpoint.pt: not a readable checkpoint"):
+    with pytest.raises(models.CheckpointError, match=r"checkpoint.pt must end with its checksum"):
         Trainer(settings(), digits, tmp_path).resume()
     path.unlink()
     with pytest.raises(models.CheckpointError, match="nothing to resume"):

@@ -1,4 +1,4 @@
-"""`margin-kernels`: train | evaluate | report | sweep | demo | toy | explain | info.
+"""`margin-kernels`: train | evaluate | report | sweep | check | demo | toy | explain | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
@@ -10,7 +10,6 @@ margin-kernels report sweeps/sensitivity --out report
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -30,8 +29,9 @@ from .. import config, data, models, sweeps
 from ..config import Config
 from ..evaluation import evaluate
 from ..report import page, study_page, table
-from ..results import RECORDS, Records, Run, machine, summary, versions, write_json
-from ..training import EXPECTED, Meter, Trainer, resolve_device, time_steps
+from ..results import RECORDS, Records, Run, locked, machine, read_json, summary, versions, write_json
+from ..training import Meter, Trainer, errors, resolve_device, time_steps
+from .check import check
 
 USAGE = """usage: margin-kernels COMMAND [options]
 
@@ -39,6 +39,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
   evaluate   measure trained networks: accuracy, attacks, distances, cost of a step
   report     compare evaluated runs, or show sweeps: one HTML page, CSV, JSON, PNG
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
+  check      whether checkpoints, weights and records are as they were written
   demo       train and compare eight losses on scikit-learn's digits
   toy        two rectangles in the plane: boundaries, true margins, and those that DeepFool reports
   explain    how the gradients of a shipped network are obtained, why, and what a step costs
@@ -46,6 +47,10 @@ USAGE = """usage: margin-kernels COMMAND [options]
 
 margin-kernels COMMAND --help says more.
 """
+
+
+# What a run leaves in its folder.
+RUN_FILES = ("checkpoint.pt", "model.safetensors", "model.json", "run.json", "evaluation.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,16 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"margin-kernels: command must be one of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
         return 2
+    if alone:
+        errors.stop_on_signals()
     if alone and command in TRAINING:
         keep_freed_memory()
     try:
         return COMMANDS[command](rest)
-    except EXPECTED as error:
-        print(f"margin-kernels {command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; `--resume` continues a training run from its last epoch", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        return errors.report(f"margin-kernels {command}", error)
 
 
 def train(arguments: list[str]) -> int:
@@ -76,25 +79,41 @@ def train(arguments: list[str]) -> int:
     config.add_arguments(parser)
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent (same as --data.dir)")
     parser.add_argument("--out", default=None, help="folder of the run (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the folder's checkpoint; --training.epochs may be more"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="throw away the run that the folder holds")
     namespace = config.parse_with(parser, arguments)
     settings = config.from_namespace(namespace)
     if namespace.data_dir is not None:
         settings = replace(settings, data=replace(settings.data, dir=namespace.data_dir))
     folder = Path(namespace.out or Path("runs") / settings.name)
-    if not namespace.resume and (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} already holds a run; continue it with --resume, or choose another --out")
-    console = Console()
-    dataset = data.of(settings.data)
-    trainer = Trainer(settings, dataset, folder)
-    if namespace.resume:
-        trainer.resume()
-        console.print(f"resuming after epoch {trainer.epoch}", highlight=False)
-    start = time.perf_counter()
-    with Meter(trainer.steps_per_epoch * (settings.training.epochs - trainer.epoch), settings.name, console) as meter:
-        trainer.run(tick=meter.advance, say=meter.say)
-    console.print(f"done in {time.perf_counter() - start:.0f} s: {folder}", highlight=False, soft_wrap=True)
-    console.print(f"next: margin-kernels evaluate {folder}", highlight=False, soft_wrap=True)
+    if namespace.resume and namespace.overwrite:
+        raise ValueError("--resume and --overwrite must not be given together")
+    if namespace.resume and not folder.is_dir():
+        raise models.CheckpointError(f"{folder}: nothing to resume; start without --resume.")
+    console = Console(highlight=False, markup=False)
+    with locked(folder, "another run"):
+        files = [folder / name for name in RUN_FILES if (folder / name).exists()]
+        holds = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
+        if holds and not (namespace.resume or namespace.overwrite):
+            raise ValueError(
+                f"{folder} already holds a run; continue it with --resume, throw it away with --overwrite, or choose "
+                "another --out"
+            )
+        trainer = Trainer(settings, data.of(settings.data), folder)
+        if namespace.resume:
+            trainer.resume()
+            console.print(f"resuming after epoch {trainer.epoch}")
+        else:
+            for path in files:
+                path.unlink()
+        start = time.perf_counter()
+        steps = trainer.steps_per_epoch * (settings.training.epochs - trainer.epoch)
+        with Meter(steps, settings.name, console) as meter:
+            trainer.run(tick=meter.advance, say=meter.say)
+    console.print(f"done in {time.perf_counter() - start:.0f} s: {folder}", soft_wrap=True)
+    console.print(f"next: margin-kernels evaluate {folder}", soft_wrap=True)
     return 0
 
 
@@ -109,7 +128,7 @@ def evaluate_runs(arguments: list[str]) -> int:
     parser.add_argument("--attacker", default=None, help="folder of a run whose network makes black-box images")
     parser.add_argument("--no-timing", action="store_true", help="do not time training steps")
     options = parser.parse_args(arguments)
-    console = Console()
+    console = Console(highlight=False, markup=False)
     with Meter(len(options.runs), "evaluating", console) as meter:
         for folder in options.runs:
             settings = read_config(folder, options)
@@ -123,7 +142,7 @@ def evaluate_runs(arguments: list[str]) -> int:
             write_json(folder / "evaluation.json", evaluation)
     compared = [read_compared(folder) for folder in options.runs]
     table.show(console, compared, "Test split")
-    console.print(f"next: margin-kernels report {' '.join(map(str, options.runs))} --out report", highlight=False)
+    console.print(f"next: margin-kernels report {' '.join(map(str, options.runs))} --out report")
     return 0
 
 
@@ -163,8 +182,8 @@ def read_compared(folder: Path) -> table.Compared:
         if not (folder / name).is_file():
             command = "train" if name == "run.json" else "evaluate"
             raise ValueError(f"{folder / name}: missing; run `margin-kernels {command}` first")
-    run = Run.from_dict(json.loads((folder / "run.json").read_text()))
-    evaluation = json.loads((folder / "evaluation.json").read_text())
+    run = Run.read(folder / "run.json")
+    evaluation = read_json(folder / "evaluation.json")
     label = run.config.name.replace("_", " ")
     return table.Compared(label, run, evaluation["evaluation"], evaluation.get("timing"))
 
@@ -194,10 +213,10 @@ def make_report(arguments: list[str]) -> int:
     title = options.title or f"Large-margin training on {', '.join(sorted(names))}"
     seconds = sum(epoch["seconds"] for model in compared for epoch in model.history)
     comparison = page.Comparison(title, compared, run_conditions(compared[0].run, seconds))
-    console = Console()
+    console = Console(highlight=False, markup=False)
     table.show(console, compared, title)
     html = page.write_report(options.out, comparison)
-    console.print(f"open {html}", highlight=False, soft_wrap=True)
+    console.print(f"open {html}", soft_wrap=True)
     return 0
 
 
@@ -208,13 +227,13 @@ def report_sweeps(options: argparse.Namespace) -> int:
             raise ValueError(f"{folder} is not the folder of a sweep, others are: report runs and sweeps separately")
     file = None if options.sweep is None else sweeps.find(options.sweep)
     studies = study_page.distinct([study_page.load_study(folder, file) for folder in options.runs], options.runs)
-    console = Console()
+    console = Console(highlight=False, markup=False)
     for study in studies:
         summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
     names = ", ".join(study.name.replace("_", " ") for study in studies)
     title = options.title or (names if len(studies) < 3 else f"{len(studies)} sweeps")
     html = study_page.write_study_report(options.out, studies, title, options.data_dir)
-    console.print(f"open {html}", highlight=False, soft_wrap=True)
+    console.print(f"open {html}", soft_wrap=True)
     return 0
 
 
@@ -262,7 +281,7 @@ def run_sweep(arguments: list[str]) -> int:
     every = sweeps.read(path, options.budget)
     cells = sweeps.select(every, options.cells)
     out = options.out or Path("sweeps") / path.stem
-    console = Console()
+    console = Console(highlight=False, markup=False)
     how = sweeps.Options(
         options.data_dir, options.jobs, options.threads, options.device, keep_weights=options.keep_weights
     )
@@ -270,16 +289,16 @@ def run_sweep(arguments: list[str]) -> int:
     if options.dry_run:
         states = [runner.state(cell) for cell in cells]
         for cell, state in zip(cells, states, strict=True):
-            console.print(f"{state:8}  {cell.config.training.epochs:4} epochs  {cell.name}", highlight=False)
+            console.print(f"{state:8}  {cell.config.training.epochs:4} epochs  {cell.name}")
         done = states.count("finished")
-        console.print(f"{len(cells)} cells, {done} finished, {len(cells) - done} to do", highlight=False)
+        console.print(f"{len(cells)} cells, {done} finished, {len(cells) - done} to do")
         return 0
     try:
         failed = runner.run()
         status = 1 if failed else 0
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here", highlight=False)
-        failed, status = runner.failed, 130
+    except KeyboardInterrupt as stopped:
+        console.print("interrupted; the same command goes on from here")
+        failed, status = runner.failed, errors.status(stopped)
     wanted = [cell.name for cell in every if not cell.candidate]
     records = Records(out / RECORDS)
     found = [records[name] for name in wanted if name in records]
@@ -288,7 +307,7 @@ def run_sweep(arguments: list[str]) -> int:
         summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(found)} of {len(wanted)} cells")
     for name, error in failed.items():
         print(f"{name} failed: {error}", file=sys.stderr)
-    console.print(f"{out / 'summary.csv'}, {out / 'summary.json'}", highlight=False, soft_wrap=True)
+    console.print(f"{out / 'summary.csv'}, {out / 'summary.json'}", soft_wrap=True)
     return status
 
 
@@ -369,12 +388,12 @@ def explain(arguments: list[str]) -> int:
 def info(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="margin-kernels info", description="What is installed and what runs here.")
     parser.parse_args(arguments)
-    console = Console()
+    console = Console(highlight=False, markup=False)
     for name, value in {**versions(), **machine()}.items():
-        console.print(f"{name:15} {value}", highlight=False, markup=False)
-    console.print(f"{'cuda devices':15} {torch.cuda.device_count()}", highlight=False)
-    console.print(f"{'configs':15} {', '.join(config.shipped())}", highlight=False)
-    console.print(f"{'sweeps':15} {', '.join(sweeps.shipped())}", highlight=False)
+        console.print(f"{name:15} {value}")
+    console.print(f"{'cuda devices':15} {torch.cuda.device_count()}")
+    console.print(f"{'configs':15} {', '.join(config.shipped())}")
+    console.print(f"{'sweeps':15} {', '.join(sweeps.shipped())}")
     return 0
 
 
@@ -384,6 +403,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate_runs,
     "report": make_report,
     "sweep": run_sweep,
+    "check": check,
     "demo": run_demo,
     "toy": run_toy,
     "explain": explain,

@@ -1,5 +1,6 @@
 """What a run is: dataclasses, read from YAML files and the command line; the configs that come with the package."""
 
+from .bounds import ConfigError, check
 from .options import (
     OPTIONS_OF_LOSS,
     AdversarialConfig,
@@ -18,7 +19,6 @@ from .options import (
     exponent,
 )
 from .reading import (
-    ConfigError,
     add_arguments,
     check_keys,
     complete,
@@ -29,6 +29,7 @@ from .reading import (
     own_options,
     parse,
     parse_with,
+    read_yaml,
     shipped,
     to_dict,
     to_yaml,
@@ -53,6 +54,7 @@ __all__ = [
     "TrainingConfig",
     "VirtualAdversarialConfig",
     "add_arguments",
+    "check",
     "check_keys",
     "complete",
     "exponent",
@@ -63,6 +65,7 @@ __all__ = [
     "own_options",
     "parse",
     "parse_with",
+    "read_yaml",
     "shipped",
     "to_dict",
     "to_yaml",

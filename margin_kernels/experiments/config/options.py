@@ -265,7 +265,8 @@ class ScheduleConfig:
 
     Args:
         name: constant, cosine (to 0 at the end), step (x factor at each milestone) or exponential (x factor every
-        epoch) factor: of step and exponential
+            epoch)
+        factor: of step and exponential
         milestones: epochs of step
         warmup: epochs of linear increase from 0
     """

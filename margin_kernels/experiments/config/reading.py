@@ -16,12 +16,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from .bounds import ConfigError, check
 from .options import GENERAL_OPTIONS, OPTIONS_OF_LOSS, Config
-
-
-class ConfigError(ValueError):
-    """A config file or an override that does not fit; the message names the key and, for an unknown one, the close
-    names."""
 
 
 def shipped() -> dict[str, Path]:
@@ -46,6 +42,22 @@ def find(name: str) -> Path:
     if "/" in name and stem in files and Path(name).parent.name == "configs":
         return files[stem]
     raise ConfigError(f"--config {name}: no such file, and not one of the shipped configs: {', '.join(files)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, {} for an empty one. Raises ConfigError with file and line where it holds no such."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        at = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ConfigError(f"{path}{at}: not YAML: {error.problem or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a mapping of keys to values, got {type(content).__name__}")
+    return content
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -83,8 +95,10 @@ def _suggestion(name: str, known: list[str]) -> str:
 
 
 def from_namespace(namespace: Namespace) -> Config:
-    """The typed config of a parsed namespace."""
-    return _build(Config, namespace.as_dict())
+    """The typed config of a parsed namespace. Raises ConfigError for numbers that make no sense."""
+    config: Config = _build(Config, namespace.as_dict())
+    check(config)
+    return config
 
 
 def _build(cls: type, values: dict[str, Any]) -> Any:
@@ -128,9 +142,7 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
         prefix, value = ("--config=", argument[9:]) if argument.startswith("--config=") else ("", argument)
         if prefix or previous == "--config":
             path = find(value)
-            content = yaml.safe_load(path.read_text()) or {}
-            if not isinstance(content, dict):
-                raise ConfigError(f"{path} must be a mapping of keys to values, got {type(content).__name__}")
+            content = read_yaml(path)
             check_keys(content, str(path))
             argument = prefix + str(path)
         result.append(argument)

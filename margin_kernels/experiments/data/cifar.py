@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .idx import DataError
+from .idx import LARGEST, DataError
 
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 PYTHON_FOLDER, BINARY_FOLDER = "cifar-10-batches-py", "cifar-10-batches-bin"
@@ -130,7 +130,11 @@ def _members(source: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(source, "r:*") as archive:
+            total = 0
             for member in archive:  # one pass: seeking back in a compressed archive would unpack it again
+                total += member.size
+                if total > LARGEST:
+                    raise DataError(f"{source} must hold at most {LARGEST:,} bytes when it is unpacked, got more")
                 stem = member.name.rsplit("/", 1)[-1]
                 stream = archive.extractfile(member) if member.isfile() and stem in wanted else None
                 if stream is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 
 IMAGES_MAGIC = 2051
 LABELS_MAGIC = 2049
+LARGEST = 1 << 30  # bytes of a file, zipped or not: the official ones have at most 47,040,016
 
 
 class DataError(ValueError):
@@ -86,19 +88,15 @@ def find_folder(name: str, data_dir: Path) -> Path:
 
 
 def _content(path: Path, name: str, stem: str, verify: bool) -> bytes:
-    """Unzipped bytes of `path`, after its digest was compared with the official one."""
+    """Unzipped bytes of `path`. Its digest is compared with the official one before anything is unzipped."""
+    if path.stat().st_size > LARGEST:
+        raise DataError(f"{path} must have at most {LARGEST:,} bytes, got {path.stat().st_size:,}")
     stored = path.read_bytes()
     official = OFFICIAL[name][stem]
-    if path.suffix == ".gz":
+    zipped = path.suffix == ".gz"
+    if zipped:
         found, expected, kind = hashlib.md5(stored).hexdigest(), official.md5, "md5"
-        try:
-            content = gzip.decompress(stored)
-        except (EOFError, OSError, zlib.error) as error:
-            raise DataError(
-                f"{path}: not a complete gzip file ({error}); {len(stored):,} bytes found. Fetch it again."
-            ) from error
     else:
-        content = stored
         found, expected, kind = hashlib.sha256(stored).hexdigest(), official.sha256, "sha256"
     if verify and found != expected:
         other = [key for key, files in OFFICIAL.items() if found in (files[stem].md5, files[stem].sha256)]
@@ -107,6 +105,20 @@ def _content(path: Path, name: str, stem: str, verify: bool) -> bytes:
             f"{path}: {kind} of {name} must be {expected}, got {found}{hint}. "
             "Fetch the official file again, or pass --data.verify false to read a file of your own."
         )
+    return _unzipped(stored, path) if zipped else stored
+
+
+def _unzipped(stored: bytes, path: Path) -> bytes:
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(stored)) as file:
+            content = file.read(LARGEST + 1)
+            complete = not file.read(1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{path}: not a complete gzip file ({error}); {len(stored):,} bytes found. Fetch it again."
+        ) from error
+    if not complete or len(content) > LARGEST:
+        raise DataError(f"{path} must have at most {LARGEST:,} bytes when it is unzipped, got more")
     return content
 
 

@@ -29,6 +29,7 @@ from matplotlib.patches import Rectangle
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from margin_kernels import deepfool
@@ -284,7 +285,7 @@ def show(console: Console, record: Toy) -> None:
     for model in record.models:
         if model.network != network:
             network = model.network
-            table.add_row(f"[italic]{network}[/italic]")
+            table.add_row(Text(network, style="italic"))
         own = model.measured
         found = (_number(value) for value in (own.margin, own.deepfool, own.deepfool_training))
         table.add_row(model.model, f"{100 * model.test_error:.1f}", *found, f"{model.seconds:.0f}")

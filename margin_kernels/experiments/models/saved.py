@@ -1,16 +1,16 @@
 """A trained network as files: model.safetensors, its weights, and model.json, the network's name, options, image shape
-and classes, so that `load_model` needs no config."""
+and classes, so that `load_model` needs no config. The weights hold a checksum of both files."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
-from ..results import write_atomic, write_json
+from ..results import digest, read_json, write_atomic, write_json
 from .networks import build
 
 
@@ -21,17 +21,31 @@ class CheckpointError(ValueError):
 def save_model(folder: Path, model: nn.Module, description: dict[str, Any]) -> None:
     """Writes model.safetensors and model.json; `description` holds name, shape, classes, options (of models.build)."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(folder / "model.safetensors", lambda file: file.write(save(weights)))
     write_json(folder / "model.json", description)
+    content = save(weights, {"sha256": digest(weights, read_json(folder / "model.json"))})
+    write_atomic(folder / "model.safetensors", lambda file: file.write(content))
 
 
 def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network of a run's folder, in eval mode, and its description."""
+    """The trained network of a run's folder, in eval mode, and its description. Raises CheckpointError where a file is
+    missing, damaged or of another program."""
     description_path, weights_path = folder / "model.json", folder / "model.safetensors"
     for path in (description_path, weights_path):
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; {folder} is not the folder of a trained run.")
-    description = json.loads(description_path.read_text())
+    description = read_json(description_path)
+    try:
+        with safe_open(str(weights_path), "pt") as file:
+            found = (file.metadata() or {}).get("sha256")
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise CheckpointError(f"{weights_path}: not a readable safetensors file ({error}); train it again.") from None
+    if found is None:
+        raise CheckpointError(f"{weights_path} must hold its checksum, which is missing; train it again.")
+    if found != digest(weights, description):
+        raise CheckpointError(
+            f"{weights_path} is damaged, or not the one of {description_path}: it has another checksum; train it again."
+        )
     model = build(description["name"], tuple(description["shape"]), description["classes"], **description["options"])
-    model.load_state_dict(load_file(str(weights_path)))
+    model.load_state_dict(weights)
     return model.eval(), description

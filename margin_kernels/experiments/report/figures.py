@@ -45,6 +45,7 @@ SETTINGS: dict[Any, Any] = {
     "svg.hashsalt": "margin_kernels",  # the same data gives the same file
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
+    "text.parse_math": False,  # names of models may hold dollars
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import html
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +15,19 @@ from typing import Any
 
 from .. import sweeps
 from ..config import EvaluationConfig
-from ..results import MEASURES, RECORDS, Record, Records, Study, Tried, summary, write_csv, write_json, write_text
+from ..results import (
+    MEASURES,
+    RECORDS,
+    Record,
+    Records,
+    Study,
+    Tried,
+    read_json,
+    summary,
+    write_csv,
+    write_json,
+    write_text,
+)
 from . import page, study_distances, study_figures, study_images
 from .figures import Figure
 
@@ -33,7 +44,7 @@ def load_study(folder: Path, file: Path | None = None) -> Study:
     if not records:
         raise ValueError(f"{folder / RECORDS}: no records; `margin-kernels sweep` writes them")
     about = folder / "summary.json"
-    said = json.loads(about.read_text()) if about.is_file() else {}
+    said = read_json(about) if about.is_file() else {}
     name, budget = said.get("sweep") or folder.name, said.get("budget") or "unknown"
     if file is None:
         file = sweeps.shipped().get(name)

@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..results import Epoch, Evaluation, Run
 
@@ -153,19 +154,24 @@ def show(console: Console, models: list[Compared], title: str) -> None:
 
 
 def _table(models: list[Compared], part: range, title: str | None) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title and Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("", no_wrap=True)
     for model in (models[i] for i in part):
         # a word a line keeps columns as narrow as their numbers
-        table.add_column(model.label.replace(" ", "\n").replace("-", "-\n"), justify="right", vertical="bottom")
+        table.add_column(Text(model.label.replace(" ", "\n").replace("-", "-\n")), justify="right", vertical="bottom")
     for i, section in enumerate(sections(models)):
         if i:
             table.add_row()
-        table.add_row(f"[italic]{section.title}[/italic]")
+        table.add_row(Text(section.title, style="italic"))
         for row in section.rows:
             winners = best(row, models)
             texts = {i: cell(row, models[i]) for i in part}
-            table.add_row("  " + row.label, *(f"[bold]{t}[/bold]" if i in winners else t for i, t in texts.items()))
+            table.add_row("  " + row.label, *(Text(t, style="bold" if i in winners else "") for i, t in texts.items()))
     return table
 
 

@@ -1,7 +1,20 @@
 """What runs and sweeps leave behind: files, records, and tables of means."""
 
 from . import summary
-from .files import finite, flatten, machine, versions, write_atomic, write_csv, write_json, write_text
+from .checksum import ChecksumError, digest, sealed, sealed_line, unsealed
+from .files import (
+    finite,
+    flatten,
+    locked,
+    machine,
+    read_json,
+    read_text,
+    versions,
+    write_atomic,
+    write_csv,
+    write_json,
+    write_text,
+)
 from .lines import RECORDS, Records, common, differences, dumps, merged
 from .record import SINGLE_SAMPLES, Epoch, Evaluation, Record, Run, Tried, changed_settings, differing
 from .study import Study
@@ -11,6 +24,7 @@ __all__ = [
     "MEASURES",
     "RECORDS",
     "SINGLE_SAMPLES",
+    "ChecksumError",
     "Epoch",
     "Evaluation",
     "Measure",
@@ -23,12 +37,19 @@ __all__ = [
     "common",
     "differences",
     "differing",
+    "digest",
     "dumps",
     "finite",
     "flatten",
+    "locked",
     "machine",
     "merged",
+    "read_json",
+    "read_text",
+    "sealed",
+    "sealed_line",
     "summary",
+    "unsealed",
     "versions",
     "write_atomic",
     "write_csv",

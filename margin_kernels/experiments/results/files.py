@@ -8,36 +8,91 @@ killed at any moment leaves the old file or the new one, never half of one.
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import math
 import os
 import platform
+import secrets
 import sys
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from margin_kernels import backends
 from margin_kernels.version import __version__
+
+TEMPORARY = ".writing."  # begin of the names of unfinished files
+LOCK = "lock"
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write` with a temporary binary file and moves it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    temporary = path.parent / f"{TEMPORARY}{os.getpid()}.{secrets.token_hex(4)}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Removes what killed processes left of unfinished writes; for the holder of the folder's lock."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, who: str, wait: float = 0.0) -> Iterator[None]:
+    """Holds the lock of a folder, which is made if it is missing, and sweeps what killed processes left in it. The lock
+    ends with the process, however it ends. Raises ValueError where another process holds it for `wait` seconds more;
+    `who`: what that process may be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + wait
+    with (folder / LOCK).open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                if time.monotonic() >= until:
+                    raise ValueError(
+                        f"{folder} is in use by {who}: wait for it to end, or choose another --out"
+                    ) from None
+                time.sleep(0.1)
+        sweep_temporary(folder)
+        yield
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ValueError, which names it, where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be text in UTF-8, got byte {error.object[error.start]:#x} at {error.start}"
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError, which names it, where it is none."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got {error}; delete it and make it again") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,13 +146,14 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Processor, cores, threads and accelerator; no host name and no path."""
+    """Processor, cores, threads, accelerator and the backend of the ops; no host name and no path."""
     info: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": str(device),
+        "backend": backends.choose("competitors", [torch.empty(0, device=device)])[0],
     }
     if torch.device(device).type == "cuda":
         info["gpu"] = torch.cuda.get_device_name(device)

@@ -4,6 +4,8 @@
     {"cell":"hinge__seed0","config":{"loss":{"kind":"hinge"}},...}        nested as the shared values are
     {"cell":"hinge__seed1",...,"absent":[["machine","gpu"]]}              paths of shared values that the record has not
 
+Every line ends with its checksum (checksum.py); one that was changed by hand or by accident is refused.
+
 A new record is a new line at the end, one that was made anew takes the place of the old one. Several processes may
 write: each holds the lock of the file beside it (records.lock) meanwhile. A line that a killed process left unfinished
 is not read, and the next record overwrites it. Numbers are written with as many digits as it takes to read the same
@@ -20,7 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import write_text
+from .checksum import sealed_line, unsealed_line
+from .files import read_text, write_text
 from .record import Record
 
 Values = dict[str, Any]
@@ -132,15 +135,15 @@ class Records:
         those of `record` without it."""
         values = record.to_dict()
         with self._lock():
-            lines = _whole_lines(self.path.read_text()) if self.path.is_file() else []
+            lines = _whole_lines(read_text(self.path)) if self.path.is_file() else []
             if lines:
                 shared = self._shared(lines[0])
             else:
                 shared = shared_values(values, values["config"] if config is None else config)
-            line = dumps({"cell": record.cell, **differences(values, shared)})
+            line = sealed_line(dumps({"cell": record.cell, **differences(values, shared)}))
             place = next((i for i, other in enumerate(lines[1:], 1) if _cell(other) == record.cell), None)
             if place is None:
-                self._append(lines, [line] if lines else [dumps({"shared": shared}), line])
+                self._append(lines, [line] if lines else [sealed_line(dumps({"shared": shared})), line])
             else:
                 lines[place] = line
                 write_text(self.path, "".join(f"{line}\n" for line in lines))
@@ -161,11 +164,11 @@ class Records:
         about = self.path.stat()
         seen = (about.st_ino, about.st_mtime_ns, about.st_size)
         if seen != self._seen:
-            whole = _whole_lines(self.path.read_text())
+            whole = _whole_lines(read_text(self.path))
             shared = self._shared(whole[0]) if whole else {}
             found: dict[str, Record] = {}
             for number, line in enumerate(whole[1:], 2):
-                record = Record.from_dict(merged(self._parsed(number, line), shared))
+                record = self._record(number, merged(self._parsed(number, line), shared))
                 if record.cell in found:
                     raise ValueError(
                         f"{self.path}, line {number}: a second record of {record.cell}; delete one of them"
@@ -176,9 +179,35 @@ class Records:
 
     def _parsed(self, number: int, line: str) -> Values:
         try:
-            return json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}, line {number}: not a record ({error})") from None
+            values = json.loads(unsealed_line(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path}, line {number}: not a record as it was written: {error}. Delete the line, or, where it "
+                "was changed on purpose, run `margin-kernels check --renew`"
+            ) from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.path}, line {number} must be a JSON object, got {type(values).__name__}")
+        return values
+
+    def _record(self, number: int, values: Values) -> Record:
+        try:
+            return Record.from_dict(values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.path}, line {number}: not a record of this version: {error}") from None
+
+    def renew(self) -> int:
+        """Gives every line the checksum of what stands in it now; returns the number of lines that had another."""
+        with self._lock():
+            lines = _whole_lines(read_text(self.path))
+            new = []
+            for line in lines:
+                values = json.loads(line)
+                values.pop("crc32", None)
+                new.append(sealed_line(dumps(values)))
+            changed = sum(one != other for one, other in zip(lines, new, strict=True))
+            if changed:
+                write_text(self.path, "".join(f"{line}\n" for line in new))
+            return changed
 
     def _shared(self, line: str) -> Values:
         values = self._parsed(1, line)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..config import Config, from_dict, own_options
-from .files import finite
+from .files import finite, read_json
 
 Epoch = dict[str, Any]  # epoch, lr, train_loss, train_accuracy, validation_accuracy, seconds, ms_per_step, distance
 # What an evaluation has of each sample, which feeds histograms.
@@ -42,6 +43,15 @@ class Run:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values = {name: value for name, value in values.items() if value not in (None, {}, []) or name == "history"}
         return finite({**values, "config": own_options(self.config)})
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """The run that a file holds. Raises ValueError, which names the file, where it holds none."""
+        values = read_json(path)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} must be what `margin-kernels train` of this version writes: {error}") from None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from .files import write_csv, write_json
 from .record import Record
@@ -148,7 +149,7 @@ def write_summary(
 def show(console: Console, table: list[dict[str, Any]], title: str) -> None:
     """Prints the rows: a block per point, a line per model, `mean +- std`."""
     shown = [m for m in MEASURES if m.shown and any(f"{m.key}_mean" in row for row in table)]
-    printed = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    printed = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     printed.add_column("", no_wrap=True)
     for measure in shown:
         printed.add_column(measure.heading, justify="right", no_wrap=True)
@@ -156,8 +157,8 @@ def show(console: Console, table: list[dict[str, Any]], title: str) -> None:
     for row in table:
         if row["point"] != previous:
             previous = row["point"]
-            printed.add_row(f"[italic]{previous}[/italic]")
-        printed.add_row(row["model"], *(cell(measure, row) for measure in shown))
+            printed.add_row(Text(previous, style="italic"))
+        printed.add_row(Text(row["model"]), *(cell(measure, row) for measure in shown))
     # as wide as it needs to be, also where the output goes into a file
     wide = Console(file=console.file, width=1000)
     wide.width = max(Measurement.get(wide, wide.options, printed).maximum, console.width)

@@ -36,8 +36,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from .. import config, models, objectives
 from ..config import Config, ConfigError, to_dict
 from ..results import MEASURES
@@ -186,9 +184,7 @@ def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dic
 
 def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping of a sweep file, laid over that of the file that it extends."""
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping of keys to values, got {type(content).__name__}")
+    content = config.read_yaml(path)
     _known(str(path), "key", content, KEYS)
     if path in above:
         raise ConfigError(f"{path}: extends: the file extends itself")
@@ -225,7 +221,7 @@ def _without(path: Path, models: dict[str, Any], patterns: Any) -> dict[str, Any
 def _base(path: Path, base: Any) -> dict[str, Any]:
     if isinstance(base, str):
         file = Path(base) if Path(base).is_file() else config.find(base)
-        loaded = yaml.safe_load(file.read_text())
+        loaded = config.read_yaml(file)
         config.check_keys(loaded, str(file))
         return loaded
     return _overrides(path, "base", _mapping(path, "base", base))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, from_dict, to_dict
-from ..results import Tried, write_json
+from ..results import Tried, read_json, write_json
 
 FILE = "job.json"
 
@@ -71,7 +70,7 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        values = json.loads((folder / FILE).read_text())
+        values = read_json(folder / FILE)
         choice = values["choice"]
         if choice is not None:
             choice = Choice(**{**choice, "tried": [Tried(**tried) for tried in choice["tried"]]})

@@ -12,28 +12,30 @@ checkpoints. A cell that fails is reported and the others go on. Where the sweep
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from rich.console import Console
 
 from ..config import own_options
-from ..results import RECORDS, Record, Records, Tried, changed_settings, common, finite, summary
+from ..results import RECORDS, Record, Records, Tried, changed_settings, common, finite, locked, summary
 from ..training import RESUMABLE, Meter
 from .cell import Cell, Option
 from .job import Choice, Job
 
+PACKAGE = Path(__file__).resolve().parents[3]  # the folder that holds margin_kernels
+# Started with -P: nothing in the working folder is imported, neither a random.py nor another copy of this package.
+# Where the package is found in its own folder alone, that comes last.
+WORKER = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from margin_kernels.experiments.sweeps.worker import start; start()"
+)
 TRAINED = 0.9  # share of a cell that counts as done when its epochs are
 
 
@@ -155,7 +157,7 @@ class Runner:
 
     def run(self) -> dict[str, str]:
         """Runs what is not finished; returns the error of each cell that failed."""
-        with self._lock():
+        with locked(self.out, "another sweep"):
             waiting = [cell for cell in self.cells.values() if not self.finished(cell)]
             total, before = len(self.cells), len(self.cells) - len(waiting)
             with Meter(len(waiting), "", self.console, interval=30, steps=False) as meter:
@@ -306,22 +308,11 @@ class Runner:
         for process in self.running.values():
             process.wait()
 
-    @contextmanager
-    def _lock(self) -> Iterator[TextIO]:
-        """One sweep per folder; the lock ends with the process, however it ends."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{self.out}: another sweep is running in this folder") from None
-            yield file
-
 
 def start_worker(folder: Path, threads: int) -> subprocess.Popen[bytes]:
     """The process of the cell whose job lies in `folder`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "margin_kernels.experiments.sweeps.worker", str(folder)]
+    command = [sys.executable, "-P", "-c", WORKER, str(PACKAGE), str(folder)]
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 

@@ -1,4 +1,4 @@
-"""One cell of a sweep in a process of its own: python -m margin_kernels.experiments.sweeps.worker FOLDER
+"""One cell of a sweep in a process of its own, which `run.py` starts: worker.main(), with FOLDER as the argument.
 
 FOLDER/job.json says what to train and where the record goes. Training continues from FOLDER/checkpoint.pt where a
 killed process has left one. The record is written at the end, at once: a record that exists is complete. A cell that is
@@ -24,17 +24,32 @@ from margin_kernels.memory import keep_freed_memory
 from .. import data, models
 from ..config import Config, LossConfig
 from ..evaluation import evaluate
-from ..results import Record, Records
-from ..training import EXPECTED, Trainer, resolve_device, time_steps
+from ..results import Record, Records, locked
+from ..training import Trainer, errors, resolve_device, time_steps
 from .job import Choice, Job
+
+WAIT = 60.0  # seconds
+
+
+def start() -> None:
+    """The process of the cell whose folder stands on the command line."""
+    keep_freed_memory()
+    main(Path(sys.argv[1]))
 
 
 def main(folder: Path) -> None:
-    """`run`, whose expected errors end the process with a sentence."""
+    """`run`, while this process holds the lock of the folder; what may go wrong on any machine ends it with a sentence.
+
+    A cell of a sweep that was killed ends within a step. Until then the next sweep waits for it.
+    """
     try:
-        run(folder)
-    except EXPECTED as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        with locked(folder, "the same cell of a sweep that was killed", WAIT):
+            run(folder)
+    except Exception as error:
+        text = errors.sentence(error)
+        if text is None:
+            raise
+        sys.exit(text)
 
 
 def run(folder: Path) -> None:
@@ -102,8 +117,3 @@ def while_alive(parent: int) -> Callable[[Any], None]:
             sys.exit("the sweep has ended")
 
     return tick
-
-
-if __name__ == "__main__":
-    keep_freed_memory()
-    main(Path(sys.argv[1]))

@@ -56,7 +56,7 @@ class Meter:
     def __enter__(self) -> Meter:
         self.start = self.last = time.monotonic()
         if self.console.is_terminal and not self.quiet:
-            columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
+            columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
             columns += [MofNCompleteColumn(), Rate()] if self.steps else [TaskProgressColumn()]
             columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
             self.bar = Progress(*columns, console=self.console)

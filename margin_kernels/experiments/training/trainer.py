@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import margin_kernels as mk
 
 from .. import models, objectives
-from ..config import Config, LossConfig, complete, exponent, to_dict, to_yaml
+from ..config import Config, LossConfig, check, complete, exponent, to_dict, to_yaml
 from ..data import Dataset, augmented
 from ..evaluation import accuracy, median_distance, signed_distance, tap_names
 from ..results import Run, differing, flatten, machine, versions, write_csv, write_json, write_text
@@ -75,11 +75,18 @@ def build_optimiser(config: Config, parameters: Any) -> torch.optim.Optimizer:
 
 def resolve_device(name: str) -> torch.device:
     """torch.device, after a look at whether it exists here."""
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"training.device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"training.device must be cpu, got {name!r}: this torch {torch.__version__} sees no CUDA device"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"training.device must be one of {torch.cuda.device_count()} CUDA devices, got {name!r}")
     return device
 
 
@@ -89,9 +96,7 @@ class Trainer:
     def __init__(self, config: Config, dataset: Dataset, folder: Path | None = None) -> None:
         self.config, self.dataset, self.folder = config, dataset, folder
         settings = config.training
-        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1), ("repeat", 1)):
-            if getattr(settings, name) < least:
-                raise ValueError(f"training.{name} must be at least {least}, got {getattr(settings, name)}")
+        check(config)
         self.device = resolve_device(settings.device)
         if settings.precision == "fp16" and self.device.type != "cuda":
             raise ValueError("training.precision must be bf16 or fp32 on the CPU, got fp16, which needs a CUDA device")
@@ -202,6 +207,7 @@ class Trainer:
         while self.epoch < last and not self.stopped:
             self._prepare()
             record = self._epoch(tick)
+            self._check_weights(record)
             self.epoch += 1
             self.history.append(record)
             self._keep(record)
@@ -209,6 +215,7 @@ class Trainer:
         if self.writer is not None:
             self.writer.flush()
         if self.folder is not None:
+            self._check_weights()
             models.save_model(self.folder, self.model, self.description)
         return self.history
 
@@ -266,7 +273,9 @@ class Trainer:
             loss_sum += out["loss"].detach() * len(part)
             correct += (out["output"].argmax(1) == y).sum()
         if not math.isfinite(float(loss_sum)):
-            raise TrainingError(self._diverged(float(loss_sum), number))
+            raise TrainingError(
+                self._diverged(f"the loss is {float(loss_sum)} at epoch {self.epoch + 1}, step {number + 1}")
+            )
         if settings.clip_norm is not None:
             self.scaler.unscale_(self.optimiser)
             nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
@@ -274,13 +283,27 @@ class Trainer:
         self.scaler.update()
         return loss_sum, correct
 
-    def _diverged(self, loss: float, step: int) -> str:
+    def _check_weights(self, record: dict[str, Any] | None = None) -> None:
+        """Raises TrainingError where a weight, a buffer, or a logit of the first validation images is not finite: such
+        a network is never saved. `record`: of the epoch that has just ended."""
+        where = "as they were given" if record is None else f"after epoch {record['epoch']}"
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise TrainingError(self._diverged(f"the weights of {name} {where} are not finite"))
+        images = self.dataset.validation.images[: self.config.training.batch_size].to(self.device)
+        training = self.model.training
+        with torch.no_grad():
+            logits = self.model.eval()(images)
+        self.model.train(training)
+        if not bool(logits.isfinite().all()):
+            raise TrainingError(self._diverged(f"the weights {where} give logits that are not finite"))
+
+    def _diverged(self, what: str) -> str:
         kept = f" The last checkpoint (epoch {self.epoch}) is kept." if self.folder is not None and self.epoch else ""
         return (
-            f"{self.config.name}: the loss is {loss} at epoch {self.epoch + 1}, step {step + 1}.{kept} "
+            f"{self.config.name}: {what}.{kept} "
             f"Lower --optimiser.lr (now {self.optimiser.param_groups[0]['lr']:g}), set --training.clip_norm 10, "
-            "lower --loss.gamma, "
-            "or train in fp32 where a half precision was used."
+            "lower --loss.gamma, or train in fp32 where a half precision was used."
         )
 
     def mean_distance(self) -> dict[str, float]:
@@ -334,11 +357,14 @@ class Trainer:
         if self.folder is None:
             raise ValueError("resume needs the folder of the run")
         state = load_state(self.folder)
-        changed = [key for key in differing(complete(state["config"]), to_dict(self.config)) if key not in RESUMABLE]
+        resumable = set(RESUMABLE)
+        if self.config.schedule.name != "cosine" and self.config.training.epochs >= state["epoch"]:
+            resumable.add("training.epochs")  # a longer run is the same up to here
+        changed = [key for key in differing(complete(state["config"]), to_dict(self.config)) if key not in resumable]
         if changed:
             raise models.CheckpointError(
                 f"{self.folder}: the checkpoint was written with other settings ({', '.join(changed)}); "
-                "resume with the same config, or start anew without --resume."
+                "resume with the same config, or start anew with --overwrite."
             )
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])

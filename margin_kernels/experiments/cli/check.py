@@ -1,0 +1,58 @@
+"""`margin-kernels check DIR ...`: whether the files of runs and sweeps are as they were written."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..config import read_yaml
+from ..models import load_model
+from ..results import Records, Run, read_json
+from ..training import load_state
+
+# name of a file -> what reads all of it, and raises ValueError
+CHECKS: dict[str, Callable[[Path], Any]] = {
+    "checkpoint.pt": lambda path: load_state(path.parent),
+    "model.safetensors": lambda path: load_model(path.parent),
+    "records.jsonl": lambda path: Records(path).all(),
+    "candidates.jsonl": lambda path: Records(path).all(),
+    "run.json": Run.read,
+    "evaluation.json": read_json,
+    "summary.json": read_json,
+    "config.yaml": read_yaml,
+}
+RECORDS = ("records.jsonl", "candidates.jsonl")
+
+
+def check(arguments: list[str]) -> int:
+    """Reads every file of the folders and those below them; 1 where one is damaged or there is none."""
+    parser = argparse.ArgumentParser(
+        prog="margin-kernels check",
+        description="Reads checkpoints, weights and records of runs and sweeps, and compares their checksums.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="folders written by train or sweep; those below as well")
+    parser.add_argument(
+        "--renew", action="store_true", help="first give the lines of records, which you changed, new checksums"
+    )
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    damaged = 0
+    for folder in options.folders:
+        files = sorted(path for path in folder.rglob("*") if path.name in CHECKS and path.is_file())
+        if not files:
+            raise ValueError(f"{folder} must hold files of a run or a sweep, got none of {', '.join(CHECKS)}")
+        for path in files:
+            if options.renew and path.name in RECORDS:
+                console.print(f"{Records(path).renew()} lines of {path} have a new checksum")
+            try:
+                CHECKS[path.name](path)
+            except ValueError as error:
+                damaged += 1
+                console.print(f"damaged  {error}")
+            else:
+                console.print(f"ok       {path}")
+    return 1 if damaged else 0

@@ -1,0 +1,102 @@
+"""What the numbers of a config may be, told before anything is trained. Types and choices of words: reading.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from .options import Config
+
+
+class ConfigError(ValueError):
+    """A config file or an override that does not fit; the message names the key and, for an unknown one, the close
+    names."""
+
+
+class Range(NamedTuple):
+    """From `least` to `most`, these included unless `open` (then above `least`)."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        assert isinstance(value, (int, float))
+        return (value > self.least if self.open else value >= self.least) and value <= self.most
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            return f"above {self.least:g}" if self.open else f"at least {self.least:g}"
+        return f"in {'(' if self.open else '['}{self.least}, {self.most}]"
+
+
+COUNT, SOME, SHARE, POSITIVE = Range(0), Range(1), Range(0, 1), Range(0, open=True)
+SEED = Range(0, 2**63 - 1)  # what torch's generators take
+# Of every integer that is not named here COUNT holds; every other number must be finite.
+RANGES = {
+    "data.validation_size": SOME,
+    "data.train_fraction": Range(0, 1, open=True),
+    "data.label_noise": SHARE,
+    "data.seed": SEED,
+    "model.dropout": Range(0, 1),
+    "loss.top_k": SOME,
+    "loss.sensitivity.top_k": SOME,
+    "loss.adversarial.top_k": SOME,
+    "loss.adversarial.max_iter": SOME,
+    "loss.adversarial_training.eps": COUNT,
+    "loss.adversarial_training.steps": SOME,
+    "loss.virtual_adversarial.eps": POSITIVE,
+    "loss.virtual_adversarial.xi": POSITIVE,
+    "loss.virtual_adversarial.iterations": SOME,
+    "optimiser.lr": COUNT,
+    "optimiser.momentum": Range(0),
+    "optimiser.weight_decay": COUNT,
+    "schedule.factor": COUNT,
+    "schedule.warmup": COUNT,
+    "training.repeat": SOME,
+    "training.stop_at_train_accuracy": SHARE,
+    "training.batch_size": SOME,
+    "training.accumulate": SOME,
+    "training.seed": SEED,
+    "training.clip_norm": POSITIVE,
+    "training.threads": Range(1, max(256, os.cpu_count() or 1)),
+    "evaluation.eps": COUNT,
+    "evaluation.curve": COUNT,
+    "evaluation.steps": SOME,
+    "evaluation.batch_size": SOME,
+    "evaluation.deepfool_iterations": SOME,
+    "evaluation.deepfool_step_limit": POSITIVE,
+    "evaluation.noise_sigmas": COUNT,
+    "evaluation.noise_seed": SEED,
+}
+NORM = Range(1)  # of every p, infinity included
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for the first number that makes no sense, by its dotted key, and for a name that is no name of
+    a folder."""
+    if config.name in ("", ".", "..") or PurePath(config.name).name != config.name or "\0" in config.name:
+        raise ConfigError(f"name must be the name of a folder, without separators, got {config.name!r}")
+    for key, value in numbers(config):
+        is_norm = key.rsplit(".", 1)[-1] in ("p", "distance_p")
+        if not (is_norm or math.isfinite(value)):
+            raise ConfigError(f"{key} must be finite, got {value}")
+        allowed = NORM if is_norm else RANGES.get(key, COUNT if isinstance(value, int) else Range())
+        if value not in allowed:
+            raise ConfigError(f"{key} must be {allowed}, got {value}")
+
+
+def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of every number in a section, those in lists too; True and False are none."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from numbers(value, f"{prefix}{item.name}.")
+        else:
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(number, (int, float)) and not isinstance(number, bool):
+                    yield prefix + item.name, number

@@ -1,0 +1,575 @@
+"""What goes wrong in a run: nothing complete is lost, nothing damaged is used, and a sentence says what to do."""
+
+import errno
+import json
+import os
+import random
+import re
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from margin_kernels.experiments import cli, config, data, models
+from margin_kernels.experiments.results import Records, digest, files, sealed, sealed_line, unsealed
+from margin_kernels.experiments.results.checksum import ChecksumError, unsealed_line
+from margin_kernels.experiments.training import Trainer, TrainingError, errors, load_state
+
+SMALL = ["--data.train_fraction", "0.1", "--training.distance_samples", "8", "--training.threads", "1"]
+QUICK = [
+    "--evaluation.attack_samples",
+    "10",
+    "--evaluation.deepfool_samples",
+    "5",
+    "--evaluation.distance_samples",
+    "5",
+]
+COMMAND = [sys.executable, "-P", "-m", "margin_kernels.experiments"]
+FILES = ("checkpoint.pt", "model.safetensors", "model.json", "run.json", "metrics.csv", "config.yaml")
+
+
+def train(out, *arguments):
+    return cli.main(["train", *SMALL, "--out", str(out), *arguments])
+
+
+def said(capsys):
+    """The one line on the error stream."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two epochs; tests copy it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train(folder, *QUICK, "--training.epochs", "2") == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).write_bytes((trained / name).read_bytes())
+    return folder
+
+
+# diverged weights
+
+
+def exploding(factor=1e38, **training):
+    """One step an epoch; the second epoch's step ends at weights that are not finite, with a finite loss before it."""
+    settings = config.parse([*SMALL, "--optimiser.name", "sgd", "--schedule.name", "step"])
+    return replace(
+        settings,
+        schedule=replace(settings.schedule, factor=factor, milestones=[1]),
+        training=replace(settings.training, batch_size=4096, epochs=2, **training),
+    )
+
+
+@pytest.mark.parametrize("factor", [1e41, 1e33], ids=["weights overflow", "logits overflow"])
+def test_weights_that_are_not_finite_never_replace_the_last_good_checkpoint(tmp_path, factor):
+    settings = exploding(factor)
+    dataset = data.of(settings.data)
+    trainer = Trainer(settings, dataset, tmp_path)
+    trainer.run(until=1)
+    good = {name: (tmp_path / name).read_bytes() for name in ("checkpoint.pt", "run.json", "metrics.csv")}
+    for attempt in range(2):
+        again = Trainer(settings, dataset, tmp_path)
+        again.resume()
+        with pytest.raises(TrainingError, match=r"weights .*after epoch 2 .*not finite.*checkpoint \(epoch 1\)"):
+            again.run()
+        assert {name: (tmp_path / name).read_bytes() for name in good} == good, attempt
+        assert len(again.history) == 1
+    model, _ = models.load_model(tmp_path)
+    assert all(bool(weight.isfinite().all()) for weight in model.state_dict().values())
+
+
+def test_a_run_that_diverges_ends_with_1_and_leaves_no_weights(tmp_path, capsys):
+    settings = exploding(1e41)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(replace(settings, schedule=replace(settings.schedule, milestones=[0]))))
+    assert cli.main(["train", "--config", str(path), "--out", str(tmp_path / "run")]) == 1
+    assert "the weights" in (text := said(capsys)) and "not finite" in text and "epoch 1" in text
+    assert not {"checkpoint.pt", "model.safetensors"} & set(os.listdir(tmp_path / "run"))
+
+
+# numbers that make no sense
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("training.clip_norm", "0", "must be above 0, got 0"),
+        ("training.clip_norm", "-1", "must be above 0, got -1"),
+        ("optimiser.lr", ".inf", "must be finite, got inf"),
+        ("optimiser.lr", "-1", "must be at least 0, got -1"),
+        ("optimiser.weight_decay", ".nan", "must be finite, got nan"),
+        ("training.epochs", "-1", "must be at least 0, got -1"),
+        ("training.batch_size", "0", "must be at least 1, got 0"),
+        ("training.accumulate", "0", "must be at least 1, got 0"),
+        ("training.repeat", "-2", "must be at least 1, got -2"),
+        ("training.stop_at_train_accuracy", "1.5", r"must be in [0, 1], got 1.5"),
+        ("training.seed", "9223372036854775808", "must be in [0, 9223372036854775807], got 9223372036854775808"),
+        ("training.seed", "-1", "must be in [0, 9223372036854775807], got -1"),
+        ("training.threads", "1000000", "must be in [1, "),
+        ("training.threads", "0", "must be in [1, "),
+        ("loss.gamma", "[1, .nan]", "must be finite, got nan"),
+        ("loss.p", "0.5", "must be at least 1, got 0.5"),
+        ("loss.top_k", "0", "must be at least 1, got 0"),
+        ("data.label_noise", "1.5", "must be in [0, 1], got 1.5"),
+        ("data.train_fraction", "0", "must be in (0, 1], got 0"),
+        ("data.seed", "-3", "must be in [0, "),
+        ("schedule.milestones", "[3, -1]", "must be at least 0, got -1"),
+        ("evaluation.attack_samples", "-3", "must be at least 0, got -3"),
+        ("evaluation.curve", "[0.1, -0.1]", "must be at least 0, got -0.1"),
+        ("name", "../elsewhere", "must be the name of a folder, without separators, got '../elsewhere'"),
+        ("name", "..", "must be the name of a folder"),
+        ("name", "''", "must be the name of a folder"),
+        ("training.device", "abacus", "must be cpu, cuda or cuda:N, got 'abacus'"),
+        ("training.device", "meta", "must be cpu, cuda or cuda:N, got 'meta'"),
+    ],
+)
+def test_numbers_and_names_that_make_no_sense_are_refused_before_anything_is_trained(
+    tmp_path, monkeypatch, capsys, key, value, words
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    section, _, name = key.rpartition(".")
+    path.write_text(f"{section}: {{{name}: {value}}}\n" if section else f"{name}: {value}\n")
+    assert cli.main(["train", "--config", str(path), "--out", "run"]) == 1
+    text = said(capsys)
+    assert key in text and words in text
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@given(st.text(max_size=20))
+def test_a_name_stays_a_folder_below_runs(name):
+    try:
+        config.check(replace(config.Config(), name=name))
+    except config.ConfigError as error:
+        assert "name must be the name of a folder" in str(error)
+    else:
+        path = Path("runs") / name
+        assert path.parent == Path("runs") and path.name == name not in ("", ".", "..") and "\0" not in name
+
+
+def test_every_number_of_a_config_is_looked_at():
+    seen = {key for key, _ in config.bounds.numbers(config.Config())}
+    assert {"training.clip_norm", "loss.gamma", "evaluation.curve", "loss.sensitivity.weight"} - seen == {
+        "training.clip_norm"  # None by default
+    }
+    assert set(config.bounds.RANGES) <= set(config.keys())
+
+
+# changed bytes
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data_=st.data())
+@pytest.mark.parametrize("name", ["checkpoint.pt", "model.safetensors", "model.json"])
+def test_a_changed_byte_is_told_and_nothing_is_resumed_or_measured(trained, tmp_path, name, data_):
+    content = bytearray((trained / name).read_bytes())
+    at = data_.draw(st.integers(0, len(content) - 1))
+    content[at] ^= 1 << data_.draw(st.integers(0, 7))
+    for other in FILES:
+        (tmp_path / other).write_bytes(content if other == name else (trained / other).read_bytes())
+    read = load_state if name == "checkpoint.pt" else models.load_model
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        read(tmp_path)
+
+
+def test_a_changed_checkpoint_ends_a_resumption_and_check_names_it(run, capsys):
+    path = run / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+    before = {name: (run / name).read_bytes() for name in FILES}
+    assert train(run, *QUICK, "--training.epochs", "2", "--resume") == 1
+    assert f"{path} is damaged: its content does not have the checksum" in said(capsys)
+    assert {name: (run / name).read_bytes() for name in FILES} == before
+    assert cli.main(["check", str(run)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["damaged", *["ok"] * 3] and "checkpoint.pt" in lines[0]
+
+
+def test_check_reads_all_files_of_a_run_and_finds_them_whole(run, capsys):
+    assert cli.main(["check", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("ok ") == 4 and "model.safetensors" in out and "run.json" in out
+    (run / "empty").mkdir()
+    assert cli.main(["check", str(run / "empty")]) == 1
+    assert "must hold files of a run or a sweep" in said(capsys)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200), st.data())
+def test_a_seal_is_broken_by_any_change(content, draw):
+    whole = sealed(content)
+    assert unsealed(whole, Path("file")) == content
+    changed = bytearray(whole)
+    changed[draw.draw(st.integers(0, len(whole) - 1))] ^= 1 << draw.draw(st.integers(0, 7))
+    with pytest.raises(ChecksumError, match="file"):
+        unsealed(bytes(changed), Path("file"))
+    with pytest.raises(ChecksumError, match="file"):
+        unsealed(whole[: draw.draw(st.integers(0, len(whole) - 1))], Path("file"))
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), min_size=1, max_size=4), st.data())
+def test_a_line_of_records_with_another_character_is_refused(values, draw):
+    line = json.dumps(values, separators=(",", ":"))
+    whole = sealed_line(line)
+    assert unsealed_line(whole) == line and json.loads(whole)["crc32"]
+    at = draw.draw(st.integers(0, len(whole) - 1))
+    other = draw.draw(st.characters(min_codepoint=32, max_codepoint=126).filter(lambda c: c != whole[at]))
+    with pytest.raises(ValueError, match="checksum"):
+        unsealed_line(whole[:at] + other + whole[at + 1 :])
+
+
+def test_the_digest_of_a_network_is_of_names_types_shapes_values_and_description():
+    weights = {"a": torch.zeros(2, 3), "b": torch.ones(2, dtype=torch.float16)}
+    found = digest(weights, {"name": "mlp"})
+    others = [
+        digest({**weights, "a": torch.zeros(3, 2)}, {"name": "mlp"}),
+        digest({**weights, "a": torch.zeros(2, 3, dtype=torch.int32)}, {"name": "mlp"}),
+        digest({**weights, "a": torch.zeros(2, 3).index_fill_(1, torch.tensor([1]), 1e-45)}, {"name": "mlp"}),
+        digest({"a": weights["a"], "c": weights["b"]}, {"name": "mlp"}),
+        digest(weights, {"name": "mlp2"}),
+    ]
+    assert len({found, *others}) == 6 and found == digest(dict(reversed(weights.items())), {"name": "mlp"})
+
+
+# bad calls
+
+
+BAD_CALLS = {
+    "output is a file": (["train", *SMALL, "--out", "file"], "file: File exists; a file of that name is in the way"),
+    "output below a file": (["train", *SMALL, "--out", "file/run"], "file/run: Not a directory; a part of the path"),
+    "name too long": (["train", *SMALL, "--name", "n" * 300], "File name too long; choose a shorter name"),
+    "YAML syntax": (["train", "--config", "broken.yaml"], "broken.yaml, line 2: not YAML"),
+    "YAML tags": (["train", "--config", "tag.yaml"], "tag.yaml, line 1: not YAML"),
+    "YAML is binary": (["train", "--config", "binary.yaml"], "binary.yaml: not YAML"),
+    "YAML too deep": (["train", "--config", "deep.yaml"], "deep.yaml: not YAML"),
+    "a config that is a folder": (["train", "--config", "folder"], "--config folder: no such file"),
+    "sweep syntax": (["sweep", "broken.yaml"], "broken.yaml, line 2: not YAML"),
+    "sweep is a list": (["sweep", "list.yaml"], "list.yaml must be a mapping"),
+    "sweep is empty": (["sweep", "empty.yaml"], "empty.yaml: models must be a mapping"),
+    "nothing to evaluate": (["evaluate", "folder"], "folder/config.yaml: missing"),
+    "nothing to report": (["report", "folder"], "folder/run.json: missing; run `margin-kernels train` first"),
+    "foreign run.json": (["report", "foreign"], "foreign/run.json must be what `margin-kernels train`"),
+    "run.json is no JSON": (["report", "torn"], "torn/run.json must be JSON"),
+    "run.json is binary": (["report", "binary"], "binary/run.json must be text in UTF-8, got byte 0xff at 0"),
+    "foreign records": (["report", "records/records.jsonl:a"], "records.jsonl, line 1"),
+    "nothing to resume": (["train", *SMALL, "--out", "folder", "--resume"], "nothing to resume"),
+    "nowhere to resume": (["train", *SMALL, "--out", "nowhere", "--resume"], "nowhere: nothing to resume"),
+    "foreign checkpoint": (["train", *SMALL, "--out", "foreign", "--resume"], "not a checkpoint of this program"),
+    "no data folder": (["train", *SMALL, "--data.name", "mnist", "--data-dir", "nowhere"], "--data-dir does not exist"),
+    "data is a file": (["train", *SMALL, "--data.name", "mnist", "--data-dir", "file"], "no train-images-idx3-ubyte"),
+    "no GPU": (["train", *SMALL, "--training.device", "cuda:64"], "training.device must be "),
+    "no such command": (["trian"], "command must be one of train"),
+    "resume and overwrite": (["train", "--resume", "--overwrite", "--out", "folder"], "must not be given together"),
+    "nothing to check": (["check", "folder"], "must hold files of a run or a sweep"),
+    "no such cell": (["sweep", "sensitivity_mnist_mlp", "--cells", "[/b]"], "no cell has such a name"),
+}
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "foreign", "torn", "binary", "records"):
+        Path(name).mkdir()
+    Path("file").write_text("")
+    Path("broken.yaml").write_text("a: [1\nb: 2\n")
+    Path("tag.yaml").write_text("name: !!python/name:os.system\n")
+    Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
+    Path("deep.yaml").write_text("[" * 100_000)
+    Path("list.yaml").write_text("- 1\n")
+    Path("empty.yaml").write_text("")
+    Path("foreign/run.json").write_text('{"model": 1}')
+    Path("foreign/evaluation.json").write_text("{}")
+    torch.save({"weights": torch.zeros(3)}, "weights.pt")
+    Path("foreign/checkpoint.pt").write_bytes(sealed(Path("weights.pt").read_bytes()))
+    Path("torn/run.json").write_text('{"config"')
+    Path("torn/evaluation.json").write_text("{}")
+    Path("binary/run.json").write_bytes(b"\xff\xfe")
+    Path("binary/evaluation.json").write_text("{}")
+    Path("records/records.jsonl").write_text('{"cell": "a"}\n{"cell": "b"}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_a_bad_call_is_answered_in_a_sentence(case, hostile, capsys):
+    arguments, words = BAD_CALLS[case]
+    assert cli.main(arguments) in (1, 2)
+    text = said(capsys)
+    assert words in text and len(text.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            "runs/a: No space left on device; free some space",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied; choose another folder"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "a: Read-only file system; choose a folder that can be"),
+        (OSError(errno.EIO, "Input/output error", "a"), "a: Input/output error"),
+        (MemoryError(), "out of memory; lower --jobs"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"), "out of memory; lower"),
+        (ValueError("p must be >= 1"), "p must be >= 1"),
+    ],
+)
+def test_what_may_go_wrong_on_any_machine_has_a_sentence(error, words, capsys):
+    assert errors.report("margin-kernels train", error) == 1
+    assert said(capsys).startswith(f"margin-kernels train: {words}")
+
+
+def test_a_fault_of_the_program_says_so_and_shows_where(capsys, monkeypatch):
+    def faulty(arguments):
+        raise KeyError("distance")
+
+    monkeypatch.setitem(cli.commands.COMMANDS, "info", faulty)
+    assert cli.main(["info"]) == errors.FAULT == 70
+    text = capsys.readouterr().err
+    assert "KeyError: 'distance'" in text and "fault of the program" in text.splitlines()[-1]
+
+
+def test_names_are_text_and_neither_markup_nor_mathematics(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["[b]x[", "a$x^$b", "<script>"]
+    for name in names:
+        assert cli.main(["train", *SMALL, *QUICK, "--training.epochs", "1", "--name", name]) == 0
+    runs = [f"runs/{name}" for name in names]
+    assert cli.main(["evaluate", "--no-timing", *runs]) == 0
+    assert "[b]x[" in capsys.readouterr().out
+    assert cli.main(["report", *runs, "--title", "[/b] $x^$"]) == 0
+    assert "[/b] $x^$" in capsys.readouterr().out
+    page = Path("report/index.html").read_text()
+    assert "a$x^$b" in page and "<script>" not in page and "&lt;script&gt;" in page
+
+
+# writes
+
+
+def test_files_have_the_rights_that_umask_leaves(tmp_path):
+    for mask, rights in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            files.write_text(tmp_path / "file", "text")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == rights
+        (tmp_path / "file").unlink()
+
+
+def test_an_unfinished_write_leaves_the_old_file_and_the_lock_sweeps_the_rest(tmp_path, monkeypatch):
+    files.write_text(tmp_path / "file", "old")
+    monkeypatch.setattr(os, "replace", lambda *paths: os.kill(os.getpid(), 0) or (_ for _ in ()).throw(OSError(28, "")))
+    with pytest.raises(OSError, match="28"):
+        files.write_text(tmp_path / "file", "new")
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
+    (tmp_path / ".writing.99.abc").write_text("ne")
+    with files.locked(tmp_path, "another run"):
+        assert sorted(os.listdir(tmp_path)) == ["file", "lock"]
+
+
+def test_two_runs_do_not_write_into_one_folder(run, capsys):
+    before = {name: (run / name).read_bytes() for name in FILES}
+    with files.locked(run, "another run"):
+        assert train(run, *QUICK, "--training.epochs", "2", "--resume") == 1
+    assert f"{run} is in use by another run: wait for it to end, or choose another --out" in said(capsys)
+    assert {name: (run / name).read_bytes() for name in FILES} == before
+
+
+def test_a_finished_run_is_overwritten_only_where_that_is_asked_for(run, capsys):
+    before = (run / "model.safetensors").read_bytes()
+    assert train(run, *QUICK, "--training.epochs", "1") == 1
+    assert "already holds a run; continue it with --resume, throw it away with --overwrite" in said(capsys)
+    assert (run / "model.safetensors").read_bytes() == before
+    (run / "evaluation.json").write_text("{}")
+    assert train(run, *QUICK, "--training.epochs", "1", "--overwrite") == 0
+    assert (run / "model.safetensors").read_bytes() != before and not (run / "evaluation.json").exists()
+    assert len(json.loads((run / "run.json").read_text())["history"]) == 1
+
+
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "step"])
+def test_a_finished_run_is_extended_and_is_then_as_one_that_was_as_long_from_the_start(tmp_path, schedule):
+    options = ["--schedule.name", schedule, "--schedule.milestones", "[1]"]
+    assert train(tmp_path / "a", *options, "--training.epochs", "1") == 0
+    assert train(tmp_path / "a", *options, "--training.epochs", "3", "--resume") == 0
+    assert train(tmp_path / "b", *options, "--training.epochs", "3") == 0
+    one, other = (models.load_model(tmp_path / name)[0].state_dict() for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_cosine_schedule_is_not_extended_and_no_run_is_shortened(tmp_path, capsys):
+    assert train(tmp_path / "a", "--schedule.name", "cosine", "--training.epochs", "1") == 0
+    assert train(tmp_path / "a", "--schedule.name", "cosine", "--training.epochs", "2", "--resume") == 1
+    assert "written with other settings (training.epochs)" in said(capsys)
+    assert train(tmp_path / "b", "--training.epochs", "2") == 0
+    assert train(tmp_path / "b", "--training.epochs", "1", "--resume") == 1
+    assert "written with other settings (training.epochs)" in said(capsys)
+
+
+# signals, kills and full disks, in processes of their own
+
+
+def start(folder, *arguments):
+    command = [*COMMAND, "train", *SMALL, "--out", str(folder), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_sentence_and_it_goes_on_bit_for_bit(tmp_path, number, status):
+    process = start(tmp_path / "a", "--training.epochs", "400")
+    until = time.monotonic() + 120
+    while not (tmp_path / "a" / "checkpoint.pt").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == status and "`--resume` continues" in text and "Traceback" not in text
+    reached = len((tmp_path / "a" / "metrics.csv").read_text().splitlines()) - 1
+    epochs = str(reached + 1)
+    assert train(tmp_path / "a", "--training.epochs", epochs, "--resume") == 0
+    assert train(tmp_path / "b", "--training.epochs", epochs) == 0
+    one, other = (models.load_model(tmp_path / name)[0].state_dict() for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+KILLED = """
+import os, sys
+from margin_kernels.experiments import cli
+from margin_kernels.experiments.results import files
+left = int(sys.argv[1])
+real = os.replace
+def replace(*paths):
+    global left
+    left -= 1
+    if left < 0:
+        os._exit(9)
+    real(*paths)
+os.replace = replace
+sys.exit(cli.main(sys.argv[2:]))
+"""
+WRITES = 9  # config; metrics, run and checkpoint of two epochs; model.json and weights
+
+
+@pytest.mark.parametrize("write", [0, 3, 6, WRITES - 1])
+def test_a_run_killed_at_a_write_goes_on_bit_for_bit(trained, tmp_path, write):
+    arguments = ["train", *SMALL, *QUICK, "--training.epochs", "2", "--out", str(tmp_path / "a")]
+    killed = subprocess.run(
+        [sys.executable, "-P", "-c", KILLED, str(write), *arguments], capture_output=True, text=True
+    )
+    assert killed.returncode == 9, killed.stderr
+    begun = (tmp_path / "a" / "checkpoint.pt").exists()
+    assert begun == (write >= 4)
+    assert cli.main([*arguments, *["--resume"] * begun]) == 0
+    assert not [name for name in os.listdir(tmp_path / "a") if name.startswith(files.TEMPORARY)]
+    one, other = (models.load_model(folder)[0].state_dict() for folder in (tmp_path / "a", trained))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+FULL = """
+import resource, sys
+from margin_kernels.experiments import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_a_write_that_does_not_fit_is_told_and_leaves_what_was_complete(run):
+    size = (run / "checkpoint.pt").stat().st_size // 2
+    before = {name: (run / name).read_bytes() for name in FILES}
+    arguments = ["train", *SMALL, *QUICK, "--training.epochs", "3", "--out", str(run), "--resume"]
+    ended = subprocess.run([sys.executable, "-P", "-c", FULL, str(size), *arguments], capture_output=True, text=True)
+    assert ended.returncode == 1 and "File too large; raise the limit of file sizes" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert (run / "checkpoint.pt").read_bytes() == before["checkpoint.pt"]
+    assert cli.main(arguments) == 0 and len(json.loads((run / "run.json").read_text())["history"]) == 3
+
+
+SWEEP = """
+base:
+  data: {{train_fraction: 0.1}}
+  training: {{epochs: {epochs}, distance_samples: 8}}
+  evaluation: {{attack_samples: 5, deepfool_samples: 2, distance_samples: 2, timing_repeats: 0, curve: [0.1]}}
+models:
+  plain: {{}}
+"""
+
+
+def test_cells_run_what_is_installed_and_not_what_lies_in_the_working_folder(tmp_path):
+    """Names of the standard library, and a copy of the package."""
+    for name in ("random.py", "tempfile.py", "yaml.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit('taken')\n")
+    (tmp_path / "margin_kernels").mkdir()
+    (tmp_path / "margin_kernels" / "__init__.py").write_text("raise SystemExit('a copy was taken')\n")
+    (tmp_path / "tiny.txt").write_text(SWEEP.format(epochs=1))
+    (tmp_path / "tiny.txt").rename(tmp_path / "tiny.yaml")
+    command = [*COMMAND, "sweep", "tiny.yaml", "--out", "out"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (record,) = Records(tmp_path / "out" / "records.jsonl").all()
+    assert record.machine["backend"] in ("cpu", "reference") and record.versions["torch"] == torch.__version__
+    assert not (tmp_path / "ran").exists()
+
+
+def test_cells_of_a_killed_sweep_end_by_themselves_and_hold_their_folder_until_then(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(SWEEP.format(epochs=400))
+    command = [*COMMAND, "sweep", "tiny.yaml", "--out", "out"]
+    sweep = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "out" / "cells" / "plain__seed0"
+    until = time.monotonic() + 120
+    while not (folder / "checkpoint.pt").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="in use by another sweep"), files.locked(tmp_path / "out", "another sweep"):
+        pass
+    with pytest.raises(ValueError, match="in use by this cell"), files.locked(folder, "this cell"):
+        pass
+    sweep.kill()
+    sweep.wait()
+    with files.locked(folder, "the cell", wait=60):
+        pass
+    assert "the sweep has ended" in (folder / "log.txt").read_text()
+
+
+# readers
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "model.json", "model.safetensors", "checkpoint.pt"])
+def test_no_content_of_a_file_ends_in_another_exception(trained, tmp_path, name, content):
+    for other in FILES:
+        (tmp_path / other).write_bytes(content if other == name else (trained / other).read_bytes())
+    try:
+        cli.check.CHECKS[name if name != "model.json" else "model.safetensors"](tmp_path / name)
+    except ValueError as error:
+        assert str(tmp_path) in str(error)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.text(max_size=60) | st.dictionaries(st.text(max_size=9), st.integers()).map(json.dumps)))
+def test_no_lines_of_a_file_of_records_end_in_another_exception(tmp_path, lines):
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(sealed_line(line) if random.random() < 0.5 and line else line for line in lines))
+    try:
+        Records(path).all()
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def test_the_limit_of_file_sizes_is_not_left_behind():
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
