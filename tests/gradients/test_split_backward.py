@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from support import batches
-from support.gradients import step_gradients
+from support.gradients import assert_split_is_as_exact_as_the_loop_under_autocast, step_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -253,16 +253,14 @@ def test_channels_last_and_accumulation_over_two_batches(top_k) -> None:
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_autocast(top_k, dtype) -> None:
     x, y = batch(dtype=torch.float32)
-    found = {}
-    for passes in ("split", "loop", "exact"):
-        model = build("plain", torch.float32)
-        with torch.autocast("cpu", dtype, enabled=passes != "exact"):
-            loss = LargeMarginLoss(3.0, top_k=top_k, aggregation="sum")
-            out = MarginTask(model, loss, ("input", "3"), "loop" if passes == "exact" else passes)(x, y)
-        out["loss"].backward()
-        found[passes] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    size = found["exact"].norm()
-    assert (found["split"] - found["exact"]).norm() / size < 1.5 * (found["loop"] - found["exact"]).norm() / size + 1e-3
+    assert_split_is_as_exact_as_the_loop_under_autocast(
+        lambda: build("plain", torch.float32),
+        LargeMarginLoss(3.0, top_k=top_k, aggregation="sum"),
+        ("input", "3"),
+        x,
+        y,
+        dtype,
+    )
 
 
 def test_nan_in_one_sample_reaches_the_loss() -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from support import batches
-from support.gradients import step_gradients
+from support.gradients import assert_split_is_as_exact_as_the_loop_under_autocast, step_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -218,16 +218,9 @@ def test_a_step_leaves_nothing_to_the_garbage_collector(second_order) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype) -> None:
     x, y = batch(dtype=torch.float32)
-    found = {}
-    for passes in ("split", "loop", "exact"):
-        model = build("plain").float()
-        with torch.autocast("cpu", dtype, enabled=passes != "exact"):
-            loss = LargeMarginLoss(3.0, second_order=True)
-            out = MarginTask(model, loss, ("input", "2"), "loop" if passes == "exact" else passes)(x, y)
-        out["loss"].backward()
-        found[passes] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    size = found["exact"].norm()
-    assert (found["split"] - found["exact"]).norm() / size < 1.5 * (found["loop"] - found["exact"]).norm() / size + 1e-3
+    assert_split_is_as_exact_as_the_loop_under_autocast(
+        lambda: build("plain").float(), LargeMarginLoss(3.0, second_order=True), ("input", "2"), x, y, dtype
+    )
 
 
 def test_nan_in_one_sample_reaches_the_loss() -> None:

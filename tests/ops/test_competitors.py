@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.gradients import third_derivative
 from torch.nn.functional import cross_entropy
 
 from margin_kernels import functional
@@ -151,17 +152,9 @@ def test_first_and_second_derivatives(backend, k):
 def test_third_derivative_is_that_of_cross_entropy(backend):
     logits, target = sample_logits(3, 5, torch.float64)
 
-    def third(nll):
-        z = logits.clone().requires_grad_()
-        value = nll(z)
-        for _ in range(3):
-            (value,) = torch.autograd.grad(
-                (value * torch.arange(1.0, value.numel() + 1).view_as(value)).sum(), z, create_graph=True
-            )
-        return value
-
-    ours = third(lambda z: functional.competitors(z, target, 1, backend=backend).nll)
-    assert_gradients_agree(ours, third(lambda z: cross_entropy(z, target, reduction="none")), 1e-10)
+    ours = third_derivative(lambda z: functional.competitors(z, target, 1, backend=backend).nll, logits)
+    expected = third_derivative(lambda z: cross_entropy(z, target, reduction="none"), logits)
+    assert_gradients_agree(ours, expected, 1e-10)
 
 
 @pytest.mark.parametrize("k", [1, 3, 40])

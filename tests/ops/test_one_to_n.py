@@ -1,11 +1,13 @@
 """1-to-N loss: eq. 8 and eq. 14 of the paper term by term, gradients, bounds, batches of one class, bad logits."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.gradients import third_derivative
 from torch.nn.functional import cross_entropy
 
 from margin_kernels import functional
@@ -113,17 +115,12 @@ def test_first_and_second_derivatives(backend, bound, ce, single):
 def test_third_derivative(backend):
     logits, target = sample_logits(4, 3, torch.float64)
 
-    def third(loss):
-        z = logits.clone().requires_grad_()
-        value = loss(z)
-        for _ in range(3):
-            weight = torch.arange(1.0, value.numel() + 1).view_as(value)
-            (value,) = torch.autograd.grad((value * weight).sum(), z, create_graph=True)
-        return value
-
     for bound, ce in FORMS:
-        ours = third(lambda z, b=bound, c=ce: functional.one_to_n(z, target, 1.0, b, c, "none", backend=backend))
-        assert_gradients_agree(ours, third(lambda z, b=bound, c=ce: closed(z, target, 1.0, b, c)), 1e-10)
+        own = partial(
+            functional.one_to_n, target=target, bound=bound, cross_entropy=ce, reduction="none", backend=backend
+        )
+        expected = third_derivative(lambda z, b=bound, c=ce: closed(z, target, 1.0, b, c), logits)
+        assert_gradients_agree(third_derivative(own, logits), expected, 1e-10)
 
 
 def test_no_gradient_beyond_the_bounds_and_at_them(backend):

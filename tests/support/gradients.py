@@ -1,9 +1,12 @@
 """Gradients of the parameters, by plain autograd."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from margin_kernels import MarginTask
+from margin_kernels.losses.base import MarginLoss
 
 
 def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
@@ -15,6 +18,31 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 def flat_gradients(loss: Tensor, model: nn.Module) -> Tensor:
     """As `gradients`, as one vector."""
     return torch.cat([g.flatten() for g in gradients(loss, model)])
+
+
+def third_derivative(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of f [N] at x, each time of the sum of the values weighted by 1, 2, 3, ..."""
+    x = x.clone().requires_grad_()
+    value = f(x)
+    for _ in range(3):
+        weight = torch.arange(1.0, value.numel() + 1).view_as(value)
+        (value,) = torch.autograd.grad((value * weight).sum(), x, create_graph=True)
+    return value
+
+
+def assert_split_is_as_exact_as_the_loop_under_autocast(
+    build: Callable[[], nn.Module], loss: MarginLoss, layers: Sequence[str], x: Tensor, y: Tensor, dtype: torch.dtype
+) -> None:
+    """The gradients of split and loop in half precision, compared with the loop's in float32."""
+    found = {}
+    for passes in ("split", "loop", "exact"):
+        model = build()
+        with torch.autocast("cpu", dtype, enabled=passes != "exact"):
+            out = MarginTask(model, loss, layers, "loop" if passes == "exact" else passes)(x, y)
+        out["loss"].backward()
+        found[passes] = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    size = found["exact"].norm()
+    assert (found["split"] - found["exact"]).norm() / size < 1.5 * (found["loop"] - found["exact"]).norm() / size + 1e-3
 
 
 def step_gradients(task: MarginTask, x: Tensor, y: Tensor) -> list[Tensor | None]:
