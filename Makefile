@@ -38,7 +38,7 @@ test: install
 
 # Drawn networks, twenty times as many as `make test` draws, and other ones each time.
 test-fuzz: install
-	MARGIN_KERNELS_FUZZ=2000 $(BIN)/python -m pytest -q tests/gradients/test_drawn.py
+	MARGIN_KERNELS_FUZZ=2000 $(BIN)/python -m pytest -q tests/gradients/test_drawn.py tests/experiments/test_readers.py
 
 # The op tests on the Triton kernels, run by Triton's interpreter, and the same kernels compiled for sm_90: no GPU needed.
 # `python -m margin_kernels.triton.compile_check` prints the registers that they take.

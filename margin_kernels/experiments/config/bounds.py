@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from .options import Config
 
@@ -77,8 +79,10 @@ NORM = Range(1)  # of every p, infinity included
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError for the first number that makes no sense, by its dotted key, and for a name that is no name of
-    a folder."""
+    """Raises ConfigError for the first number that makes no sense, by its dotted key, for a null where there must be a
+    value, and for a name that is no name of a folder."""
+    for key in nulls(config):
+        raise ConfigError(f"{key} must have a value, got null")
     if config.name in ("", ".", "..") or PurePath(config.name).name != config.name or "\0" in config.name:
         raise ConfigError(f"name must be the name of a folder, without separators, got {config.name!r}")
     for key, value in numbers(config):
@@ -88,6 +92,21 @@ def check(config: Config) -> None:
         allowed = NORM if is_norm else RANGES.get(key, COUNT if isinstance(value, int) else Range())
         if value not in allowed:
             raise ConfigError(f"{key} must be {allowed}, got {value}")
+
+
+@functools.cache
+def _may_be_null(section: type) -> frozenset[str]:
+    return frozenset(name for name, kind in get_type_hints(section).items() if NoneType in get_args(kind))
+
+
+def nulls(section: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of the fields that are None and must not be."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from nulls(value, f"{prefix}{item.name}.")
+        elif value is None and item.name not in _may_be_null(type(section)):
+            yield prefix + item.name
 
 
 def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

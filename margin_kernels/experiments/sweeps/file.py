@@ -71,6 +71,8 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     content = {**content, **{key: chosen.pop(key) for key in REPLACED if key in chosen}}
     base = _merge(_base(path, content.get("base")), _overrides(path, f"budgets.{budget}", chosen))
     seed_keys = content.get("seed_keys", ["training.seed", "data.seed"])
+    if not isinstance(seed_keys, list) or not all(isinstance(key, str) for key in seed_keys):
+        raise ConfigError(f"{path}: seed_keys must be a list of keys, got {seed_keys!r}")
     _overrides(path, "seed_keys", dict.fromkeys(seed_keys, 0))
     points = _points(path, content, _seeds(path, "seeds", content.get("seeds", [0])))
     # types are checked model by model and point by point: a parser takes a tenth of a second
