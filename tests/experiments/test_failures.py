@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import ROOT, tiny_sweeps
 
 from margin_kernels.experiments import cli, config, data, models
 from margin_kernels.experiments.results import Records, digest, files, sealed, sealed_line, unsealed
@@ -380,7 +381,8 @@ def test_an_unfinished_write_leaves_the_old_file_and_the_lock_sweeps_the_rest(tm
     with pytest.raises(OSError, match="28"):
         files.write_text(tmp_path / "file", "new")
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
-    (tmp_path / ".writing.99.abc").write_text("ne")
+    (tmp_path / ".writing.4194304.abc").write_text("ne")  # beyond the largest number of a process
+    (tmp_path / ".writing.xyz").write_text("ne")
     with files.locked(tmp_path, "another run"):
         assert sorted(os.listdir(tmp_path)) == ["file", "lock"]
 
@@ -479,6 +481,40 @@ def test_a_run_killed_at_a_write_goes_on_bit_for_bit(trained, tmp_path, write):
     assert not [name for name in os.listdir(tmp_path / "a") if name.startswith(files.TEMPORARY)]
     one, other = (models.load_model(folder)[0].state_dict() for folder in (tmp_path / "a", trained))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("write", [0, 4, 8])
+def test_a_sweep_killed_at_a_write_ends_with_the_same_records(tmp_path, write):
+    """Its cells run in its process: job; config, metrics, run, checkpoint; model.json, weights; two summaries."""
+    (tmp_path / "tiny.yaml").write_text(SWEEP.format(epochs=1))
+    here = f"import sys; sys.path.append({str(ROOT / 'tests')!r}); from support import tiny_sweeps; "
+    here += "from margin_kernels.experiments.sweeps import run; run.start_worker = tiny_sweeps._work_here\n"
+    arguments = ["sweep", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "a")]
+    killed = subprocess.run(
+        [sys.executable, "-P", "-c", here + KILLED, str(write), *arguments], capture_output=True, text=True
+    )
+    assert killed.returncode == 9, killed.stderr
+    assert tiny_sweeps.run(tmp_path / "tiny.yaml", tmp_path / "a") == 0
+    assert tiny_sweeps.run(tmp_path / "tiny.yaml", tmp_path / "b") == 0
+    one, other = (tiny_sweeps.records(tmp_path / name)["plain__seed0"] for name in "ab")
+    assert one.evaluation == other.evaluation and json.loads((tmp_path / "a" / "summary.json").read_text())
+    left = [path.name for path in (tmp_path / "a").rglob(f"{files.TEMPORARY}*")]
+    assert left == [] and (tmp_path / "a" / "summary.csv").exists()
+
+
+@pytest.mark.parametrize("write", [0, 2])
+def test_a_report_killed_at_a_write_is_made_again_whole(run, tmp_path, write):
+    (run / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    assert cli.main(["evaluate", "--no-timing", str(run)]) == 0
+    arguments = ["report", str(run), "--out", str(tmp_path / "a")]
+    killed = subprocess.run(
+        [sys.executable, "-P", "-c", KILLED, str(write), *arguments], capture_output=True, text=True
+    )
+    assert killed.returncode == 9, killed.stderr
+    assert cli.main(arguments) == 0 and cli.main([*arguments[:-1], str(tmp_path / "b")]) == 0
+    assert sorted(os.listdir(tmp_path / "a")) == sorted(os.listdir(tmp_path / "b"))
+    page = [(tmp_path / name / "index.html").read_text() for name in "ab"]
+    assert page[0] == page[1] and page[0].rstrip().endswith("</html>")
 
 
 FULL = """

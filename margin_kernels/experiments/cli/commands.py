@@ -29,7 +29,7 @@ from .. import config, data, models, sweeps
 from ..config import Config
 from ..evaluation import evaluate
 from ..report import page, study_page, table
-from ..results import RECORDS, Records, Run, locked, machine, read_json, summary, versions, write_json
+from ..results import RECORDS, Records, Run, locked, machine, read_json, summary, sweep_temporary, versions, write_json
 from ..training import Meter, Trainer, errors, resolve_device, time_steps
 from .check import check
 
@@ -139,6 +139,7 @@ def evaluate_runs(arguments: list[str]) -> int:
                 base = replace(settings, loss=config.LossConfig())
                 timed = time_steps(base, {settings.name: settings}, dataset, settings.evaluation.timing_repeats)
                 evaluation["timing"] = timed[settings.name]
+            sweep_temporary(folder)
             write_json(folder / "evaluation.json", evaluation)
     compared = [read_compared(folder) for folder in options.runs]
     table.show(console, compared, "Test split")
@@ -206,6 +207,7 @@ def make_report(arguments: list[str]) -> int:
         "--data-dir", default=None, help="of sweeps with kept weights: folder of the data files, for attacked images"
     )
     options = parser.parse_args(arguments)
+    sweep_temporary(options.out)
     if any(map(study_page.is_sweep, options.runs)):
         return report_sweeps(options)
     compared = [read_compared(folder) for folder in options.runs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 from collections.abc import Iterator
@@ -94,18 +93,14 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} must be {allowed}, got {value}")
 
 
-@functools.cache
-def _may_be_null(section: type) -> frozenset[str]:
-    return frozenset(name for name, kind in get_type_hints(section).items() if NoneType in get_args(kind))
-
-
 def nulls(section: Any, prefix: str = "") -> Iterator[str]:
     """Dotted keys of the fields that are None and must not be."""
+    kinds = get_type_hints(type(section))
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         if dataclasses.is_dataclass(value):
             yield from nulls(value, f"{prefix}{item.name}.")
-        elif value is None and item.name not in _may_be_null(type(section)):
+        elif value is None and NoneType not in get_args(kinds[item.name]):
             yield prefix + item.name
 
 

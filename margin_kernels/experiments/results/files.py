@@ -48,9 +48,21 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def sweep_temporary(folder: Path) -> None:
-    """Removes what killed processes left of unfinished writes; for the holder of the folder's lock."""
+    """Removes what killed processes of this machine left of unfinished writes in a folder."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        process = path.name.removeprefix(TEMPORARY).partition(".")[0]
+        if not (process.isdigit() and _is_alive(int(process))):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager
