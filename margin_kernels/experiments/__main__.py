@@ -12,6 +12,9 @@ def main(arguments: list[str] | None = None) -> int:
         from .cli import main as run
 
         return run(arguments)
+    except KeyboardInterrupt:  # before the command could handle it
+        print("margin-kernels: interrupted", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in EXTRA:
             raise

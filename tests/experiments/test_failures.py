@@ -24,6 +24,7 @@ from margin_kernels.experiments import cli, config, data, models
 from margin_kernels.experiments.results import Records, digest, files, sealed, sealed_line, unsealed
 from margin_kernels.experiments.results.checksum import ChecksumError, unsealed_line
 from margin_kernels.experiments.training import Trainer, TrainingError, errors, load_state
+from margin_kernels.experiments.training.checkpoint import save_state
 
 SMALL = ["--data.train_fraction", "0.1", "--training.distance_samples", "8", "--training.threads", "1"]
 QUICK = [
@@ -122,8 +123,8 @@ def test_a_run_that_diverges_ends_with_1_and_leaves_no_weights(tmp_path, capsys)
         ("training.accumulate", "0", "must be at least 1, got 0"),
         ("training.repeat", "-2", "must be at least 1, got -2"),
         ("training.stop_at_train_accuracy", "1.5", r"must be in [0, 1], got 1.5"),
-        ("training.seed", "9223372036854775808", "must be in [0, 9223372036854775807], got 9223372036854775808"),
-        ("training.seed", "-1", "must be in [0, 9223372036854775807], got -1"),
+        ("training.seed", "9223372036854775808", "must be at most 9.22337e+18, got 9223372036854775808"),
+        ("training.seed", "-1", "must be at least 0, got -1"),
         ("training.threads", "1000000", "must be in [1, "),
         ("training.threads", "0", "must be in [1, "),
         ("loss.gamma", "[1, .nan]", "must be finite, got nan"),
@@ -131,11 +132,15 @@ def test_a_run_that_diverges_ends_with_1_and_leaves_no_weights(tmp_path, capsys)
         ("loss.top_k", "0", "must be at least 1, got 0"),
         ("data.label_noise", "1.5", "must be in [0, 1], got 1.5"),
         ("data.train_fraction", "0", "must be in (0, 1], got 0"),
-        ("data.seed", "-3", "must be in [0, "),
+        ("data.seed", "-3", "must be at least 0, got -3"),
         ("schedule.milestones", "[3, -1]", "must be at least 0, got -1"),
-        ("evaluation.attack_samples", "-3", "must be at least 0, got -3"),
+        ("evaluation.attack_samples", "-3", "must be at least 1, got -3"),
         ("evaluation.curve", "[0.1, -0.1]", "must be at least 0, got -0.1"),
-        ("name", "../elsewhere", "must be the name of a folder, without separators, got '../elsewhere'"),
+        (
+            "name",
+            "../elsewhere",
+            "must be the name of a folder, without separators and at most 255 bytes, got '../elsewhere'",
+        ),
         ("name", "..", "must be the name of a folder"),
         ("name", "''", "must be the name of a folder"),
         ("training.device", "abacus", "must be cpu, cuda or cuda:N, got 'abacus'"),
@@ -257,7 +262,7 @@ def test_the_digest_of_a_network_is_of_names_types_shapes_values_and_description
 BAD_CALLS = {
     "output is a file": (["train", *SMALL, "--out", "file"], "file: File exists; a file of that name is in the way"),
     "output below a file": (["train", *SMALL, "--out", "file/run"], "file/run: Not a directory; a part of the path"),
-    "name too long": (["train", *SMALL, "--name", "n" * 300], "File name too long; choose a shorter name"),
+    "name too long": (["train", *SMALL, "--name", "n" * 300], "name must be the name of a folder"),
     "YAML syntax": (["train", "--config", "broken.yaml"], "broken.yaml, line 2: not YAML"),
     "YAML tags": (["train", "--config", "tag.yaml"], "tag.yaml, line 1: not YAML"),
     "YAML is binary": (["train", "--config", "binary.yaml"], "binary.yaml: not YAML"),
@@ -600,7 +605,9 @@ def test_no_content_of_a_file_ends_in_another_exception(trained, tmp_path, name,
 @given(lines=st.lists(st.text(max_size=60) | st.dictionaries(st.text(max_size=9), st.integers()).map(json.dumps)))
 def test_no_lines_of_a_file_of_records_end_in_another_exception(tmp_path, lines):
     path = tmp_path / "records.jsonl"
-    path.write_text("\n".join(sealed_line(line) if random.random() < 0.5 and line else line for line in lines))
+    path.write_text(
+        "\n".join(sealed_line(line) if random.random() < 0.5 and line.strip("{} ") else line for line in lines)
+    )
     try:
         Records(path).all()
     except ValueError as error:
@@ -609,3 +616,145 @@ def test_no_lines_of_a_file_of_records_end_in_another_exception(tmp_path, lines)
 
 def test_the_limit_of_file_sizes_is_not_left_behind():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+# what an attack on all of this found
+
+
+def test_images_of_files_train_and_are_extended(tmp_path):
+    """Images in bytes, which the checks of weights divide as training does."""
+    for part, count in (("train", 40), ("t10k", 10)):
+        pixels = bytes(range(256)) * (count * 28 * 28 // 256 + 1)
+        content = (2051).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(content + pixels[: count * 28 * 28])
+        labels = (2049).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes(i % 10 for i in range(count))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    arguments = [
+        "--data.name",
+        "mnist",
+        "--data-dir",
+        str(tmp_path),
+        "--data.verify",
+        "false",
+        "--model.name",
+        "mnist_cnn",
+    ]
+    arguments += ["--data.validation_size", "5", "--training.distance_samples", "2", "--training.threads", "1"]
+    assert cli.main(["train", *arguments, "--out", str(tmp_path / "run"), "--training.epochs", "1"]) == 0
+    assert cli.main(["check", str(tmp_path / "run")]) == 0
+
+
+def test_an_evaluation_of_other_weights_is_not_reported(run, capsys):
+    assert cli.main(["evaluate", "--no-timing", str(run)]) == 0
+    assert train(run, *QUICK, "--training.epochs", "3", "--resume") == 0
+    capsys.readouterr()
+    assert cli.main(["report", str(run), "--out", str(run / "report")]) == 1
+    assert "evaluation.json was measured on other weights than those of" in said(capsys)
+    assert cli.main(["evaluate", "--no-timing", str(run)]) == 0
+    assert cli.main(["report", str(run), "--out", str(run / "report")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("grid: {training.seed: [1, 2]}\nmodels: {a: {}}", "training.seed must not stand in points, grid or choose"),
+        ("models: {a: {choose: {name: [x, y]}}}", "name must not stand in points, grid or choose"),
+        ("points: [{data.seed: 3}]\nmodels: {a: {}}", "data.seed must not stand in points, grid or choose"),
+        (f"models: {{a: {{}}, {'n' * 300}: {{}}}}", "name must be the name of a folder"),
+        ("models: {a: {}}\nseeds: [-1]", "seed must be at least 0, got -1"),
+        ("models: {a: {}}\nseed_keys: 3", "seed_keys must be a list of keys, got 3"),
+        ("models: {a: {}}\nseed_keys: [loss.kind]", "seed_keys must be keys of seeds, got 'loss.kind'"),
+        (f"models: {{a: {{}}}}\npublished: {{a: {{error: 1{'0' * 400}}}}}", "published.a.error must be a number"),
+        ("models: &x {a: *x}", "an anchor stands within what it names"),
+        ("models: {a: {}}\nbase: !!timestamp x", "not YAML"),
+    ],
+)
+def test_a_sweep_that_cannot_be_told_apart_or_stored_is_refused_before_it_starts(tmp_path, capsys, content, words):
+    (tmp_path / "sweep.yaml").write_text(content + "\n")
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--dry-run", "--out", str(tmp_path / "out")]) == 1
+    assert words in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epoch", 7),
+        ("history", [1]),
+        ("history", None),
+        ("model", {}),
+        ("optimiser", {}),
+        ("order", "x"),
+        ("random", None),
+    ],
+)
+def test_a_checkpoint_with_other_contents_is_refused(run, capsys, key, value):
+    state = load_state(run)
+    state[key] = value
+    save_state(run, state)
+    assert train(run, *QUICK, "--training.epochs", "2", "--resume") == 1
+    assert "checkpoint.pt: not a checkpoint of this run" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "change", [{"classes": "x"}, {"shape": [-1, 8, 8]}, {"options": {"depth": 3}}, {"name": ["mlp"]}]
+)
+def test_a_description_of_another_network_is_refused(run, capsys, change):
+    model, description = models.load_model(run)
+    models.save_model(run, model, {**description, **change})
+    assert cli.main(["evaluate", "--no-timing", str(run)]) == 1
+    assert "model.json: not the network of" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "content", [[], 1, None, {}, {"evaluation": None}, {"evaluation": {"eps": None}}, {"evaluation": {"clean": "x"}}]
+)
+def test_an_evaluation_of_another_shape_is_refused(run, capsys, content):
+    (run / "evaluation.json").write_text(json.dumps(content))
+    assert cli.main(["report", str(run), "--out", str(run / "report")]) == 1
+    assert (
+        "evaluation.json" in (text := said(capsys))
+        and "must " in text
+        and "run `margin-kernels evaluate` again" in text
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": "x"}, {"history": 3}, {"seconds": None}, {"evaluation": {"clean": None}}, {"machine": []}, {"model": 1}],
+)
+def test_a_record_of_another_shape_is_refused(tmp_path, capsys, change):
+    first, line = finished_line()
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join((first, sealed_line(json.dumps({**line, **change})), "")))
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 1
+    assert "records.jsonl, line 2: not a record of this version" in said(capsys)
+
+
+def finished_line():
+    """The first line of a committed file, and the values of its second."""
+    path = ROOT / "benchmarks/results/papers/sensitivity_mnist_mlp/records.jsonl"
+    first, line, *_ = path.read_text().splitlines()
+    return first, json.loads(unsealed_line(line))
+
+
+@pytest.mark.parametrize("line", ["[1]", "null", "{}", '{"a":NaN}', "[" * 100_000])
+def test_lines_that_are_no_records_are_not_given_a_checksum(tmp_path, capsys, line):
+    (tmp_path / "records.jsonl").write_text(line + "\n" + line + "\n")
+    assert cli.main(["check", str(tmp_path), "--renew"]) == 1
+    assert "records.jsonl" in capsys.readouterr().err + capsys.readouterr().out or line == "[" * 100_000
+
+
+def test_an_output_whose_reader_has_ended_is_told(tmp_path):
+    process = start(tmp_path / "run", "--training.epochs", "300")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    text = process.stderr.read()
+    assert process.wait(timeout=60) == 1 and "the reader of the output has ended; write it into a file" in text
+
+
+def test_demo_and_toy_look_at_their_folder_before_they_train(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for command in (["demo", "--quick"], ["toy", "--quick"]):
+        assert cli.main([*command, "--out", str(tmp_path / "file")]) == 1
+        assert "file: File exists" in said(capsys)

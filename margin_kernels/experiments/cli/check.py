@@ -7,12 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..config import read_yaml
 from ..models import load_model
-from ..results import Records, Run, read_json
-from ..training import load_state
+from ..results import Records, Run, read_json, shape
+from ..training import Output, load_state
 
 # name of a file -> what reads all of it, and raises ValueError
 CHECKS: dict[str, Callable[[Path], Any]] = {
@@ -21,8 +19,8 @@ CHECKS: dict[str, Callable[[Path], Any]] = {
     "records.jsonl": lambda path: Records(path).all(),
     "candidates.jsonl": lambda path: Records(path).all(),
     "run.json": Run.read,
-    "evaluation.json": read_json,
-    "summary.json": read_json,
+    "evaluation.json": lambda path: shape.check(read_json(path), dict, str(path)),
+    "summary.json": lambda path: shape.check(read_json(path), dict, str(path)),
     "config.yaml": read_yaml,
 }
 RECORDS = ("records.jsonl", "candidates.jsonl")
@@ -39,7 +37,7 @@ def check(arguments: list[str]) -> int:
         "--renew", action="store_true", help="first give the lines of records, which you changed, new checksums"
     )
     options = parser.parse_args(arguments)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Output(soft_wrap=True)
     damaged = 0
     for folder in options.folders:
         files = sorted(path for path in folder.rglob("*") if path.name in CHECKS and path.is_file())

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
 from margin_kernels import LargeMarginLoss, MarginTask
 from margin_kernels.memory import keep_freed_memory
@@ -29,8 +28,20 @@ from .. import config, data, models, sweeps
 from ..config import Config
 from ..evaluation import evaluate
 from ..report import page, study_page, table
-from ..results import RECORDS, Records, Run, locked, machine, read_json, summary, sweep_temporary, versions, write_json
-from ..training import Meter, Trainer, errors, resolve_device, time_steps
+from ..results import (
+    RECORDS,
+    Records,
+    Run,
+    locked,
+    machine,
+    read_json,
+    shape,
+    summary,
+    sweep_temporary,
+    versions,
+    write_json,
+)
+from ..training import Meter, Output, Trainer, errors, resolve_device, time_steps
 from .check import check
 
 USAGE = """usage: margin-kernels COMMAND [options]
@@ -92,7 +103,7 @@ def train(arguments: list[str]) -> int:
         raise ValueError("--resume and --overwrite must not be given together")
     if namespace.resume and not folder.is_dir():
         raise models.CheckpointError(f"{folder}: nothing to resume; start without --resume.")
-    console = Console(highlight=False, markup=False)
+    console = Output()
     with locked(folder, "another run"):
         files = [folder / name for name in RUN_FILES if (folder / name).exists()]
         holds = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
@@ -128,7 +139,7 @@ def evaluate_runs(arguments: list[str]) -> int:
     parser.add_argument("--attacker", default=None, help="folder of a run whose network makes black-box images")
     parser.add_argument("--no-timing", action="store_true", help="do not time training steps")
     options = parser.parse_args(arguments)
-    console = Console(highlight=False, markup=False)
+    console = Output()
     with Meter(len(options.runs), "evaluating", console) as meter:
         for folder in options.runs:
             settings = read_config(folder, options)
@@ -158,16 +169,23 @@ def read_config(folder: Path, options: argparse.Namespace) -> Config:
     if options.device is not None:
         settings = replace(settings, training=replace(settings.training, device=options.device))
     measured = {key: value for key in ("eps", "attacker") if (value := getattr(options, key)) is not None}
-    return replace(settings, evaluation=replace(settings.evaluation, **measured))
+    settings = replace(settings, evaluation=replace(settings.evaluation, **measured))
+    config.check(settings)
+    return settings
 
 
 def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: Meter) -> dict[str, Any]:
     """Evaluates the network of one run on the test split."""
-    model, _ = models.load_model(folder)
+    model, description = models.load_model(folder)
+    if description["name"] != settings.model.name:
+        raise ValueError(
+            f"{folder / 'config.yaml'}: model.name must be {description['name']}, as in model.json, "
+            f"got {settings.model.name}"
+        )
     device = resolve_device(settings.training.device)
     hidden = models.hidden_taps(settings.model.name)
     result = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, meter.advance)
-    return {"evaluation": result}
+    return {"evaluation": result, "weights": models.weights_digest(folder)}
 
 
 def read_compared(folder: Path) -> table.Compared:
@@ -185,6 +203,15 @@ def read_compared(folder: Path) -> table.Compared:
             raise ValueError(f"{folder / name}: missing; run `margin-kernels {command}` first")
     run = Run.read(folder / "run.json")
     evaluation = read_json(folder / "evaluation.json")
+    try:
+        shape.check(evaluation, {"evaluation": shape.EVALUATION, "timing?": dict, "weights": str}, "evaluation.json")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'evaluation.json'}: {error}; run `margin-kernels evaluate` again") from None
+    if evaluation["weights"] != models.weights_digest(folder):
+        raise ValueError(
+            f"{folder / 'evaluation.json'} was measured on other weights than those of {folder}: run "
+            "`margin-kernels evaluate` again"
+        )
     label = run.config.name.replace("_", " ")
     return table.Compared(label, run, evaluation["evaluation"], evaluation.get("timing"))
 
@@ -207,6 +234,7 @@ def make_report(arguments: list[str]) -> int:
         "--data-dir", default=None, help="of sweeps with kept weights: folder of the data files, for attacked images"
     )
     options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
     sweep_temporary(options.out)
     if any(map(study_page.is_sweep, options.runs)):
         return report_sweeps(options)
@@ -215,9 +243,9 @@ def make_report(arguments: list[str]) -> int:
     title = options.title or f"Large-margin training on {', '.join(sorted(names))}"
     seconds = sum(epoch["seconds"] for model in compared for epoch in model.history)
     comparison = page.Comparison(title, compared, run_conditions(compared[0].run, seconds))
-    console = Console(highlight=False, markup=False)
-    table.show(console, compared, title)
+    console = Output()
     html = page.write_report(options.out, comparison)
+    table.show(console, compared, title)
     console.print(f"open {html}", soft_wrap=True)
     return 0
 
@@ -229,12 +257,12 @@ def report_sweeps(options: argparse.Namespace) -> int:
             raise ValueError(f"{folder} is not the folder of a sweep, others are: report runs and sweeps separately")
     file = None if options.sweep is None else sweeps.find(options.sweep)
     studies = study_page.distinct([study_page.load_study(folder, file) for folder in options.runs], options.runs)
-    console = Console(highlight=False, markup=False)
-    for study in studies:
-        summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
     names = ", ".join(study.name.replace("_", " ") for study in studies)
     title = options.title or (names if len(studies) < 3 else f"{len(studies)} sweeps")
     html = study_page.write_study_report(options.out, studies, title, options.data_dir)
+    console = Output()
+    for study in studies:
+        summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
     console.print(f"open {html}", soft_wrap=True)
     return 0
 
@@ -283,7 +311,7 @@ def run_sweep(arguments: list[str]) -> int:
     every = sweeps.read(path, options.budget)
     cells = sweeps.select(every, options.cells)
     out = options.out or Path("sweeps") / path.stem
-    console = Console(highlight=False, markup=False)
+    console = Output()
     how = sweeps.Options(
         options.data_dir, options.jobs, options.threads, options.device, keep_weights=options.keep_weights
     )
@@ -323,6 +351,7 @@ def run_demo(arguments: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
     digits.run(options.out, quick=options.quick, seed=options.seed)
     return 0
 
@@ -345,6 +374,7 @@ def run_toy(arguments: list[str]) -> int:
     epochs = plane.QUICK if options.quick else options.epochs
     if epochs < 1:
         raise ValueError(f"--epochs must be at least 1, got {epochs}")
+    options.out.mkdir(parents=True, exist_ok=True)
     plane.run(options.out, epochs, options.seed)
     return 0
 
@@ -390,7 +420,7 @@ def explain(arguments: list[str]) -> int:
 def info(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="margin-kernels info", description="What is installed and what runs here.")
     parser.parse_args(arguments)
-    console = Console(highlight=False, markup=False)
+    console = Output()
     for name, value in {**versions(), **machine()}.items():
         console.print(f"{name:15} {value}")
     console.print(f"{'cuda devices':15} {torch.cuda.device_count()}")

@@ -18,6 +18,9 @@ class ConfigError(ValueError):
     names."""
 
 
+HUGE = 1e15  # a bound that is there so that numbers stay what they are
+
+
 class Range(NamedTuple):
     """From `least` to `most`, these included unless `open` (then above `least`)."""
 
@@ -29,13 +32,17 @@ class Range(NamedTuple):
         assert isinstance(value, (int, float))
         return (value > self.least if self.open else value >= self.least) and value <= self.most
 
-    def __str__(self) -> str:
-        if self.most == math.inf:
+    def words(self, value: float) -> str:
+        """What `value`, which is none of them, must be."""
+        if self.most >= HUGE and value > self.most:
+            return f"at most {self.most:g}"
+        if self.most >= HUGE:
             return f"above {self.least:g}" if self.open else f"at least {self.least:g}"
         return f"in {'(' if self.open else '['}{self.least}, {self.most}]"
 
 
-COUNT, SOME, SHARE, POSITIVE = Range(0), Range(1), Range(0, 1), Range(0, open=True)
+COUNT, SOME, SHARE, POSITIVE = Range(0), Range(1, 2**53), Range(0, 1), Range(0, open=True)
+RADIUS = Range(0, 1e30)  # of images in float32
 SEED = Range(0, 2**63 - 1)  # what torch's generators take
 # Of every integer that is not named here COUNT holds; every other number must be finite.
 RANGES = {
@@ -48,7 +55,7 @@ RANGES = {
     "loss.sensitivity.top_k": SOME,
     "loss.adversarial.top_k": SOME,
     "loss.adversarial.max_iter": SOME,
-    "loss.adversarial_training.eps": COUNT,
+    "loss.adversarial_training.eps": RADIUS,
     "loss.adversarial_training.steps": SOME,
     "loss.virtual_adversarial.eps": POSITIVE,
     "loss.virtual_adversarial.xi": POSITIVE,
@@ -65,13 +72,15 @@ RANGES = {
     "training.seed": SEED,
     "training.clip_norm": POSITIVE,
     "training.threads": Range(1, max(256, os.cpu_count() or 1)),
-    "evaluation.eps": COUNT,
-    "evaluation.curve": COUNT,
+    "evaluation.eps": RADIUS,
+    "evaluation.curve": RADIUS,
     "evaluation.steps": SOME,
+    "evaluation.attack_samples": SOME,
+    "evaluation.noise_samples": SOME,
     "evaluation.batch_size": SOME,
     "evaluation.deepfool_iterations": SOME,
     "evaluation.deepfool_step_limit": POSITIVE,
-    "evaluation.noise_sigmas": COUNT,
+    "evaluation.noise_sigmas": RADIUS,
     "evaluation.noise_seed": SEED,
 }
 NORM = Range(1)  # of every p, infinity included
@@ -82,15 +91,25 @@ def check(config: Config) -> None:
     value, and for a name that is no name of a folder."""
     for key in nulls(config):
         raise ConfigError(f"{key} must have a value, got null")
-    if config.name in ("", ".", "..") or PurePath(config.name).name != config.name or "\0" in config.name:
-        raise ConfigError(f"name must be the name of a folder, without separators, got {config.name!r}")
+    if config.name in ("", ".", "..") or PurePath(config.name).name != config.name or not _is_text(config.name):
+        raise ConfigError(
+            f"name must be the name of a folder, without separators and at most 255 bytes, got {config.name!r}"
+        )
     for key, value in numbers(config):
         is_norm = key.rsplit(".", 1)[-1] in ("p", "distance_p")
         if not (is_norm or math.isfinite(value)):
             raise ConfigError(f"{key} must be finite, got {value}")
         allowed = NORM if is_norm else RANGES.get(key, COUNT if isinstance(value, int) else Range())
         if value not in allowed:
-            raise ConfigError(f"{key} must be {allowed}, got {value}")
+            raise ConfigError(f"{key} must be {allowed.words(value)}, got {value}")
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file system and a YAML file can hold a name."""
+    try:
+        return "\0" not in name and len(name.encode()) <= 255
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def nulls(section: Any, prefix: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -51,8 +52,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         at = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ConfigError(f"{path}{at}: not YAML: {error.problem or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+    except Exception as error:  # tags with values of another kind: yaml raises any type
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        json.dumps(content, skipkeys=True, default=str)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{path}: an anchor stands within what it names") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -84,7 +84,11 @@ def parse_python_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarr
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         found = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
         raise DataError(f"{where}: b'data' must be uint8 [N, 3072], got {found}")
-    return _checked(data, np.asarray(labels), where)
+    try:
+        labels = np.asarray(labels)
+    except ValueError:  # lists of different lengths
+        raise DataError(f"{where}: labels must be integers [N], got {type(labels).__name__}") from None
+    return _checked(data, labels, where)
 
 
 def parse_binary_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +102,10 @@ def parse_binary_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _checked(data: np.ndarray, labels: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(f"{where}: labels must be integers [N], got {labels.dtype} {list(labels.shape)}")
+    if len(data) < 1:
+        raise DataError(f"{where} must hold at least one image, got none")
     if len(labels) != len(data):
         raise DataError(f"{where} must have {len(data)} labels, one per image, got {len(labels)}")
     if labels.min() < 0 or labels.max() > 9:

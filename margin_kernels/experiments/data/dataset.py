@@ -207,7 +207,10 @@ def _load_files(name: str, data_dir: str | Path | None, validation_size: int, ve
         raise DataError(
             f"{name} is read from files: pass --data-dir with their folder or its parent (only digits comes bundled)."
         )
-    folder = Path(data_dir).expanduser()
+    try:
+        folder = Path(data_dir).expanduser()
+    except RuntimeError:
+        raise DataError(f"{data_dir}: --data-dir names the home of a user that there is not.") from None
     if not folder.exists():
         raise DataError(f"{folder}: --data-dir does not exist.")
     arrays = cifar.load_cifar(folder, verify) if name == "cifar10" else idx.load_idx(name, folder, verify)

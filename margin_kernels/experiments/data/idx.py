@@ -126,6 +126,8 @@ def parse_images(content: bytes, path: Path) -> np.ndarray:
     """uint8 [N, rows, cols] of an idx3 content; raises DataError where header and size disagree."""
     _check_magic(content, IMAGES_MAGIC, 16, path)
     count, rows, cols = (int(v) for v in np.frombuffer(content, dtype=">i4", count=3, offset=4))
+    if count < 1 or rows < 1 or cols < 1:
+        raise DataError(f"{path} must hold at least one image of one pixel, got {count} of {rows}x{cols}")
     _check_size(content, 16 + count * rows * cols, f"{count} images of {rows}x{cols}", path)
     return np.frombuffer(content, dtype=np.uint8, offset=16).reshape(count, rows, cols)
 
@@ -170,6 +172,11 @@ def load_idx(name: str, data_dir: Path, verify: bool = True) -> tuple[np.ndarray
                 f"{labels_path} must have {len(images)} labels, as many as {images_path.name}, got {len(labels)}"
             )
         arrays += [images[:, None], labels.astype(np.int64)]
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise DataError(
+            f"{folder}: test images must be {list(arrays[0].shape[2:])} like the training images, got "
+            f"{list(arrays[2].shape[2:])}"
+        )
     return arrays[0], arrays[1], arrays[2], arrays[3]
 
 

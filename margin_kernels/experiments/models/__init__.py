@@ -1,7 +1,7 @@
 """Networks by name, and trained ones as files."""
 
 from .networks import MODELS, Center, build, default_shape, has_norm, hidden_taps, normalisation, wide_resnet
-from .saved import CheckpointError, load_model, save_model
+from .saved import CheckpointError, load_model, save_model, weights_digest
 
 __all__ = [
     "MODELS",
@@ -14,5 +14,6 @@ __all__ = [
     "load_model",
     "normalisation",
     "save_model",
+    "weights_digest",
     "wide_resnet",
 ]

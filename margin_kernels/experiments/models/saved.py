@@ -46,6 +46,25 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(
             f"{weights_path} is damaged, or not the one of {description_path}: it has another checksum; train it again."
         )
-    model = build(description["name"], tuple(description["shape"]), description["classes"], **description["options"])
-    model.load_state_dict(weights)
+    try:
+        model = build(
+            description["name"], tuple(description["shape"]), description["classes"], **description["options"]
+        )
+        model.load_state_dict(weights)
+    except Exception as error:  # a description of another program: any type
+        raise CheckpointError(
+            f"{description_path}: not the network of {weights_path} ({type(error).__name__}: {error}); train it again."
+        ) from error
     return model.eval(), description
+
+
+def weights_digest(folder: Path) -> str:
+    """The checksum that the weights of a run hold. Raises CheckpointError where there are none."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; {folder} is not the folder of a trained run.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            return str((file.metadata() or {}).get("sha256"))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); train it again.") from None

@@ -1,6 +1,6 @@
 """What runs and sweeps leave behind: files, records, and tables of means."""
 
-from . import summary
+from . import shape, summary
 from .checksum import ChecksumError, digest, sealed, sealed_line, unsealed
 from .files import (
     finite,
@@ -49,6 +49,7 @@ __all__ = [
     "read_text",
     "sealed",
     "sealed_line",
+    "shape",
     "summary",
     "sweep_temporary",
     "unsealed",

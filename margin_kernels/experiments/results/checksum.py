@@ -52,7 +52,9 @@ def digest(tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> str
 
 
 def sealed_line(line: str) -> str:
-    """A line of JSON, an object, with its checksum as the last key."""
+    """A line of JSON, an object that is not empty, with its checksum as the last key."""
+    if not line.removeprefix("{").removesuffix("}").strip():
+        raise ValueError("an empty line has no checksum")
     return f'{line[:-1]},"crc32":"{zlib.crc32(line.encode()):08x}"}}'
 
 

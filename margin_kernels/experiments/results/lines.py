@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import shape
 from .checksum import sealed_line, unsealed_line
 from .files import read_text, write_text
 from .record import Record
@@ -168,7 +169,7 @@ class Records:
             shared = self._shared(whole[0]) if whole else {}
             found: dict[str, Record] = {}
             for number, line in enumerate(whole[1:], 2):
-                record = self._record(number, merged(self._parsed(number, line), shared))
+                record = self._record(number, self._parsed(number, line), shared)
                 if record.cell in found:
                     raise ValueError(
                         f"{self.path}, line {number}: a second record of {record.cell}; delete one of them"
@@ -189,10 +190,14 @@ class Records:
             raise ValueError(f"{self.path}, line {number} must be a JSON object, got {type(values).__name__}")
         return values
 
-    def _record(self, number: int, values: Values) -> Record:
+    def _record(self, number: int, line: Values, shared: Values) -> Record:
         try:
+            values = merged(line, shared)
+            shape.check(values, shape.RECORD, "record")
+            if values.get("evaluation") is not None:
+                shape.check(values["evaluation"], shape.optional(shape.EVALUATION), "evaluation")
             return Record.from_dict(values)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"{self.path}, line {number}: not a record of this version: {error}") from None
 
     def renew(self) -> int:
@@ -200,10 +205,13 @@ class Records:
         with self._lock():
             lines = _whole_lines(read_text(self.path))
             new = []
-            for line in lines:
-                values = json.loads(line)
-                values.pop("crc32", None)
-                new.append(sealed_line(dumps(values)))
+            for number, line in enumerate(lines, 1):
+                try:
+                    values = json.loads(line)
+                    own = {key: value for key, value in dict(values).items() if key != "crc32"}
+                    new.append(sealed_line(dumps(own)))
+                except (ValueError, TypeError, RecursionError):
+                    raise ValueError(f"{self.path}, line {number} must be a JSON object of numbers and text") from None
             changed = sum(one != other for one, other in zip(lines, new, strict=True))
             if changed:
                 write_text(self.path, "".join(f"{line}\n" for line in new))
@@ -213,6 +221,8 @@ class Records:
         values = self._parsed(1, line)
         if set(values) != {"shared"}:
             raise ValueError(f"{self.path}, line 1 must hold the shared values, got {', '.join(values)}")
+        if not isinstance(values["shared"], dict):
+            raise ValueError(f"{self.path}, line 1: the shared values must be a mapping")
         return values["shared"]
 
     @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, from_dict, own_options
+from . import shape
 from .files import finite, read_json
 
 Epoch = dict[str, Any]  # epoch, lr, train_loss, train_accuracy, validation_accuracy, seconds, ms_per_step, distance
@@ -49,8 +50,9 @@ class Run:
         """The run that a file holds. Raises ValueError, which names the file, where it holds none."""
         values = read_json(path)
         try:
+            shape.check(values, shape.RUN, "run")
             return cls.from_dict(values)
-        except (TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} must be what `margin-kernels train` of this version writes: {error}") from None
 
     @classmethod

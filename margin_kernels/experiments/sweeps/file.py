@@ -73,6 +73,10 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     seed_keys = content.get("seed_keys", ["training.seed", "data.seed"])
     if not isinstance(seed_keys, list) or not all(isinstance(key, str) for key in seed_keys):
         raise ConfigError(f"{path}: seed_keys must be a list of keys, got {seed_keys!r}")
+    defaults = _dotted(to_dict(config.Config()))
+    for key in seed_keys:
+        if key in defaults and not key.endswith("seed"):
+            raise ConfigError(f"{path}: seed_keys must be keys of seeds, got {key!r}")
     _overrides(path, "seed_keys", dict.fromkeys(seed_keys, 0))
     points = _points(path, content, _seeds(path, "seeds", content.get("seeds", [0])))
     # types are checked model by model and point by point: a parser takes a tenth of a second
@@ -82,6 +86,12 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
         for model in models
         for i, option in enumerate(model.options)
     }
+    varied = {key for model in models for option in model.options for key in option}
+    varied |= {key for point in points for key in point.values}
+    for key in sorted(varied & {*seed_keys, "name", "evaluation.attacker"}):
+        raise ConfigError(
+            f"{path}: {key} must not stand in points, grid or choose: the sweep itself sets it for each cell"
+        )
     conditions = []
     for point in points:
         typed = _dotted(to_dict(_typed(f"{path}: {point.label}", _merge(base, _nested(point.values)))))
@@ -96,6 +106,10 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     def add(cell: Cell) -> None:
         if cell.name in cells:
             raise ConfigError(f"{path}: two cells are called {cell.name}; give models and points distinct labels")
+        try:
+            config.check(cell.config)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {cell.model}: {error}") from None
         cells[cell.name] = cell
 
     for seed in dict.fromkeys(seed for point in points for seed in point.seeds):
@@ -178,7 +192,7 @@ def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dic
         values = _mapping(path, f"published.{key}", values)
         _known(f"{path}: published.{key}", "measure", values, tuple(measure.key for measure in MEASURES))
         for measure, value in values.items():
-            if not isinstance(value, (int, float)):
+            if not isinstance(value, (int, float)) or abs(value) > 1e300:
                 raise ConfigError(f"{path}: published.{key}.{measure} must be a number, got {value!r}")
         result[model, point] = {measure: float(value) for measure, value in values.items()}
     return result

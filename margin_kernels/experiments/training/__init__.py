@@ -2,7 +2,7 @@
 
 from . import errors
 from .checkpoint import load_state
-from .progress import Meter
+from .progress import Meter, Output
 from .timing import time_steps
 from .trainer import EXPECTED, RESUMABLE, Trainer, TrainingError, build_optimiser, learning_rate, resolve_device
 
@@ -10,6 +10,7 @@ __all__ = [
     "EXPECTED",
     "RESUMABLE",
     "Meter",
+    "Output",
     "Trainer",
     "TrainingError",
     "build_optimiser",

@@ -34,6 +34,7 @@ REMEDIES = {
     errno.EEXIST: "a file of that name is in the way; choose another folder",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f) and run the same command again",
+    errno.EPIPE: "write it into a file, and look at that",
     errno.EMFILE: "raise the limit of open files (ulimit -n) or lower --jobs",
     errno.ENOMEM: "lower --jobs, --training.batch_size or --evaluation.batch_size",
 }
@@ -64,7 +65,9 @@ def sentence(error: BaseException) -> str | None:
         where = f"{error.filename}: " if error.filename is not None else ""
         remedy = REMEDIES.get(error.errno or 0)
         return f"{where}{error.strerror or error}" + ("" if remedy is None else f"; {remedy}")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error) for words in ("not enough memory", "can't allocate memory")
+    ):
         return f"out of memory; {REMEDIES[errno.ENOMEM]}"
     if isinstance(error, EXPECTED):
         return str(error)
@@ -79,7 +82,8 @@ def status(stopped: KeyboardInterrupt) -> int:
 def report(what: str, error: BaseException) -> int:
     """Prints what went wrong in `what` to the error stream; returns the exit status."""
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted; `--resume` continues a training run from its last epoch", file=sys.stderr)
+        resumed = "; `--resume` continues from the last epoch" if what.endswith(" train") else ""
+        print(f"{what}: interrupted{resumed}", file=sys.stderr)
         return status(error)
     text = sentence(error)
     if text is None:

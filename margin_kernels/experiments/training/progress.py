@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from types import TracebackType
@@ -21,6 +22,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+
+class Output(Console):
+    """The console of the commands: text is text. Where its reader has ended, the command ends with a sentence, and not
+    as rich has it without one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "the reader of the output has ended")
 
 
 class Rate(ProgressColumn):

@@ -24,7 +24,7 @@ from .. import models, objectives
 from ..config import Config, LossConfig, check, complete, exponent, to_dict, to_yaml
 from ..data import Dataset, augmented
 from ..evaluation import accuracy, median_distance, signed_distance, tap_names
-from ..results import Run, differing, flatten, machine, versions, write_csv, write_json, write_text
+from ..results import Run, differing, flatten, machine, shape, versions, write_csv, write_json, write_text
 from .checkpoint import load_state, save_state
 
 MEDIAN_SAMPLES = 1000  # training images by which loss.gamma_unit "median" goes
@@ -117,9 +117,18 @@ class Trainer:
         if dataset.train.preprocess != "none":
             self.description["preprocess"] = dataset.train.preprocess
         torch.manual_seed(settings.seed)
-        self.model = models.build(
-            config.model.name, dataset.shape, dataset.num_classes, init=config.model.init, **options
-        ).to(self.device)
+        try:
+            self.model = models.build(
+                config.model.name, dataset.shape, dataset.num_classes, init=config.model.init, **options
+            ).to(self.device)
+            with torch.no_grad():
+                self.model.eval()(torch.zeros(1, *dataset.shape, device=self.device))
+        except RuntimeError as error:
+            raise ValueError(
+                f"model.name must be a network for images of shape {list(dataset.shape)}, got {config.model.name!r}: "
+                f"{error}"
+            ) from None
+        self.model.train()
         if config.model.center:
             mean: Any = self.model.get_buffer("center.mean")
             mean.copy_(dataset.train.mean_image())
@@ -290,7 +299,8 @@ class Trainer:
         for name, tensor in self.model.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise TrainingError(self._diverged(f"the weights of {name} {where} are not finite"))
-        images = self.dataset.validation.images[: self.config.training.batch_size].to(self.device)
+        first = torch.arange(min(len(self.dataset.validation), self.config.training.batch_size))
+        images, _ = self.dataset.validation.batch(first, self.device)
         training = self.model.training
         with torch.no_grad():
             logits = self.model.eval()(images)
@@ -357,6 +367,18 @@ class Trainer:
         if self.folder is None:
             raise ValueError("resume needs the folder of the run")
         state = load_state(self.folder)
+        try:
+            self._restore(state)
+        except models.CheckpointError:
+            raise
+        except Exception as error:  # right keys and wrong contents: torch raises several types
+            raise models.CheckpointError(
+                f"{self.folder / 'checkpoint.pt'}: not a checkpoint of this run ({type(error).__name__}: {error}); "
+                "start anew with --overwrite."
+            ) from error
+        self._prepare()
+
+    def _restore(self, state: dict[str, Any]) -> None:
         resumable = set(RESUMABLE)
         if self.config.schedule.name != "cosine" and self.config.training.epochs >= state["epoch"]:
             resumable.add("training.epochs")  # a longer run is the same up to here
@@ -374,8 +396,10 @@ class Trainer:
         if self.device.type == "cuda" and state["cuda_random"]:
             torch.cuda.set_rng_state_all(state["cuda_random"])
         self.epoch, self.history = state["epoch"], state["history"]
+        shape.check(self.history, [shape.EPOCH], "history")
+        if self.epoch != len(self.history) or not isinstance(state.get("measured", {}), dict):
+            raise ValueError(f"{self.epoch} epochs, but the history of {len(self.history)}")
         self.measured = state.get("measured", {})
-        self._prepare()
 
     def _tensorboard(self) -> Any:
         if not self.config.training.tensorboard or self.folder is None:

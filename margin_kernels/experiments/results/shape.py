@@ -1,0 +1,101 @@
+"""What the JSON of runs, records and evaluations must look like before anything is made of it.
+
+A shape is a type, a tuple of types, [shape] for a list of such, {str: shape} for a mapping of any names, or a mapping
+of names to shapes, of which those that end with "?" may be missing; names that it lacks are not looked at.
+"""
+
+from __future__ import annotations
+
+from types import NoneType
+from typing import Any
+
+NUMBER = (int, float)
+MAYBE = (int, float, NoneType)  # what is not finite is null
+EPOCH = {
+    "epoch": int,
+    "train_loss": MAYBE,
+    "train_accuracy": MAYBE,
+    "validation_accuracy": MAYBE,
+    "seconds": NUMBER,
+    "ms_per_step": NUMBER,
+    "distance?": {str: MAYBE},
+}
+RUN = {
+    "config": dict,
+    "network": dict,
+    "parameters": int,
+    "versions": {str: str},
+    "machine": {"processor": str, "cores": (int, NoneType), "device": str},
+    "history": [EPOCH],
+    "measured?": dict,
+}
+EVALUATION = {
+    "samples": int,
+    "clean": NUMBER,
+    "eps": NUMBER,
+    "curve_eps": [NUMBER],
+    "curves": {str: [MAYBE]},
+    "distance_p": (int, float, str, NoneType),
+    "distance": {str: MAYBE},
+    "distances?": {str: [MAYBE]},
+    "deepfool_norm?": MAYBE,
+    "deepfool_norm_correct?": MAYBE,
+    "rho_adv?": MAYBE,
+    "deepfool_norms?": [MAYBE],
+    "histograms?": dict,
+    "noise_sigmas?": [NUMBER],
+    "noise?": [NUMBER],
+    "black_box?": {str: MAYBE},
+    "reverse?": {str: MAYBE},
+}
+
+
+def optional(shape: dict[Any, Any]) -> dict[Any, Any]:
+    """The same shape, any part of which may be missing."""
+    return {f"{name.removesuffix('?')}?": below for name, below in shape.items()}
+
+
+# Records of earlier versions lack what was not measured then.
+RECORD = {
+    **RUN,
+    "history": [optional(EPOCH)],
+    "machine": dict,
+    "evaluation?": (dict, NoneType),
+    "cell": str,
+    "model": str,
+    "point": str,
+    "seed": int,
+    "values": dict,
+    "after?": (str, NoneType),
+    "attacker?": (str, NoneType),
+    "seconds": {str: NUMBER},
+    "timing?": (dict, NoneType),
+    "choice?": list,
+}
+
+
+def check(values: Any, shape: Any, where: str) -> None:
+    """Raises ValueError with the place of the first part of `values` that has another shape."""
+    if isinstance(shape, list):
+        check(values, list, where)
+        for number, value in enumerate(values):
+            check(value, shape[0], f"{where}[{number}]")
+    elif isinstance(shape, dict):
+        check(values, dict, where)
+        if str in shape:
+            for name, value in values.items():
+                check(value, shape[str], f"{where}.{name}")
+            return
+        for name, below in shape.items():
+            key = name.removesuffix("?")
+            if key in values:
+                check(values[key], below, f"{where}.{key}")
+            elif key == name:
+                raise ValueError(f"{where} must have {key!r}, which is missing")
+    elif not isinstance(values, shape) or (isinstance(values, bool) and bool not in _types(shape)):
+        expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in _types(shape))
+        raise ValueError(f"{where} must be {expected}, got {'null' if values is None else type(values).__name__}")
+
+
+def _types(shape: Any) -> tuple[type, ...]:
+    return shape if isinstance(shape, tuple) else (shape,)
