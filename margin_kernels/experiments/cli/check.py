@@ -9,21 +9,25 @@ from typing import Any
 
 from ..config import read_yaml
 from ..models import load_model
-from ..results import Records, Run, read_json, shape
+from ..results import CANDIDATES, RECORDS, Record, Records, Run, read_json, shape
 from ..training import Output, load_state
+
+
+def _records(path: Path) -> list[Record]:
+    return Records(path).all()
+
 
 # name of a file -> what reads all of it, and raises ValueError
 CHECKS: dict[str, Callable[[Path], Any]] = {
     "checkpoint.pt": lambda path: load_state(path.parent),
     "model.safetensors": lambda path: load_model(path.parent),
-    "records.jsonl": lambda path: Records(path).all(),
-    "candidates.jsonl": lambda path: Records(path).all(),
+    RECORDS: _records,
+    CANDIDATES: _records,
     "run.json": Run.read,
     "evaluation.json": lambda path: shape.check(read_json(path), dict, str(path)),
     "summary.json": lambda path: shape.check(read_json(path), dict, str(path)),
     "config.yaml": read_yaml,
 }
-RECORDS = ("records.jsonl", "candidates.jsonl")
 
 
 def check(arguments: list[str]) -> int:
@@ -44,7 +48,7 @@ def check(arguments: list[str]) -> int:
         if not files:
             raise ValueError(f"{folder} must hold files of a run or a sweep, got none of {', '.join(CHECKS)}")
         for path in files:
-            if options.renew and path.name in RECORDS:
+            if options.renew and CHECKS[path.name] is _records:
                 console.print(f"{Records(path).renew()} lines of {path} have a new checksum")
             try:
                 CHECKS[path.name](path)

@@ -3,6 +3,8 @@ and classes, so that `load_model` needs no config. The weights hold a checksum o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,11 @@ def save_model(folder: Path, model: nn.Module, description: dict[str, Any]) -> N
 def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network of a run's folder, in eval mode, and its description. Raises CheckpointError where a file is
     missing, damaged or of another program."""
-    description_path, weights_path = folder / "model.json", folder / "model.safetensors"
-    for path in (description_path, weights_path):
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {folder} is not the folder of a trained run.")
+    description_path, weights_path = _existing(folder, "model.json"), _existing(folder, "model.safetensors")
     description = read_json(description_path)
-    try:
-        with safe_open(str(weights_path), "pt") as file:
-            found = (file.metadata() or {}).get("sha256")
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights_path}: not a readable safetensors file ({error}); train it again.") from None
+    with _opened(weights_path) as file:
+        found = (file.metadata() or {}).get("sha256")
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     if found is None:
         raise CheckpointError(f"{weights_path} must hold its checksum, which is missing; train it again.")
     if found != digest(weights, description):
@@ -60,11 +56,21 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def weights_digest(folder: Path) -> str:
     """The checksum that the weights of a run hold. Raises CheckpointError where there are none."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {folder} is not the folder of a trained run.")
+    with _opened(_existing(folder, "model.safetensors")) as file:
+        return str((file.metadata() or {}).get("sha256"))
+
+
+def _existing(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{folder / name}: missing; {folder} is not the folder of a trained run.")
+    return folder / name
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises CheckpointError where it cannot be read."""
     try:
         with safe_open(str(path), "pt") as file:
-            return str((file.metadata() or {}).get("sha256"))
+            yield file
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); train it again.") from None

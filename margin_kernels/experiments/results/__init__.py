@@ -16,12 +16,13 @@ from .files import (
     write_json,
     write_text,
 )
-from .lines import RECORDS, Records, common, differences, dumps, merged
+from .lines import CANDIDATES, RECORDS, Records, common, differences, dumps, merged
 from .record import SINGLE_SAMPLES, Epoch, Evaluation, Record, Run, Tried, changed_settings, differing
 from .study import Study
 from .summary import MEASURES, Measure
 
 __all__ = [
+    "CANDIDATES",
     "MEASURES",
     "RECORDS",
     "SINGLE_SAMPLES",

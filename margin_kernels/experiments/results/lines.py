@@ -28,7 +28,7 @@ from .files import read_text, write_text
 from .record import Record
 
 Values = dict[str, Any]
-RECORDS = "records.jsonl"  # in the folder of a sweep
+RECORDS, CANDIDATES = "records.jsonl", "candidates.jsonl"  # in the folder of a sweep
 # what the cells of a sweep mostly have in common, besides the config
 SHARED = ("network", "parameters", "versions", "machine")
 SHARED_MEASUREMENTS = ("samples", "eps", "curve_eps", "noise_sigmas", "distance_p", "distance", "distances")

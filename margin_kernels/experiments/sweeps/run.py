@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from ..config import own_options
-from ..results import RECORDS, Record, Records, Tried, changed_settings, common, finite, locked, summary
+from ..results import CANDIDATES, RECORDS, Record, Records, Tried, changed_settings, common, finite, locked, summary
 from ..training import RESUMABLE, Meter
 from .cell import Cell, Option
 from .job import Choice, Job
@@ -59,7 +59,7 @@ class Runner:
         self.out, self.options, self.console = out, options, console
         # weights that another cell starts from, takes or is attacked by
         self.needed = {name for cell in cells for name in cell.needs}
-        self.records, self.candidates = Records(out / RECORDS), Records(out / "candidates.jsonl")
+        self.records, self.candidates = Records(out / RECORDS), Records(out / CANDIDATES)
         self.common = finite(common(*(own_options(cell.config) for cell in cells)))
         self.choosing: dict[str, list[Cell]] = {}  # by candidate
         for cell in cells:
