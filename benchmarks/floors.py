@@ -103,7 +103,7 @@ class Passes:
     def own_pass(self) -> Callable[[], Any]:
         """The package's pass to all taps that need one, without the norms."""
         plan = make_plan(self.captured, Request())
-        cotangent, rows = Cotangents(self.captured, self.y, "logit", second_order=False).of(self.seed.argmax(1))
+        cotangent, rows = Cotangents(self.captured, self.y, Request(), second_order=False).of(self.seed.argmax(1))
         seed = cotangent if rows is None else rows
         assert seed is not None
         passes = BackwardPasses(self.captured, plan.taps)

@@ -145,6 +145,11 @@ def large_margin() -> list[Mode]:
             Mode("large margin + CE", _loop(taps, k), "loop", taps, k, module=partial(alone, cross_entropy_weight=1.0)),
         ]
     for taps in (BOTH, "hidden"):
+        soft = partial(mk.LargeMarginLoss, competitors="soft", cross_entropy_weight=1.0)
+        modes += [
+            Mode("soft margin + CE", _loop(taps, 1), "loop", taps, module=soft),
+            Mode("soft margin + CE", _split(taps, 1), "split", taps, module=soft),
+        ]
         pairwise = partial(mk.LargeMarginLoss, cross_entropy_weight=1.0, auxiliary="pairwise")
         modes.append(Mode("large margin + pairwise", _split(taps, 1), "split", taps, 1, module=pairwise))
     plain = partial(mk.LargeMarginLoss, cross_entropy_weight=1.0, backend="reference")

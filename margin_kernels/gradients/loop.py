@@ -1,6 +1,6 @@
 """One backward pass for each competitor, and the ordinary backward of the loss.
 
-    D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q
+    D[n,j,l] = || d (s[n,I_j] - s[n,y_n]) / d h_l[n] ||_q           of the soft competitor || d phi[n] / d h_l[n] ||_q
 
 One backward pass of the DIFFERENCE per competitor gives every tap at once; naming the taps as `inputs` prunes the
 weight gradients. The norms are taken right after each pass and the gradients dropped: at most one set of tap gradients
@@ -82,12 +82,12 @@ def difference_norms(captured: Captured, target: Tensor, index: Tensor, request:
     logits = captured.logits
     with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
         measured: Tensor | None = None
-        if plan.rows and not plan.taps and request.space == "logit":
+        if plan.rows and not plan.taps and request.space == "logit" and not request.soft:
             assert captured.head is not None
             weight = captured.head.weight if second_order else captured.head.weight.detach()
             measured = functional.row_distance(weight, index, target, request.p, backend=request.backend).unsqueeze(-1)
         elif plan.cotangent or plan.rows or plan.taps:
-            cotangents = Cotangents(captured, target, request.space, second_order)
+            cotangents = Cotangents(captured, target, request, second_order)
             passes = Passes(captured, plan.taps)
             norms = []
             for competitor in index.unbind(1):

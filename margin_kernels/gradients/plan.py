@@ -1,10 +1,11 @@
 """Which norms need a backward pass, and which the last layer gives in closed form.
 
 Near the logits z = W h + b no pass is needed. With c the derivative of the score difference with respect to z [N,C],
-which is e_i - e_y for logits and s_i (e_i - s) - s_y (e_y - s) for softmax scores s:
+which is e_i - e_y for logits, s_i (e_i - s) - s_y (e_y - s) for softmax scores s, and q - e_y for the soft competitor,
+q the softmax over the rivals alone:
 
-    tap on the logits                                G = c            D = 2^(1/q) for logits
-    tap on h                                         G = c W          W_i - W_y for logits
+    tap on the logits                                G = c            D = 2^(1/q) for one logit against another
+    tap on h                                         G = c W          W_i - W_y for these
     tap before global average pooling over S         G = c W / S      D = S^(1/q - 1) ||c W||_q
 
 and the pass of deeper taps starts at h with the rows c W, which spares the head's backward and a cotangent [N,C].
@@ -12,12 +13,16 @@ and the pass of deeper taps starts at h with the rows c W, which spares the head
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .. import functional
 from ..reference.dual_norm import dual_exponent
 from .autograd_graph import same_edge
 from .request import Captured, Request, Tap, is_logits
@@ -64,7 +69,7 @@ def make_plan(captured: Captured, request: Request) -> Plan:
     q = dual_exponent(request.p)
     kinds = [_kind(tap, captured) for tap in captured.taps]
     passed = [tap for tap, kind in zip(captured.taps, kinds, strict=True) if kind == "pass"]
-    cotangent = "logits" in kinds and request.space == "probability"
+    cotangent = "logits" in kinds and (request.soft or request.space == "probability")
     rows = "head" in kinds or "pooled" in kinds
     first = cotangent + rows
     sources: list[Source] = []
@@ -103,16 +108,20 @@ def _among(edge: GradientEdge, edges: list[GradientEdge]) -> bool:
 
 class Cotangents:
     """c [N,C], c[n,:] = d (s[n,i] - s[n,y]) / d z[n,:], and the rows c W [N,D], one competitor i at a time; None where
-    nothing needs them."""
+    nothing needs them. A sample against its own label has c = 0. The soft competitor is one, whatever its number."""
 
-    def __init__(self, captured: Captured, target: Tensor, space: str, second_order: bool) -> None:
+    def __init__(self, captured: Captured, target: Tensor, request: Request, second_order: bool) -> None:
         logits, head = captured.logits, captured.head
         self._columns = target.unsqueeze(1)
         self._scores: Tensor | None = None
+        self._soft: Callable[[Tensor], Tensor] | None = None
         self._weight: Tensor | None = None
         if head is not None:
             self._weight = head.weight if second_order else head.weight.detach()
-        if space == "probability":
+        if request.soft:
+            self._soft = partial(soft_cotangent, logits, target, second_order, request.backend)
+            self._weight = None if self._weight is None else self._weight.to(logits.dtype)
+        elif request.space == "probability":
             wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
             self._scores = torch.softmax(logits if second_order else logits.detach(), 1, dtype=wide)
             self._own = self._scores.gather(1, self._columns)
@@ -121,14 +130,15 @@ class Cotangents:
             self._own = self._weight.index_select(0, target)
         else:
             self._own = logits.new_zeros(logits.shape).scatter_(1, self._columns, -1.0)
+            self._one = logits.new_ones(self._columns.shape)
 
     def of(self, index: Tensor) -> Seeds:
         """c [N,C] (None where nothing needs it) and c W [N,D] (None without a head) for competitors index [N]."""
-        cotangent = None
+        cotangent = None if self._soft is None else self._soft(index != self._columns.squeeze(1))
         if self._scores is not None:
             cotangent = self._softmax(self._scores, index.unsqueeze(1))
-        elif self._weight is None:
-            cotangent = self._own.scatter(1, index.unsqueeze(1), 1.0)
+        elif cotangent is None and self._weight is None:
+            cotangent = self._own.scatter_add(1, index.unsqueeze(1), self._one)
         if self._weight is None:
             return cotangent, None
         if cotangent is None:
@@ -139,3 +149,15 @@ class Cotangents:
         other = scores.gather(1, column)
         at = torch.cat([column, self._columns], 1)
         return (scores * (self._own - other)).scatter_add(1, at, torch.cat([other, -self._own], 1))
+
+
+def soft_cotangent(logits: Tensor, target: Tensor, second_order: bool, backend: str, counted: Tensor) -> Tensor:
+    """d (-phi[n]) / d z[n,:] = q - e_y, [N,C] in the dtype of the logits, 0 for samples that are not `counted` [N]; for
+    a masked label, which has no phi, d nll[n] / d z[n,:], the same direction. With second order a function of the
+    logits."""
+    with torch.enable_grad():
+        z = logits if second_order else logits.detach().requires_grad_()
+        found = functional.competitors(z, target, backend=backend)
+        label_is_masked = counted & (found.phi.detach() == -math.inf)
+        weights = -counted.to(found.phi.dtype), label_is_masked.to(found.nll.dtype)
+        return torch.autograd.grad((found.phi, found.nll), z, weights, create_graph=second_order)[0]

@@ -34,6 +34,7 @@ class Request:
         layer_scale: None, or "numel": D divided by the number of elements of a sample's activation
         second_order: D is differentiated in the parameters, not a constant
         competitors: how many competitors the loss weighs for each sample
+        soft: the one competitor is the log-sum-exp over the rivals, `phi` of functional.competitors
         outside: the part of the loss whose gradient in the logits is not a combination of those of the gaps, in words
             for the user; None where there is no such part
         backend: of every op
@@ -44,6 +45,7 @@ class Request:
     layer_scale: str | None = None
     second_order: bool = False
     competitors: int = 1
+    soft: bool = False
     outside: str | None = None
     backend: str = "auto"
 

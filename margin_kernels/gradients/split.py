@@ -12,7 +12,7 @@ The tapped path are the nodes between the logits and the taps; a node of it that
 pass also records the gradients at the outputs of the layer nodes. In the backward of the loss these are combined, and
 one run of the engine starts at all layer nodes together while the edges along the tapped path are cut: what leaves the
 path, weights and what lies behind the taps, gets its gradient in the ordinary way, shared weights and any kind of layer
-included.
+included. The direction of the soft competitor is that of the cross-entropy too, which then costs nothing.
 
 Exact only if samples do not interact: row n of every activation may depend on sample n alone. The graph is read to
 prove it (`structure`). The loss then is a function of parameters, and of tensors that entered the model with a graph of
@@ -255,7 +255,7 @@ class Split:
         self._index, self._target = index, target
         plan, request = self._plan, self.request
         with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(request.second_order):
-            cotangents = Cotangents(self.captured, target, request.space, False)
+            cotangents = Cotangents(self.captured, target, request, False)
             passes = Passes(self.captured, plan.taps, self.edges)
             norms: list[Tensor] = []
             for competitor in index.unbind(1):
@@ -329,7 +329,9 @@ class Split:
         """The gradients of <grad, loss> in `parameters`."""
         keep_graph = self._graph.still_to_run(self._made)
         (outer,) = torch.autograd.grad(loss, self.logits, grad, retain_graph=keep_graph)
-        weights = outer.gather(1, self._index)
+        # In z a pair's direction has 1 at the competitor, that of the soft competitor -1 at the label.
+        soft = self.request.soft
+        weights = -outer.gather(1, self._target.unsqueeze(1)) if soft else outer.gather(1, self._index)
         weights = weights if self._plan.scale == 1 else weights / self._plan.scale
         roots, seeds = list(self.edges), self._combined(weights, keep_graph)
         if self._leaving(self._graph.top):

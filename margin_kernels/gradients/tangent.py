@@ -100,6 +100,8 @@ class TangentSplit(Split):
 
     def __init__(self, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> None:
         super().__init__(request, captured, logits, trials)
+        if request.soft:
+            raise NotExact("the soft competitor's cotangent depends on the logits, which tangents do not follow")
         if request.competitors != 1:
             raise NotExact("it takes one competitor when norms are differentiated")
         if captured.head is None or self._graph.top.name() not in LAYERS:

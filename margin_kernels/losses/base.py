@@ -40,11 +40,13 @@ def number(name: str, value: Any, least: float | None = None, above: float | Non
     return float(value)
 
 
-def numbers(name: str, values: Any, least: float | None = None, above: float | None = None) -> list[float]:
+def numbers(
+    name: str, values: Any, least: float | None = None, above: float | None = None, each: str = "layer"
+) -> list[float]:
     if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a list of numbers, one for each layer, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a list of numbers, one for each {each}, got {type(values).__name__}")
     if len(values) == 0:
-        raise ValueError(f"{name} must hold one number for each layer, got an empty list")
+        raise ValueError(f"{name} must hold one number for each {each}, got an empty list")
     return [number(f"{name}[{i}]", value, least, above) for i, value in enumerate(values)]
 
 
@@ -60,10 +62,14 @@ def norm_exponent(p: Any) -> float:
 
 def count(name: str, value: Any, bound: str = "") -> int:
     """`bound`: words for an upper bound that is checked elsewhere."""
+    if integer(name, value) < 1:
+        raise ValueError(f"{name} must be >= 1{bound}, got {value}")
+    return value
+
+
+def integer(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1{bound}, got {value}")
     return value
 
 
@@ -103,6 +109,21 @@ def weights_of_layers(name: str, value: Any) -> list[float]:
     if sum(weights) == 0:
         raise ValueError(f"{name} must not all be 0, got {value}")
     return weights
+
+
+def weights_of_classes(name: str, value: Any) -> list[float]:
+    """One number >= 0 for each class, not all 0: a list or a tensor [C]."""
+    values = value.tolist() if isinstance(value, Tensor) and value.dim() == 1 else value
+    weights = numbers(name, values, least=0, each="class")
+    if sum(weights) == 0:
+        raise ValueError(f"{name} must not all be 0, got {values}")
+    return weights
+
+
+def fraction(name: str, value: Any) -> float:
+    if number(name, value, least=0) > 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return float(value)
 
 
 def one_of(*allowed: Any) -> Callable[[str, Any], Any]:

@@ -16,15 +16,18 @@ from ..gradients.choose import choose
 from ..gradients.request import Captured, Request
 from ..reference.margin_hinge import AGGREGATIONS
 from . import base
-from .base import NOTHING, TapLoss, optional
+from .base import TapLoss, optional
 from .margins import Margins
 
 # Norms up to this multiple of eps, or up to this value, count as 0: the distance would be the gap over eps.
 DEGENERATE, LEAST_NORM = 100.0, 1e-4
 OUTSIDE = (
-    "the gradient of the cross-entropy is not among those of the passes: take cross_entropy_weight=0, "
-    'auxiliary="pairwise", or all competitors'
+    "the gradient of the cross-entropy is not among those of the passes: take "
+    'competitors="soft", cross_entropy_weight=0, auxiliary="pairwise", or all competitors'
 )
+SMOOTHED = "label smoothing leads the cross-entropy away from the direction of the passes: take label_smoothing=0"
+# What the soft competitor leaves no choice of.
+WITH_SOFT = {"top_k": 1, "aggregation": "max", "space": "logit", "auxiliary": "cross_entropy"}
 
 
 class LargeMarginLoss(TapLoss):
@@ -37,9 +40,17 @@ class LargeMarginLoss(TapLoss):
         loss[n]     = sum_l w_l agg_j term[n,j,l] / sum_l w_l
         total       = margin_weight * loss + cross_entropy_weight * (nll or log(1 + exp(z_best - z_y)))
 
+    competitors="soft" puts all classes into one competitor, whose direction is that of the cross-entropy:
+
+        gap[n]      = -phi[n] = logsumexp_{i != y_n} z[n,i] - z[n,y_n]        within log(C - 1) of the largest gap
+
+    so that the split backward gives margin and cross-entropy together at the price of the cross-entropy.
+
     Args:
         gamma: margin that is asked for, > 0, in the units of the activations; one number or one for each layer.
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
+        competitors: "hard", the top_k largest scores of other classes (the paper), or "soft": `competitor` [N,1] then
+            names the strongest rival, and top_k, aggregation, space and auxiliary stay at their defaults.
         top_k: competitors k, 1 <= k <= C - 1. The passes cost k activation-only backward passes.
         aggregation: over competitors, "max", "sum", "mean", or "mean_distance" (one term of the mean distance).
         alpha: the terms are clipped at alpha * gamma, > 0; None: no clip.
@@ -54,6 +65,10 @@ class LargeMarginLoss(TapLoss):
             its best competitor, for which the split backward (`passes` of MarginTask) needs no pass of its own.
         layer_reduction: "mean" (weighted) or "sum" (of w_l term) over layers.
         reduction: "mean", "sum" or "none" over samples, of the margin loss and the cross-entropy alike.
+        ignore_index: samples with this target are left out of every sum and mean; their `distance` is 0.
+        class_weight: None or one weight >= 0 for each class, which weighs its samples in the margin loss and the
+            cross-entropy alike; "mean" divides by the sum of the weights, as torch.nn.CrossEntropyLoss.
+        label_smoothing: of the cross-entropy, in [0, 1], as torch.nn.CrossEntropyLoss, over the finite classes.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
         min_norm: a term whose own D, before layer_scale, is at most this has no direction (zero head, dead units): it
              is left out, with slope 0, and counted in `degenerate`. None: 100 eps, at most 1e-4.
@@ -69,6 +84,7 @@ class LargeMarginLoss(TapLoss):
     checks: ClassVar = {
         "gamma": base.positive_of_layers,
         "p": base.exponent,
+        "competitors": base.one_of("hard", "soft"),
         "top_k": lambda name, value: base.count(name, value, base.COMPETITORS),
         "aggregation": base.one_of(*AGGREGATIONS),
         "alpha": optional(base.positive),
@@ -84,6 +100,9 @@ class LargeMarginLoss(TapLoss):
         "reduction": base.one_of(*base.REDUCTIONS),
         "backend": base.one_of("auto", *BACKENDS),
         "min_norm": optional(base.non_negative),
+        "ignore_index": base.integer,
+        "class_weight": optional(base.weights_of_classes),
+        "label_smoothing": base.fraction,
     }
 
     def __init__(
@@ -105,15 +124,33 @@ class LargeMarginLoss(TapLoss):
         reduction: str = "mean",
         backend: str = "auto",
         min_norm: float | None = None,
+        competitors: str = "hard",
+        ignore_index: int = -100,
+        class_weight: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.keep(locals())
 
     def request(self, classes: int) -> Request:
         """What this loss asks of a forward pass with so many classes."""
-        alone = self.cross_entropy_weight > 0 and self.auxiliary == "cross_entropy" and self.top_k < classes - 1
-        outside = OUTSIDE if alone else None
-        return Request(self.p, self.space, self.layer_scale, self.second_order, self.top_k, outside, self.backend)
+        soft = self.competitors == "soft"
+        if self.label_smoothing > 0 and self.auxiliary == "pairwise":
+            raise ValueError(f'label_smoothing must be 0 with auxiliary="pairwise", got {self.label_smoothing}')
+        if soft:
+            for name, default in WITH_SOFT.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f'{name} must be {default!r} with competitors="soft", which has one competitor made of all '
+                        f"classes, got {getattr(self, name)!r}"
+                    )
+        outside = None
+        if self.cross_entropy_weight > 0 and self.auxiliary == "cross_entropy" and self.top_k < classes - 1:
+            if not soft:
+                outside = OUTSIDE
+            elif self.label_smoothing > 0:
+                outside = SMOOTHED
+        return Request(self.p, self.space, self.layer_scale, self.second_order, self.top_k, soft, outside, self.backend)
 
     def statistics(
         self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop", **how: Any
@@ -123,10 +160,11 @@ class LargeMarginLoss(TapLoss):
         gradients = choose(passes, self.request(logits.shape[-1]), captured, logits, **how)
         source = gradients.logits
         found = self.gaps(source, target)
-        index, gap, nll = found.competitor, found.gap, found.nll
+        index, gap = found.competitor, found.gap
         # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
         label = target.clamp(0, logits.shape[1] - 1)
-        norm = gradients.norms(label, index)
+        # Ignored samples take no part in the passes: against its own label a sample has no direction.
+        norm = gradients.norms(label, torch.where(found.valid.unsqueeze(1), index, label.unsqueeze(1)))
         numbers = self.numbers(norm.shape[2])
         live = torch.tensor(numbers, dtype=norm.dtype) if self._live is None else self._live
         gamma, cap, weights, least = live[:-2].to(norm, non_blocking=True).view(4, -1).unbind(0)
@@ -135,12 +173,13 @@ class LargeMarginLoss(TapLoss):
         loss, distance = functional.hinge_of(
             gap, norm, gamma, cap, weights, least, self.eps, self.aggregation, self.layer_reduction, self.backend
         )
-        loss = functional.reduced(loss, self.reduction)
         degenerate = (norm.detach() <= least) & ~gap.detach().isnan().unsqueeze(-1)
         shortfall = gamma - distance
-        active = (shortfall > 0) & (shortfall < cap) & ~degenerate
-        total = gradients.attach(self._total(loss, nll, source, label, index))
-        return Margins(total, nll.detach(), gap.detach(), index, norm.detach(), distance, active, degenerate)
+        active = (shortfall > 0) & (shortfall < cap) & ~degenerate & found.valid.view(-1, 1, 1)
+        total = gradients.attach(self._total(loss, found, source, label))
+        return Margins(
+            total, found.nll.detach(), gap.detach(), index, norm.detach(), distance, active, degenerate, found.valid
+        )
 
     def numbers(self, layers: int) -> list[float]:
         """What a compiled step does not fix but reads anew: gamma, cap, layer weight and min_norm for each layer, and
@@ -158,7 +197,10 @@ class LargeMarginLoss(TapLoss):
 
     def gaps(self, logits: Tensor, target: Tensor) -> functional.Competitors:
         """competitor and gap [N,k] in the loss's space, nll [N] of logits [N,C]: all that needs no activations."""
-        found = functional.competitors(logits, target, self.top_k, NOTHING, backend=self.backend)
+        smoothed = self.label_smoothing > 0 and self.class_weight is None
+        found = functional.competitors(logits, target, self.top_k, self.ignore_index, smoothed, self.backend)
+        if self.competitors == "soft":
+            return found._replace(gap=-found.phi.unsqueeze(1))
         if self.space == "probability":
             wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
             scores = torch.softmax(logits, 1, dtype=wide)
@@ -166,19 +208,44 @@ class LargeMarginLoss(TapLoss):
             found = found._replace(gap=scores.gather(1, found.competitor) - scores.gather(1, label))
         return found
 
-    def _total(self, loss: Tensor, nll: Tensor, logits: Tensor, label: Tensor, index: Tensor) -> Tensor:
+    def _total(self, loss: Tensor, found: functional.Competitors, logits: Tensor, label: Tensor) -> Tensor:
         margin, cross_entropy = (
             (self.margin_weight, self.cross_entropy_weight) if self._live is None else self._live[-2:]
         )
-        loss = loss if self.margin_weight == 1 else loss * margin
+        valid, weight = found.valid, None
+        share = valid.to(loss.dtype)
+        if self.class_weight is not None:
+            if len(self.class_weight) != logits.shape[1]:
+                raise ValueError(
+                    f"class_weight must hold one weight for each of {logits.shape[1]} classes, got "
+                    f"{len(self.class_weight)}"
+                )
+            weight = torch.tensor(self.class_weight, dtype=loss.dtype).to(loss.device, non_blocking=True)
+            share = torch.where(valid, weight[label], 0)
+
+        def over_samples(values: Tensor, weighed: bool = False) -> Tensor:
+            values = torch.where(valid, values, 0)
+            values = values if weight is None or weighed else values * share
+            if self.reduction == "mean":
+                return values.sum() / share.sum()
+            return functional.reduced(values, self.reduction)
+
+        total = over_samples(loss)
+        total = total if self.margin_weight == 1 else total * margin
         if self.cross_entropy_weight == 0:
-            return loss
+            return total
+        nll = found.nll
         if self.auxiliary == "pairwise":
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            best, own = wide.gather(1, index[:, :1]), wide.gather(1, label.unsqueeze(1))
+            best, own = wide.gather(1, found.competitor[:, :1]), wide.gather(1, label.unsqueeze(1))
             nll = F.softplus(best - own).squeeze(1)
-        nll = functional.reduced(nll, self.reduction)
-        return loss + (nll if self.cross_entropy_weight == 1 else nll * cross_entropy)
+        auxiliary = over_samples(nll)
+        if self.label_smoothing > 0:
+            smooth = found.uniform if weight is None else _weighed_by_class(logits, weight)
+            assert smooth is not None
+            smooth = over_samples(smooth, weighed=True)
+            auxiliary = torch.lerp(auxiliary, smooth, self.label_smoothing)
+        return total + (auxiliary if self.cross_entropy_weight == 1 else auxiliary * cross_entropy)
 
     def _spread(self, name: str, layers: int) -> Any:
         value = getattr(self, name)
@@ -186,3 +253,11 @@ class LargeMarginLoss(TapLoss):
         if values is not None and len(values) != layers:
             raise ValueError(f"{name} must be one number or one for each of the {layers} taps, got {len(values)}")
         return values
+
+
+def _weighed_by_class(logits: Tensor, weight: Tensor) -> Tensor:
+    """sum_c w_c (-log p_c) / M over the M finite classes, [N]."""
+    z = logits.to(weight.dtype)
+    finite = z != -math.inf
+    below = torch.where(finite, torch.logsumexp(z, 1, keepdim=True) - torch.where(finite, z, 0), 0)
+    return below @ weight / finite.sum(1)

@@ -11,7 +11,7 @@ class Margins(NamedTuple):
     """What one evaluation of LargeMarginLoss shows; everything but `loss` is detached.
 
     loss [] or [N];  nll [N];  gap, competitor [N,k];  norm D, distance d, active 1[0 < gamma - d < cap] (bool) and
-    degenerate (bool: D is at most min_norm, the term is left out) [N,k,L]
+    degenerate (bool: D is at most min_norm, the term is left out) [N,k,L];  valid (bool) [N], 1[target != ignore_index]
     """
 
     loss: Tensor
@@ -22,3 +22,4 @@ class Margins(NamedTuple):
     distance: Tensor
     active: Tensor
     degenerate: Tensor
+    valid: Tensor

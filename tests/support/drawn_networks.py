@@ -1,7 +1,8 @@
 """Networks, losses and taps drawn at random, and a literal loop that says what a step must give.
 
 A network is a list of blocks on features [N,F], tokens [N,T,E] or images [N,C,H,W]. Some couple the samples, some
-change from step to step. The literal loop uses nothing of the package: plain autograd of each score difference.
+change from step to step. The literal loop uses nothing of the package but the options of a loss: plain autograd of each
+score difference.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from margin_kernels import LargeMarginLoss
 
 CLASSES = 4
 STEPS = 3
@@ -268,9 +271,10 @@ def draw(seed: int) -> Case:
 
 
 def literal(
-    model: nn.Module, x: Tensor, y: Tensor, taps: tuple[str, ...], p: float, gamma: float, k: int, second_order: bool
+    model: nn.Module, x: Tensor, y: Tensor, taps: tuple[str, ...], gamma: float, loss: LargeMarginLoss
 ) -> Tensor:
-    """The large margin loss, mean over layers, maximum over competitors, by plain autograd of the summed gaps.
+    """The large margin loss, mean over layers, maximum over competitors, by plain autograd of the summed gaps, and
+    PyTorch's cross-entropy.
 
     A sample's norm is taken along dimension 0, which holds the batch at every tap of `Sequential` here.
     """
@@ -290,12 +294,16 @@ def literal(
         handle.remove()
     kept["input"] = x
     eps = 1e-6
-    masked = z.detach().scatter(1, y[:, None], -float("inf"))
-    index = masked.topk(k, 1).indices
+    counted = y != loss.ignore_index
+    label = torch.where(counted, y, 0)[:, None]
+    masked = z.scatter(1, label, -float("inf"))
+    index = masked.detach().topk(loss.top_k, 1).indices
+    p, second_order = loss.p, loss.second_order
     q = float("inf") if p == 1 else (1.0 if p == float("inf") else p / (p - 1))
     distances = []
-    for j in range(k):
-        gap = z.gather(1, index[:, j : j + 1])[:, 0] - z.gather(1, y[:, None])[:, 0]
+    for j in range(loss.top_k):
+        rival = masked.logsumexp(1) if loss.competitors == "soft" else z.gather(1, index[:, j : j + 1])[:, 0]
+        gap = torch.where(counted, rival - z.gather(1, label)[:, 0], 0.0)
         found = torch.autograd.grad(gap.sum(), [kept[t] for t in taps], retain_graph=True, create_graph=second_order)
         columns = []
         for g in found:
@@ -307,4 +315,12 @@ def literal(
         distances.append(torch.stack(columns, 1))
     d = torch.stack(distances, 1)  # [N,k,L]
     nearest = d.gather(1, d.detach().argmin(1, keepdim=True))[:, 0]
-    return (gamma - nearest).clamp(min=0).mean(1).mean()
+    terms = (gamma - nearest).clamp(min=0).mean(1)
+    weight = None if loss.class_weight is None else z.new_tensor(loss.class_weight)
+    share = torch.where(counted, 1.0 if weight is None else weight[label[:, 0]], 0.0)
+    ce = (
+        F.cross_entropy(z, y, weight, ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing)
+        if loss.cross_entropy_weight
+        else 0.0
+    )
+    return (torch.where(counted, terms, 0.0) * share).sum() / share.sum() + loss.cross_entropy_weight * ce
