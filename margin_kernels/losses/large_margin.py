@@ -131,19 +131,24 @@ class LargeMarginLoss(TapLoss):
     ) -> None:
         super().__init__()
         self.keep(locals())
+        self._check_together()
 
-    def request(self, classes: int) -> Request:
-        """What this loss asks of a forward pass with so many classes."""
-        soft = self.competitors == "soft"
+    def _check_together(self) -> None:
+        """Options that rule out others. Raises ValueError."""
         if self.label_smoothing > 0 and self.auxiliary == "pairwise":
             raise ValueError(f'label_smoothing must be 0 with auxiliary="pairwise", got {self.label_smoothing}')
-        if soft:
+        if self.competitors == "soft":
             for name, default in WITH_SOFT.items():
                 if getattr(self, name) != default:
                     raise ValueError(
                         f'{name} must be {default!r} with competitors="soft", which has one competitor made of all '
                         f"classes, got {getattr(self, name)!r}"
                     )
+
+    def request(self, classes: int) -> Request:
+        """What this loss asks of a forward pass with so many classes."""
+        self._check_together()
+        soft = self.competitors == "soft"
         outside = None
         if self.cross_entropy_weight > 0 and self.auxiliary == "cross_entropy" and self.top_k < classes - 1:
             if not soft:

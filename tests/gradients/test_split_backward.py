@@ -139,9 +139,23 @@ def test_the_gradients_are_those_of_the_loop(name, top_k) -> None:
     assert_same(gradients_of(name, loss, "split"), gradients_of(name, loss, "loop"))
 
 
+SOFT = {"competitors": "soft", "cross_entropy_weight": 0.7}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_gradients_of_soft_margin_and_cross_entropy_are_those_of_the_loop(name) -> None:
+    loss = LargeMarginLoss(3.0, **SOFT)
+    assert_same(gradients_of(name, loss, "split"), gradients_of(name, loss, "loop"))
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {**SOFT, "p": "inf", "alpha": 2.0},
+        {**SOFT, "p": 1, "margin_weight": 0.3, "class_weight": [1.0, 2.0, 0.5, 0.0][:CLASSES] + [1.0] * (CLASSES - 4)},
+        {**SOFT, "ignore_index": 1, "reduction": "none"},
+        {**SOFT, "ignore_index": 0, "class_weight": [1.5] * CLASSES, "reduction": "sum"},
+        {"top_k": 2, "ignore_index": 0, "class_weight": [1.5] * CLASSES},
         {"p": "inf", "aggregation": "max", "top_k": 3, "alpha": 2.0},
         {"p": 1, "aggregation": "mean_distance", "top_k": 2, "margin_weight": 0.3},
         {"top_k": CLASSES - 1, "cross_entropy_weight": 0.7},
@@ -173,13 +187,14 @@ def test_the_pairwise_loss_is_the_logistic_loss_of_the_label_and_its_best_compet
     torch.testing.assert_close(loss(z, y, [z]), expected)
 
 
-def test_a_step_does_the_work_of_cross_entropy() -> None:
+@pytest.mark.parametrize("options", [{}, SOFT], ids=str)
+def test_a_step_does_the_work_of_cross_entropy(options) -> None:
     """(k + 2) F where the loop has (k + 3) F, but for the first convolution, whose input gradient only a pass needs."""
     x, y = torch.rand(4, 1, 28, 28), torch.randint(10, (4,))
     model = models.build("mnist_cnn", (1, 28, 28), 10)
 
     def step(passes: str):
-        task = MarginTask(model, LargeMarginLoss(1e3), ("pool1", "pool2"), passes)
+        task = MarginTask(model, LargeMarginLoss(1e3, **options), ("pool1", "pool2"), passes)
         task(x, y)["loss"].backward()  # tried out
         return lambda: task(x, y)["loss"].backward()
 
@@ -250,12 +265,12 @@ def test_channels_last_and_accumulation_over_two_batches(top_k) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_autocast(top_k, dtype) -> None:
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 2, "aggregation": "sum"}, SOFT], ids=str)
+def test_autocast(options, dtype) -> None:
     x, y = batch(dtype=torch.float32)
     assert_split_is_as_exact_as_the_loop_under_autocast(
         lambda: build("plain", torch.float32),
-        LargeMarginLoss(3.0, top_k=top_k, aggregation="sum"),
+        LargeMarginLoss(3.0, **options),
         ("input", "3"),
         x,
         y,
