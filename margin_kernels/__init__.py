@@ -5,6 +5,7 @@ from .backends import BackendError
 from .deepfool import DeepFoolResult, deepfool
 from .losses import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
 from .memory import keep_freed_memory
+from .monitor import MarginMonitor, MarginSummary
 from .task import Explanation, MarginTask
 from .version import __version__
 
@@ -14,7 +15,9 @@ __all__ = [
     "DeepFoolResult",
     "Explanation",
     "LargeMarginLoss",
+    "MarginMonitor",
     "MarginSensitivityLoss",
+    "MarginSummary",
     "MarginTask",
     "OneToNLoss",
     "__version__",

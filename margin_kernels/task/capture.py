@@ -151,7 +151,7 @@ class Taps:
         self.names = resolve(model, layers)
         self.batch_dim = _batch_dims(self.names, batch_dim)
         self._parsed = {name: _Name.parse(name) for name in self.names if name not in (INPUT, OUTPUT)}
-        self._modules = tuple(dict.fromkeys(name.base for name in self._parsed.values()))
+        self.modules = tuple(dict.fromkeys(name.base for name in self._parsed.values()))
         # The modules that the first forward showed to be head and pooling; None before it.
         self._ends: tuple[str, ...] | None = None
 
@@ -186,7 +186,7 @@ class Taps:
             elif name == OUTPUT:
                 tap = Tap(name, get_gradient_edge(logits), logits.shape)
             else:
-                tap = self._pick(name, calls[self._parsed[name].base])
+                tap = self.pick(name, calls[self._parsed[name].base])
             taps.append(tap._replace(batch_dim=self.batch_dim.get(name)))
         captured = Captured(logits, taps, head, sources, begin, given)
         if captured.head_depends_on_taps():
@@ -202,15 +202,15 @@ class Taps:
         def here(hook: Callable[..., Any], *args: Any) -> Any:
             return hook(*args) if threading.get_ident() == thread else None
 
-        for name in self._modules:
-            keep = partial(self._keep, name, calls[name], sources)
+        for name in self.modules:
+            keep = partial(self.keep, name, calls[name], sources)
             yield model.get_submodule(name).register_forward_hook(partial(here, keep))
         for name in _end_candidates(model) if self._ends is None else self._ends:
             # First of the module's hooks: it must see what the layer computed, not what other hooks made of it.
             note = partial(ends.note, name)
             yield model.get_submodule(name).register_forward_hook(partial(here, note), prepend=True)
 
-    def _keep(
+    def keep(
         self,
         base: str,
         calls: list[dict[str, Tap]],
@@ -225,13 +225,13 @@ class Taps:
             if parsed.base == base and parsed.call in (None, len(calls)):
                 items = _path(name, parsed.items, passed_on)
                 tensor = _item(passed_on, items)
-                tapped = self._tapped(name, tensor, sources)
+                tapped = self.tapped(name, tensor, sources)
                 taps[name] = Tap(name, get_gradient_edge(tapped), tapped.shape)
                 passed_on = passed_on if tapped is tensor else _with_item(passed_on, items, tapped)
         calls.append(taps)
         return None if passed_on is output else passed_on
 
-    def _tapped(self, name: str, output: Any, sources: list[Tensor]) -> Tensor:
+    def tapped(self, name: str, output: Any, sources: list[Tensor]) -> Tensor:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"layer {name!r} returns {kind}; a tap must be a floating-point tensor")
@@ -242,8 +242,12 @@ class Taps:
             )
         return output.clone() if output._is_view() and output.requires_grad else _in_graph(output, sources)
 
-    def _pick(self, name: str, calls: list[dict[str, Tap]]) -> Tap:
-        base, _, call = self._parsed[name]
+    def base(self, name: str) -> str:
+        """The name of the module that a tap belongs to."""
+        return self._parsed[name].base
+
+    def pick(self, name: str, calls: list[dict[str, Tap]]) -> Tap:
+        base, _, call = self._parsed.get(name, (name, (), None))
         if not calls:
             raise ValueError(f"layer {base!r} was not called in this forward pass, so it cannot be tapped")
         listing = ", ".join(f'"{name.partition(":")[0]}:{i}"' for i in range(len(calls)))
