@@ -6,7 +6,7 @@ from .deepfool import DeepFoolResult, deepfool
 from .losses import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
 from .memory import keep_freed_memory
 from .monitor import MarginMonitor, MarginSummary
-from .task import Explanation, MarginTask
+from .task import Explanation, MarginTask, SuggestedGamma, suggest_gamma
 from .version import __version__
 
 __all__ = [
@@ -20,11 +20,13 @@ __all__ = [
     "MarginSummary",
     "MarginTask",
     "OneToNLoss",
+    "SuggestedGamma",
     "__version__",
     "deepfool",
     "functional",
     "gradients",
     "keep_freed_memory",
+    "suggest_gamma",
 ]
 
 

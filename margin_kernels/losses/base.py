@@ -200,7 +200,8 @@ class MarginLoss(nn.Module):
         }
         for name in self.live:
             value = options[name]
-            options[name] = value if value in (None, 0, 1) and not isinstance(value, list) else "live"
+            fixed = isinstance(value, str) or (not isinstance(value, list) and value in (None, 0, 1))
+            options[name] = value if fixed else "live"
         return type(self), repr(sorted(options.items()))
 
     @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ SMOOTHED = "label smoothing leads the cross-entropy away from the direction of t
 WITH_SOFT = {"top_k": 1, "aggregation": "max", "space": "logit", "auxiliary": "cross_entropy"}
 
 
+class Medians(Protocol):
+    """The running medians that gamma="auto" goes by."""
+
+    def step(self, distance: Tensor, usable: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
+        """Takes distances [N,k,L] where usable; the medians [L], and whether the margin has its weight, [] bool."""
+
+
 class LargeMarginLoss(TapLoss):
     """Large margin loss: hinge on the linearised distance of the sample, at every tap, to the decision boundaries.
 
@@ -47,7 +54,11 @@ class LargeMarginLoss(TapLoss):
     so that the split backward gives margin and cross-entropy together at the price of the cross-entropy.
 
     Args:
-        gamma: margin that is asked for, > 0, in the units of the activations; one number or one for each layer.
+        gamma: margin that is asked for, > 0, in the units of the activations; one number or one for each layer. "auto",
+            in a MarginTask: gamma_factor times the running median of each layer's own distance, every term divided by
+            its gamma. The margin has no weight until all medians were positive in `warmup` steps; then gamma is fixed.
+            Kept in the state dict of the task, the same on all processes.
+        gamma_factor, warmup: of gamma="auto"; > 0, and >= 0 steps.
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
         competitors: "hard", the top_k largest scores of other classes (the paper), or "soft": `competitor` [N,1] then
             names the strongest rival, and top_k, aggregation, space and auxiliary stay at their defaults.
@@ -79,10 +90,10 @@ class LargeMarginLoss(TapLoss):
     Source: Elsayed, Krishnan, Mobahi, Regan, Bengio. Large Margin Deep Networks for Classification. NeurIPS 2018.
     """
 
-    live = ("gamma", "alpha", "layer_weights", "margin_weight", "cross_entropy_weight", "min_norm")
+    live = ("gamma", "alpha", "layer_weights", "margin_weight", "cross_entropy_weight", "min_norm", "gamma_factor")
     shown = ("gamma", "p", "top_k", "aggregation")
     checks: ClassVar = {
-        "gamma": base.positive_of_layers,
+        "gamma": lambda name, value: value if value == "auto" else base.positive_of_layers(name, value),
         "p": base.exponent,
         "competitors": base.one_of("hard", "soft"),
         "top_k": lambda name, value: base.count(name, value, base.COMPETITORS),
@@ -103,11 +114,13 @@ class LargeMarginLoss(TapLoss):
         "ignore_index": base.integer,
         "class_weight": optional(base.weights_of_classes),
         "label_smoothing": base.fraction,
+        "gamma_factor": base.positive,
+        "warmup": lambda name, value: int(base.non_negative(name, base.integer(name, value))),
     }
 
     def __init__(
         self,
-        gamma: float | Sequence[float] = 1.0,
+        gamma: float | Sequence[float] | str = 1.0,
         p: float | str = 2,
         top_k: int = 1,
         aggregation: str = "max",
@@ -128,6 +141,8 @@ class LargeMarginLoss(TapLoss):
         ignore_index: int = -100,
         class_weight: Sequence[float] | Tensor | None = None,
         label_smoothing: float = 0.0,
+        gamma_factor: float = 1.5,
+        warmup: int = 200,
     ) -> None:
         super().__init__()
         self.keep(locals())
@@ -135,6 +150,10 @@ class LargeMarginLoss(TapLoss):
 
     def _check_together(self) -> None:
         """Options that rule out others. Raises ValueError."""
+        if self.gamma == "auto" and self.cross_entropy_weight == 0:
+            raise ValueError(
+                'cross_entropy_weight must be > 0 with gamma="auto", whose first steps train with it alone'
+            )
         if self.label_smoothing > 0 and self.auxiliary == "pairwise":
             raise ValueError(f'label_smoothing must be 0 with auxiliary="pairwise", got {self.label_smoothing}')
         if self.competitors == "soft":
@@ -158,10 +177,17 @@ class LargeMarginLoss(TapLoss):
         return Request(self.p, self.space, self.layer_scale, self.second_order, self.top_k, soft, outside, self.backend)
 
     def statistics(
-        self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop", **how: Any
+        self,
+        logits: Tensor,
+        target: Tensor,
+        captured: Captured,
+        passes: str = "loop",
+        medians: Medians | None = None,
+        **how: Any,
     ) -> Margins:
         """The loss and what it measured, of logits [N,C], target [N] int64 and the forward pass whose taps are measured
-        (its logits are others under frozen batch norm); `passes` as in MarginTask, `how` as in `choose`."""
+        (its logits are others under frozen batch norm); `passes` as in MarginTask, `medians` for gamma="auto", `how` as
+        in `choose`."""
         gradients = choose(passes, self.request(logits.shape[-1]), captured, logits, **how)
         source = gradients.logits
         found = self.gaps(source, target)
@@ -175,12 +201,26 @@ class LargeMarginLoss(TapLoss):
         gamma, cap, weights, least = live[:-2].to(norm, non_blocking=True).view(4, -1).unbind(0)
         if self.layer_scale == "numel":  # D was divided by these numbers
             least = least / least.new_tensor([tap.shape.numel() // max(captured.batch, 1) for tap in captured.taps])
+        reduction, on = self.layer_reduction, None
+        if self.gamma == "auto":
+            if medians is None:
+                raise ValueError(
+                    'gamma must be a number or a list without a MarginTask, which keeps the medians of "auto"'
+                )
+            with torch.no_grad():
+                usable = (norm > least) & found.valid.view(-1, 1, 1)
+                median, on = medians.step(-gap.unsqueeze(2) / (self.eps + norm), usable, self.warmup)
+                gamma, cap = gamma * median, cap * median
+                weights = weights / gamma / (weights.sum() if reduction == "mean" else 1)
+            reduction = "sum"
         loss, distance = functional.hinge_of(
-            gap, norm, gamma, cap, weights, least, self.eps, self.aggregation, self.layer_reduction, self.backend
+            gap, norm, gamma, cap, weights, least, self.eps, self.aggregation, reduction, self.backend
         )
+        loss = loss if on is None else torch.where(on, loss, 0)
         degenerate = (norm.detach() <= least) & ~gap.detach().isnan().unsqueeze(-1)
         shortfall = gamma - distance
         active = (shortfall > 0) & (shortfall < cap) & ~degenerate & found.valid.view(-1, 1, 1)
+        active = active if on is None else active & on
         total = gradients.attach(self._total(loss, found, source, label))
         return Margins(
             total, found.nll.detach(), gap.detach(), index, norm.detach(), distance, active, degenerate, found.valid
@@ -189,7 +229,7 @@ class LargeMarginLoss(TapLoss):
     def numbers(self, layers: int) -> list[float]:
         """What a compiled step does not fix but reads anew: gamma, cap, layer weight and min_norm for each layer, and
         the weights of margin and cross-entropy."""
-        gamma = self._spread("gamma", layers)
+        gamma = [self.gamma_factor] * layers if self.gamma == "auto" else self._spread("gamma", layers)
         cap = [math.inf if self.alpha is None else self.alpha * value for value in gamma]
         weights = self._spread("layer_weights", layers) or [1.0] * layers
         least = min(DEGENERATE * self.eps, LEAST_NORM) if self.min_norm is None else self.min_norm

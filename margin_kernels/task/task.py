@@ -22,6 +22,7 @@ from ..gradients.split import Split, Trials
 from ..random_state import RandomState
 from ..replay import ReplayedModel
 from ..tracing import tracing
+from .auto_gamma import AutoGamma
 from .capture import Taps, in_graph
 from .exclusive import check_unchanged, exclusive
 from .explain import Explanation
@@ -109,10 +110,17 @@ class MarginTask(nn.Module):
         self.passes = passes
         self.batchnorm = batchnorm
         self._taps = Taps(model, ("input",) if layers is None else layers, batch_dim)
+        # With gamma="auto", in the state dict.
+        self.auto_gamma = AutoGamma(len(self.layers)) if getattr(loss, "gamma", None) == "auto" else None
         self._trials = Trials()
         self._explained: Explanation | None = None
         self._warned = False
         self._compiled: Any = None
+
+    @property
+    def batch_dim(self) -> dict[str, int] | None:
+        """Name of a tap -> its batch dimension, of those that were given."""
+        return self._taps.batch_dim or None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -152,7 +160,8 @@ class MarginTask(nn.Module):
                 cut_sources(measured.loss, Captured(logits, [], sources=sources))
         else:
             logits, captured = self._forward(x)
-            measured = self.loss.statistics(logits, y, captured, self.passes, trials=self._trials)
+            how = {"medians": self.auto_gamma} if self.auto_gamma is not None else {}
+            measured = self.loss.statistics(logits, y, captured, self.passes, trials=self._trials, **how)
         return {"output": logits, **measured._asdict()}
 
     def compile(self, **options: Any) -> None:

@@ -1,0 +1,97 @@
+"""Margins that are asked for as multiples of the distances that a network has: LargeMarginLoss(gamma="auto").
+
+gamma_l = factor * m_l            m_l = running median over samples of the distance to the nearest competitor
+loss    = sum_l w_l term_l / gamma_l / sum_l w_l                            the terms of all layers on one scale
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..tracing import recording
+
+# Weight of a batch's median in the running one, but for the first batches, whose mean it is.
+RATE = 0.05
+# How often the host asks whether the medians are fixed, so that it need not gather them any more.
+ASK_EVERY = 50
+
+
+class AutoGamma(nn.Module):
+    """The running medians [L] of one task's distances, in its state dict.
+
+    They follow the batches until they were positive in `warmup` steps (while one is not, the network is wrong on half
+    of the samples), in which the margin has no weight; then they are fixed and the margin has its weight. With several
+    processes they are means over the processes. Nothing waits for the device.
+
+    median [L];  seen: batches so far;  steps: those with positive medians;  fixed
+    """
+
+    median: Tensor
+    seen: Tensor
+    steps: Tensor
+    fixed: Tensor
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.register_buffer("median", torch.zeros(layers, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("fixed", torch.zeros((), dtype=torch.bool))
+        self._asked, self._known_fixed, self._told = 0, False, False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known_fixed = False
+
+    def step(self, distance: Tensor, usable: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
+        """The medians [L], 1 where they are not fixed yet, and whether they are, [] bool, with the distances [N,k,L] of
+        one more batch, those that are `usable`."""
+        if not self._told and not recording():
+            self._told = True
+            warnings.warn(
+                f'gamma="auto": the margin has no weight until the median distances of all layers were positive in '
+                f"{warmup} steps",
+                stacklevel=5,
+            )
+        if not self._known_fixed:
+            self._follow(distance, usable, warmup)
+        if self.median.device != distance.device:
+            raise ValueError(
+                f"task must be on {distance.device}, as its batches are, got {self.median.device}: use task.to()"
+            )
+        return torch.where(self.fixed, self.median, 1.0).to(distance.dtype), self.fixed.clone()
+
+    def _follow(self, distance: Tensor, usable: Tensor, warmup: int) -> None:
+        batch = nearest(distance, usable).nanmedian(0).values.to(self.median.dtype)
+        counted = batch.isfinite()
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            if recording():
+                raise ValueError(
+                    'gamma="auto" must be fixed before a step is compiled where several processes train: take the '
+                    "lists of suggest_gamma, or compile after the warm-up"
+                )
+            shared = torch.cat([torch.where(counted, batch, 0.0), counted.to(batch.dtype)])
+            distributed.all_reduce(shared)
+            total, count = shared.chunk(2)
+            counted = count > 0
+            batch = total / count.clamp(min=1)
+        moving = ~self.fixed & counted
+        rate = torch.clamp(1.0 / (self.seen + 1), min=RATE)
+        self.median.copy_(torch.where(moving, self.median + (batch - self.median).nan_to_num() * rate, self.median))
+        self.seen.add_(moving.any())
+        self.steps.add_(~self.fixed & (self.median > 0).all())
+        self.fixed.copy_(self.steps > warmup)
+        if not recording():
+            self._asked += 1
+            if self._asked % ASK_EVERY == 0:
+                self._known_fixed = bool(self.fixed)
+
+
+def nearest(distance: Tensor, usable: Tensor) -> Tensor:
+    """The distance to the nearest competitor [N,L] of distances [N,k,L], NaN where none is usable."""
+    found = torch.where(usable, distance, torch.inf).amin(1)
+    return torch.where(found.isfinite(), found, torch.nan)

@@ -1,0 +1,68 @@
+"""What a trained network's distances say about the margins to ask for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..losses.base import positive
+from ..losses.large_margin import LargeMarginLoss
+from .auto_gamma import nearest
+from .task import MarginTask
+
+TRAIN_FIRST = "train first: the network is wrong on half of the samples"
+
+
+class SuggestedGamma(NamedTuple):
+    """Arguments of LargeMarginLoss: LargeMarginLoss(**suggestion._asdict(), ...)."""
+
+    gamma: list[float]
+    layer_weights: list[float]
+    layer_reduction: str = "sum"
+
+
+def in_medians(medians: Iterable[float], factor: float) -> SuggestedGamma:
+    """gamma_l = factor * median_l, and terms divided by it, as gamma="auto" has them. Raises ValueError for a median
+    that is not positive."""
+    gamma = [factor * median for median in medians]
+    if not all(value > 0 for value in gamma):
+        found = [f"{value / factor:.4g}" for value in gamma]
+        raise ValueError(f"the median distances must be positive, got {', '.join(found)}: {TRAIN_FIRST}")
+    return SuggestedGamma(gamma, [1 / (len(gamma) * value) for value in gamma])
+
+
+def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], factor: float = 1.5) -> SuggestedGamma:
+    """What LargeMarginLoss is to ask for, from the distances that the network of a task has.
+
+        gamma_l = factor * median over samples of d[n,l] to the nearest competitor,   layer_weights_l = 1 / (L gamma_l)
+
+    Args:
+        task: a MarginTask with LargeMarginLoss, whose layers, p, competitors, eps and scale are measured; its gamma and
+            weights do not matter. In eval mode meanwhile.
+        loader: batches x [N,*], y [N].
+        factor: > 0.
+
+    Raises:
+        ValueError: a median is not positive: train first.
+    """
+    if not isinstance(getattr(task, "loss", None), LargeMarginLoss):
+        raise TypeError(f"task must be a MarginTask with LargeMarginLoss, got {type(task).__name__}")
+    positive("factor", factor)
+    loss = copy.copy(task.loss)
+    loss.gamma, loss.layer_weights, loss.second_order = 1.0, None, False
+    probe = MarginTask(task.model, loss, task.layers, "loop", task.batchnorm, task.batch_dim)
+    modes = [(module, module.training) for module in task.model.modules()]
+    task.model.eval()
+    try:
+        with torch.enable_grad():
+            found = [nearest(out["distance"], ~out["degenerate"]) for out in (probe(x, y) for x, y in loader)]
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not found:
+        raise ValueError("loader must hold at least one batch, got none")
+    return in_medians(torch.cat(found).nanmedian(0).values.tolist(), factor)
