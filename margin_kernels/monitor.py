@@ -68,7 +68,7 @@ class MarginSummary:
         layers: names
         count, unknown: samples measured, and not, [L] int64
         mean, right: their mean, and the share with d > 0, [L] float64
-        at, quantiles: where the quantiles are [Q], and they themselves [L,Q]
+        at, quantiles: of the quantiles, and they themselves at each layer [L,*]
         edges, histogram: of bins [L,B+1], and the samples in them [L,B] int64
     """
 
