@@ -25,7 +25,7 @@ class AutoGamma(nn.Module):
 
     They follow the batches until they were positive in `warmup` steps (while one is not, the network is wrong on half
     of the samples), in which the margin has no weight; then they are fixed and the margin has its weight. With several
-    processes they are means over the processes. Nothing waits for the device.
+    processes they are means over the processes. In eval mode they stay. Nothing waits for the device.
 
     median [L];  seen: batches so far;  steps: those with positive medians;  fixed
     """
@@ -57,7 +57,7 @@ class AutoGamma(nn.Module):
                 f"{warmup} steps",
                 stacklevel=5,
             )
-        if not self._known_fixed:
+        if self.training and not self._known_fixed:
             self._follow(distance, usable, warmup)
         if self.median.device != distance.device:
             raise ValueError(

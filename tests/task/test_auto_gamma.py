@@ -149,6 +149,17 @@ def test_the_compiled_step_is_that_of_eager() -> None:
     assert found[0][0][2] > found[0][0][1]
 
 
+def test_in_eval_mode_the_medians_stay() -> None:
+    net, x, y = trained()
+    task = MarginTask(net, auto(), LAYERS)
+    task(x, y)
+    before = task.auto_gamma.median.clone()
+    task.eval()
+    for _ in range(5):
+        task(x[:4], y[:4])
+    assert torch.equal(task.auto_gamma.median, before) and task.auto_gamma.seen == 1
+
+
 def test_schedules_of_the_factor_are_live() -> None:
     net, x, y = trained()
     task = MarginTask(net, auto(), LAYERS)
