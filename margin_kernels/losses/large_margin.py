@@ -275,22 +275,23 @@ class LargeMarginLoss(TapLoss):
                 return values.sum() / share.sum()
             return functional.reduced(values, self.reduction)
 
-        total = over_samples(loss)
-        total = total if self.margin_weight == 1 else total * margin
+        loss = loss if self.margin_weight == 1 else loss * margin
         if self.cross_entropy_weight == 0:
-            return total
+            return over_samples(loss)
         nll = found.nll
         if self.auxiliary == "pairwise":
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             best, own = wide.gather(1, found.competitor[:, :1]), wide.gather(1, label.unsqueeze(1))
             nll = F.softplus(best - own).squeeze(1)
-        auxiliary = over_samples(nll)
-        if self.label_smoothing > 0:
-            smooth = found.uniform if weight is None else _weighed_by_class(logits, weight)
-            assert smooth is not None
-            smooth = over_samples(smooth, weighed=True)
-            auxiliary = torch.lerp(auxiliary, smooth, self.label_smoothing)
-        return total + (auxiliary if self.cross_entropy_weight == 1 else auxiliary * cross_entropy)
+        if found.uniform is not None:
+            nll = torch.lerp(nll, found.uniform, self.label_smoothing)
+        elif self.label_smoothing > 0:
+            nll = nll * (1 - self.label_smoothing)
+        total = over_samples(loss + (nll if self.cross_entropy_weight == 1 else nll * cross_entropy))
+        if self.label_smoothing > 0 and weight is not None:  # it weighs the classes, not the samples
+            smooth = over_samples(_weighed_by_class(logits, weight), weighed=True)
+            total = total + self.label_smoothing * cross_entropy * smooth
+        return total
 
     def _spread(self, name: str, layers: int) -> Any:
         value = getattr(self, name)
