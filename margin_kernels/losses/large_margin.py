@@ -55,9 +55,10 @@ class LargeMarginLoss(TapLoss):
 
     Args:
         gamma: margin that is asked for, > 0, in the units of the activations; one number or one for each layer. "auto",
-            in a MarginTask: gamma_factor times the running median of each layer's own distance, every term divided by
-            its gamma. The margin has no weight until all medians were positive in `warmup` steps; then gamma is fixed.
-            Kept in the state dict of the task, the same on all processes.
+            in a MarginTask: gamma_factor times the running median of each layer's own distance, over the samples on
+            the right side; every term divided by its gamma. The margin has no weight until the network was right about
+            a fifth of the samples in `warmup` steps; then gamma is fixed. Kept in the state dict of the task, the same
+            on all processes.
         gamma_factor, warmup: of gamma="auto"; > 0, and >= 0 steps.
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
         competitors: "hard", the top_k largest scores of other classes (the paper), or "soft": `competitor` [N,1] then

@@ -1,7 +1,10 @@
 """Margins that are asked for as multiples of the distances that a network has: LargeMarginLoss(gamma="auto").
 
-gamma_l = factor * m_l            m_l = running median over samples of the distance to the nearest competitor
-loss    = sum_l w_l term_l / gamma_l / sum_l w_l                            the terms of all layers on one scale
+    gamma_l = factor * m_l       m_l = running median of d[n,l] to the nearest competitor, over the samples with d > 0
+    loss    = sum_l w_l term_l / gamma_l / sum_l w_l                            the terms of all layers on one scale
+
+Over the samples that the network gets right, for a share of the labels may be wrong: with 60 % of wrong labels the
+median over all samples is negative, and the margin is what holds a network against them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from ..tracing import recording
 
 # Weight of a batch's median in the running one, but for the first batches, whose mean it is.
 RATE = 0.05
+# The margin waits while the network is right about fewer samples than this share.
+RIGHT = 0.2
 # How often the host asks whether the medians are fixed, so that it need not gather them any more.
 ASK_EVERY = 50
 
@@ -23,14 +28,15 @@ ASK_EVERY = 50
 class AutoGamma(nn.Module):
     """The running medians [L] of one task's distances, in its state dict.
 
-    They follow the batches until they were positive in `warmup` steps (while one is not, the network is wrong on half
-    of the samples), in which the margin has no weight; then they are fixed and the margin has its weight. With several
-    processes they are means over the processes. In eval mode they stay. Nothing waits for the device.
+    They follow the batches for `warmup` steps in which the network is right about a fifth of the samples, and the
+    margin has no weight; then they are fixed and the margin has its weight. With several processes they are means over
+    the processes. In eval mode they stay. Nothing waits for the device.
 
-    median [L];  seen: batches so far;  steps: those with positive medians;  fixed
+    median [L];  right [L], running share of samples with d > 0;  seen: batches so far;  steps: those that count;  fixed
     """
 
     median: Tensor
+    right: Tensor
     seen: Tensor
     steps: Tensor
     fixed: Tensor
@@ -38,6 +44,7 @@ class AutoGamma(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.register_buffer("median", torch.zeros(layers, dtype=torch.float64))
+        self.register_buffer("right", torch.zeros(layers, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("fixed", torch.zeros((), dtype=torch.bool))
@@ -53,8 +60,8 @@ class AutoGamma(nn.Module):
         if not self._told and not recording():
             self._told = True
             warnings.warn(
-                f'gamma="auto": the margin has no weight until the median distances of all layers were positive in '
-                f"{warmup} steps",
+                f'gamma="auto": the margin has no weight until the network was right about {RIGHT:.0%} of the samples '
+                f"in {warmup} steps",
                 stacklevel=5,
             )
         if self.training and not self._known_fixed:
@@ -66,24 +73,30 @@ class AutoGamma(nn.Module):
         return torch.where(self.fixed, self.median, 1.0).to(distance.dtype), self.fixed.clone()
 
     def _follow(self, distance: Tensor, usable: Tensor, warmup: int) -> None:
-        batch = nearest(distance, usable).nanmedian(0).values.to(self.median.dtype)
-        counted = batch.isfinite()
+        found = nearest(distance, usable)
+        batch = torch.where(found > 0, found, torch.nan).nanmedian(0).values.to(self.median.dtype)
+        present = ~found.isnan()
+        right = ((found > 0).sum(0) / present.sum(0).clamp(min=1)).to(batch.dtype)
+        # What a batch says of the median, where it is right about a sample, and of the share, where it has one.
+        told = torch.stack([batch.isfinite(), present.any(0)]).to(batch.dtype)
+        values = torch.stack([batch.nan_to_num(), right]) * told
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             if recording():
                 raise ValueError(
                     'gamma="auto" must be fixed before a step is compiled where several processes train: take the '
                     "lists of suggest_gamma, or compile after the warm-up"
                 )
-            shared = torch.cat([torch.where(counted, batch, 0.0), counted.to(batch.dtype)])
+            shared = torch.stack([values, told])
             distributed.all_reduce(shared)
-            total, count = shared.chunk(2)
-            counted = count > 0
-            batch = total / count.clamp(min=1)
-        moving = ~self.fixed & counted
-        rate = torch.clamp(1.0 / (self.seen + 1), min=RATE)
-        self.median.copy_(torch.where(moving, self.median + (batch - self.median).nan_to_num() * rate, self.median))
-        self.seen.add_(moving.any())
-        self.steps.add_(~self.fixed & (self.median > 0).all())
+            values, told = shared.unbind(0)
+            values, told = values / told.clamp(min=1), (told > 0).to(told.dtype)
+        rate = torch.clamp(1.0 / (self.seen + 1), min=RATE) * ~self.fixed
+        # The first median is taken as it is, however late it comes.
+        step = torch.where((self.median == 0) & ~self.fixed, 1.0, rate) * told[0]
+        self.median.add_((values[0] - self.median) * step)
+        self.right.add_((values[1] - self.right) * rate * told[1])
+        self.seen.add_(~self.fixed & told.any())
+        self.steps.add_(~self.fixed & (self.right >= RIGHT).all() & (self.median > 0).all())
         self.fixed.copy_(self.steps > warmup)
         if not recording():
             self._asked += 1

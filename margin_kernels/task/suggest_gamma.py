@@ -25,20 +25,13 @@ class SuggestedGamma(NamedTuple):
     layer_reduction: str = "sum"
 
 
-def in_medians(medians: Iterable[float], factor: float) -> SuggestedGamma:
-    """gamma_l = factor * median_l, and terms divided by it, as gamma="auto" has them. Raises ValueError for a median
-    that is not positive."""
-    gamma = [factor * median for median in medians]
-    if not all(value > 0 for value in gamma):
-        found = [f"{value / factor:.4g}" for value in gamma]
-        raise ValueError(f"the median distances must be positive, got {', '.join(found)}: {TRAIN_FIRST}")
-    return SuggestedGamma(gamma, [1 / (len(gamma) * value) for value in gamma])
-
-
 def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], factor: float = 1.5) -> SuggestedGamma:
     """What LargeMarginLoss is to ask for, from the distances that the network of a task has.
 
-        gamma_l = factor * median over samples of d[n,l] to the nearest competitor,   layer_weights_l = 1 / (L gamma_l)
+        gamma_l = factor * median of d[n,l] to the nearest competitor, over the samples with d[n,l] > 0
+        layer_weights_l = 1 / (L gamma_l)
+
+    which is what gamma="auto" asks for.
 
     Args:
         task: a MarginTask with LargeMarginLoss, whose layers, p, competitors, eps and scale are measured; its gamma and
@@ -47,7 +40,7 @@ def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], fac
         factor: > 0.
 
     Raises:
-        ValueError: a median is not positive: train first.
+        ValueError: the median over all samples is not positive at some layer: train first.
     """
     if not isinstance(getattr(task, "loss", None), LargeMarginLoss):
         raise TypeError(f"task must be a MarginTask with LargeMarginLoss, got {type(task).__name__}")
@@ -65,4 +58,11 @@ def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], fac
             module.training = training
     if not found:
         raise ValueError("loader must hold at least one batch, got none")
-    return in_medians(torch.cat(found).nanmedian(0).values.tolist(), factor)
+    distances = torch.cat(found)
+    medians = distances.nanmedian(0).values
+    if not bool((medians > 0).all()):
+        measured = ", ".join(f"{median:.4g}" for median in medians.tolist())
+        raise ValueError(f"the median distances must be positive, got {measured}: {TRAIN_FIRST}")
+    medians = torch.where(distances > 0, distances, torch.nan).nanmedian(0).values
+    gamma = (factor * medians).tolist()
+    return SuggestedGamma(gamma, [1 / (len(gamma) * value) for value in gamma])
