@@ -79,8 +79,8 @@ class MarginSummary:
     right: Tensor
     at: Tensor
     quantiles: Tensor
-    histogram: Tensor
     edges: Tensor
+    histogram: Tensor
 
     def frame(self) -> Any:
         """A pandas.DataFrame with a row for each layer."""

@@ -142,8 +142,8 @@ class LargeMarginLoss(TapLoss):
         ignore_index: int = -100,
         class_weight: Sequence[float] | Tensor | None = None,
         label_smoothing: float = 0.0,
-        gamma_factor: float = 1.5,
-        warmup: int = 200,
+        gamma_factor: float = 1.0,
+        warmup: int = 50,
     ) -> None:
         super().__init__()
         self.keep(locals())

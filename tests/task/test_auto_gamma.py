@@ -33,7 +33,7 @@ def trained(seed: int = 1) -> tuple[nn.Sequential, Tensor, Tensor]:
 
 
 def auto(**options) -> LargeMarginLoss:
-    return LargeMarginLoss("auto", **{"cross_entropy_weight": 1.0, "warmup": 2, **options})
+    return LargeMarginLoss("auto", **{"cross_entropy_weight": 1.0, "warmup": 2, "gamma_factor": 1.5, **options})
 
 
 def medians(net: nn.Module, x: Tensor, y: Tensor, **options) -> Tensor:
