@@ -394,9 +394,12 @@ def test_an_unfinished_write_leaves_the_old_file_and_the_lock_sweeps_the_rest(tm
 
 def test_two_runs_do_not_write_into_one_folder(run, capsys):
     before = {name: (run / name).read_bytes() for name in FILES}
-    with files.locked(run, "another run"):
+    with files.locked(run, "this test"):
         assert train(run, *QUICK, "--training.epochs", "2", "--resume") == 1
-    assert f"{run} is in use by another run: wait for it to end, or choose another --out" in said(capsys)
+    assert (
+        f"{run} is in use by another run or an evaluation of it: wait for it to end, or choose another --out"
+        in said(capsys)
+    )
     assert {name: (run / name).read_bytes() for name in FILES} == before
 
 
@@ -409,6 +412,126 @@ def test_a_finished_run_is_overwritten_only_where_that_is_asked_for(run, capsys)
     assert train(run, *QUICK, "--training.epochs", "1", "--overwrite") == 0
     assert (run / "model.safetensors").read_bytes() != before and not (run / "evaluation.json").exists()
     assert len(json.loads((run / "run.json").read_text())["history"]) == 1
+
+
+def test_a_run_is_evaluated_by_one_process_and_not_while_it_trains(run, capsys):
+    before = contents(run)
+    with files.locked(run, "this test"):  # which may be any of the two
+        assert cli.main(["evaluate", "--no-timing", str(run)]) == 1
+    assert f"{run} is in use by a training or another evaluation: wait for it to end" in said(capsys)
+    assert contents(run) == before
+    assert cli.main(["evaluate", "--no-timing", str(run)]) == 0
+    assert set(contents(run)) == {*before, "evaluation.json"}
+
+
+def test_two_evaluations_at_once_leave_one_whole(run):
+    command = [*COMMAND, "evaluate", "--no-timing", str(run)]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        text = process.communicate(timeout=120)[1]
+        assert process.returncode == 0 or (process.returncode == 1 and "another evaluation: wait" in text), text
+    assert 0 in [process.returncode for process in both]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["weights"] == models.weights_digest(run)
+
+
+def test_a_second_sweep_of_a_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(SWEEP.format(epochs=1))
+    arguments = ["sweep", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out")]
+    with files.locked(tmp_path / "out", "this test"):
+        assert cli.main(arguments) == 1
+    assert "out is in use by another sweep: wait for it to end, or choose another --out" in said(capsys)
+    assert os.listdir(tmp_path / "out") == ["lock"]
+
+
+def test_folders_behind_links_are_folders(run, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    link = str(tmp_path / "link")
+    assert train(link, *QUICK, "--training.epochs", "3", "--resume") == 0
+    assert cli.main(["evaluate", "--no-timing", link]) == 0
+    assert cli.main(["report", link, "--out", str(tmp_path / "report")]) == 0
+    assert cli.main(["check", link]) == 0
+    assert train(link, *QUICK, "--training.epochs", "1", "--overwrite") == 0
+    assert (tmp_path / "link").is_symlink() and len(json.loads((run / "run.json").read_text())["history"]) == 1
+    for name, words in (("dangling", "dangling: File exists"), ("loop", "loop: ")):
+        assert train(tmp_path / name, "--training.epochs", "1") == 1
+        assert words in said(capsys)
+        assert cli.main(["evaluate", str(tmp_path / name)]) == 1
+        assert f"{name} is not the folder of a training run" in said(capsys)
+
+
+def test_a_lock_that_is_a_link_costs_its_target_nothing(tmp_path):
+    (tmp_path / "precious").write_text("content")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with files.locked(tmp_path, "this test"):
+        pass
+    assert (tmp_path / "precious").read_text() == "content"
+
+
+def contents(folder):
+    """Name -> bytes of all files but the lock."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_leaves_the_one_that_it_was_to_replace(run, capsys):
+    assert cli.main(["evaluate", "--no-timing", str(run)]) == 0
+    before = contents(run)
+    assert train(run, "--optimiser.lr", "1e30", "--optimiser.name", "sgd", "--overwrite") == 1
+    assert "not finite" in (text := said(capsys)) or "the loss is" in text
+    assert contents(run) == before
+    assert train(run, "--training.threads", "0", "--overwrite") == 1
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("function", "count"), [*(("rename", count) for count in range(7)), *(("replace", count) for count in range(6))]
+)
+def test_a_run_killed_while_it_replaces_another_one_loses_neither(run, tmp_path, capsys, function, count):
+    """Killed at every move of the old files (os.rename), the last of which removes them, and at every write
+    (os.replace): whatever command comes next finds one of the two runs whole."""
+    before = contents(run)
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, function, count)
+        with pytest.raises(Killed):
+            train(run, *QUICK, "--training.epochs", "1", "--overwrite")
+    capsys.readouterr()
+    if (run / "replaced").is_dir():
+        assert cli.main(["report", str(run), "--out", str(tmp_path / "report")]) == 1
+        assert "another run is replacing this one, or was stopped while it did" in said(capsys)
+    begun = (run / "checkpoint.pt").exists() and load_state(run)["epoch"] == 1
+    assert begun == ((function, count) in [("rename", 6), ("replace", 4), ("replace", 5)])
+    if begun:
+        assert train(run, *QUICK, "--training.epochs", "1", "--resume") == 0
+        assert len(json.loads((run / "run.json").read_text())["history"]) == 1
+    assert cli.main(["evaluate", "--no-timing", str(run)]) == 0
+    after = contents(run)
+    assert json.loads(after.pop("evaluation.json"))["weights"] == models.weights_digest(run)
+    assert set(after) == set(FILES) and (begun or after == before)
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+def killed_at(patch, function, count):
+    """Once os.`function` was called `count` times, no call of it or of the other one does anything any more."""
+    left = count
+
+    def of(name, real):
+        def call(*paths):
+            nonlocal left
+            left -= name == function
+            if left < 0:
+                raise Killed
+            real(*paths)
+
+        return call
+
+    for name in ("rename", "replace"):
+        patch.setattr(os, name, of(name, getattr(os, name)))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "step"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ..config import read_yaml
 from ..models import load_model
 from ..results import CANDIDATES, RECORDS, Record, Records, Run, read_json, shape
 from ..training import Output, load_state
+from .parser import Parser
 
 
 def _records(path: Path) -> list[Record]:
@@ -32,7 +32,7 @@ CHECKS: dict[str, Callable[[Path], Any]] = {
 
 def check(arguments: list[str]) -> int:
     """Reads every file of the folders and those below them; 1 where one is damaged or there is none."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="margin-kernels check",
         description="Reads checkpoints, weights and records of runs and sweeps, and compares their checksums.",
     )

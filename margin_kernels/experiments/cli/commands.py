@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,19 @@ from margin_kernels import LargeMarginLoss, MarginTask
 from margin_kernels.memory import keep_freed_memory
 
 from .. import config, data, models, sweeps
-from ..config import Config
+from ..config import Config, bounds
 from ..evaluation import evaluate
 from ..report import page, study_page, table
 from ..results import (
     RECORDS,
+    REPLACED,
     Records,
     Run,
     locked,
     machine,
     read_json,
+    replacing,
+    settle,
     shape,
     summary,
     sweep_temporary,
@@ -43,6 +47,7 @@ from ..results import (
 )
 from ..training import Meter, Output, Trainer, errors, resolve_device, time_steps
 from .check import check
+from .parser import Parser, check_text
 
 USAGE = """usage: margin-kernels COMMAND [options]
 
@@ -60,10 +65,6 @@ margin-kernels COMMAND --help says more.
 """
 
 
-# What a run leaves in its folder.
-RUN_FILES = ("checkpoint.pt", "model.safetensors", "model.json", "run.json", "evaluation.json")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command, of `arguments` or, as a process of its own, of the command line; returns the exit status."""
     alone = arguments is None
@@ -77,9 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if alone:
         errors.stop_on_signals()
+        errors.write_any_text()
     if alone and command in TRAINING:
         keep_freed_memory()
     try:
+        check_text(rest)
         return COMMANDS[command](rest)
     except (Exception, KeyboardInterrupt) as error:
         return errors.report(f"margin-kernels {command}", error)
@@ -104,8 +107,8 @@ def train(arguments: list[str]) -> int:
     if namespace.resume and not folder.is_dir():
         raise models.CheckpointError(f"{folder}: nothing to resume; start without --resume.")
     console = Output()
-    with locked(folder, "another run"):
-        files = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    with locked(folder, "another run or an evaluation of it"), ExitStack() as stack:
+        settle(folder)
         holds = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
         if holds and not (namespace.resume or namespace.overwrite):
             raise ValueError(
@@ -117,53 +120,62 @@ def train(arguments: list[str]) -> int:
             trainer.resume()
             console.print(f"resuming after epoch {trainer.epoch}")
         else:
-            for path in files:
-                path.unlink()
+            stack.enter_context(replacing(folder))
         start = time.perf_counter()
         steps = trainer.steps_per_epoch * (settings.training.epochs - trainer.epoch)
         with Meter(steps, settings.name, console) as meter:
-            trainer.run(tick=meter.advance, say=meter.say)
+
+            def say(line: str) -> None:
+                settle(folder)  # with this epoch's checkpoint the run that it replaces goes
+                meter.say(line)
+
+            trainer.run(tick=meter.advance, say=say)
     console.print(f"done in {time.perf_counter() - start:.0f} s: {folder}", soft_wrap=True)
     console.print(f"next: margin-kernels evaluate {folder}", soft_wrap=True)
     return 0
 
 
 def evaluate_runs(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="margin-kernels evaluate", description="Measures trained networks on the test split."
-    )
+    parser = Parser(prog="margin-kernels evaluate", description="Measures trained networks on the test split.")
     parser.add_argument("runs", nargs="+", type=Path, help="folders written by train")
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
     parser.add_argument("--device", default=None, help="default: the device of the run")
-    parser.add_argument("--eps", type=float, default=None, help="l_inf radius of the table (default: the run's)")
+    parser.number("--eps", bounds.RADIUS, None, "l_inf radius of the table (default: the run's)")
     parser.add_argument("--attacker", default=None, help="folder of a run whose network makes black-box images")
     parser.add_argument("--no-timing", action="store_true", help="do not time training steps")
     options = parser.parse_args(arguments)
     console = Output()
     with Meter(len(options.runs), "evaluating", console) as meter:
         for folder in options.runs:
-            settings = read_config(folder, options)
-            meter.advance(0, f"evaluating {settings.name}")
-            dataset = data.of(settings.data)
-            evaluation = evaluate_run(folder, settings, dataset, meter)
-            if settings.evaluation.timing_repeats and not options.no_timing:
-                base = replace(settings, loss=config.LossConfig())
-                timed = time_steps(base, {settings.name: settings}, dataset, settings.evaluation.timing_repeats)
-                evaluation["timing"] = timed[settings.name]
-            sweep_temporary(folder)
-            write_json(folder / "evaluation.json", evaluation)
+            if not ((folder / "config.yaml").is_file() or (folder / REPLACED).is_dir()):
+                raise models.CheckpointError(
+                    f"{folder / 'config.yaml'}: missing; {folder} is not the folder of a training run"
+                )
+            with locked(folder, "a training or another evaluation", remedy="wait for it to end"):
+                settle(folder)
+                write_json(folder / "evaluation.json", measured(folder, options, meter))
     compared = [read_compared(folder) for folder in options.runs]
     table.show(console, compared, "Test split")
     console.print(f"next: margin-kernels report {' '.join(map(str, options.runs))} --out report")
     return 0
 
 
+def measured(folder: Path, options: argparse.Namespace, meter: Meter) -> dict[str, Any]:
+    """What evaluation.json holds of a run."""
+    settings = read_config(folder, options)
+    meter.advance(0, f"evaluating {settings.name}")
+    dataset = data.of(settings.data)
+    evaluation = evaluate_run(folder, settings, dataset, meter)
+    if settings.evaluation.timing_repeats and not options.no_timing:
+        base = replace(settings, loss=config.LossConfig())
+        timed = time_steps(base, {settings.name: settings}, dataset, settings.evaluation.timing_repeats)
+        evaluation["timing"] = timed[settings.name]
+    return evaluation
+
+
 def read_config(folder: Path, options: argparse.Namespace) -> Config:
     """A run's config with the options of the command line applied."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise models.CheckpointError(f"{path}: missing; {folder} is not the folder of a training run")
-    settings = config.parse(["--config", str(path)])
+    settings = config.parse(["--config", str(folder / "config.yaml")])
     if options.data_dir is not None:
         settings = replace(settings, data=replace(settings.data, dir=options.data_dir))
     if options.device is not None:
@@ -197,6 +209,11 @@ def read_compared(folder: Path) -> table.Compared:
             raise ValueError(f"{path}: no record of {cell}; there are {', '.join(r.cell for r in found.all())}")
         record = found[cell]
         return table.Compared(" ".join(filter(None, record.place)), record.run, record.measurements, record.timing)
+    if (folder / REPLACED).is_dir():
+        raise ValueError(
+            f"{folder}: another run is replacing this one, or was stopped while it did: wait for it, or let "
+            "`margin-kernels evaluate` put back what was there"
+        )
     for name in ("run.json", "evaluation.json"):
         if not (folder / name).is_file():
             command = "train" if name == "run.json" else "evaluate"
@@ -217,7 +234,7 @@ def read_compared(folder: Path) -> table.Compared:
 
 
 def make_report(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="margin-kernels report", description="Compares evaluated runs on one page.")
+    parser = Parser(prog="margin-kernels report", description="Compares evaluated runs on one page.")
     parser.add_argument(
         "runs",
         nargs="+",
@@ -282,7 +299,7 @@ def run_conditions(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def run_sweep(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="margin-kernels sweep",
         description="Trains and evaluates every cell of a sweep file. Finished cells are never repeated: the same "
         "command continues a sweep that was stopped.",
@@ -291,8 +308,8 @@ def run_sweep(arguments: list[str]) -> int:
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: sweeps/NAME)")
     parser.add_argument("--budget", default="full", help="quick, cpu, full: what the file offers (default: full)")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time (default: 1)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
+    parser.number("--jobs", bounds.Range(1, 1e6), 1, "cells at a time (default: 1)")
+    parser.number("--threads", bounds.RANGES["training.threads"], 1, "CPU threads of each (default: 1)")
     parser.add_argument(
         "--device",
         default=None,
@@ -304,9 +321,6 @@ def run_sweep(arguments: list[str]) -> int:
         "--cells", nargs="+", metavar="PATTERN", default=["*"], help='only cells with such names: "l1*" "*seed0"'
     )
     options = parser.parse_args(arguments)
-    for name in ("jobs", "threads"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
     path = sweeps.find(options.sweep)
     every = sweeps.read(path, options.budget)
     cells = sweeps.select(every, options.cells)
@@ -344,12 +358,12 @@ def run_sweep(arguments: list[str]) -> int:
 def run_demo(arguments: list[str]) -> int:
     from ..demo import digits
 
-    parser = argparse.ArgumentParser(prog="margin-kernels demo", description=digits.__doc__)
+    parser = Parser(prog="margin-kernels demo", description=digits.__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
     parser.add_argument(
         "--quick", action="store_true", help="fewer epochs and values of gamma: shows that everything works"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.number("--seed", bounds.SEED, 0, "of weights and order (default: 0)")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     digits.run(options.out, quick=options.quick, seed=options.seed)
@@ -359,43 +373,38 @@ def run_demo(arguments: list[str]) -> int:
 def run_toy(arguments: list[str]) -> int:
     from ..demo import plane
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="margin-kernels toy",
         description="Two rectangles in the plane [A]: trains a linear classifier and a small ReLU network with eight "
         "losses, and measures the margin on the exact boundary beside the one that DeepFool reports.",
     )
     parser.add_argument("--out", type=Path, default=Path("toy"), help="folder of toy.json, toy.png and toy.svg")
-    parser.add_argument(
-        "--epochs", type=int, default=plane.EPOCHS, help=f"at least 1 (default: {plane.EPOCHS}, as in the paper)"
-    )
+    epochs = bounds.Range(1, bounds.EPOCHS.most)
+    parser.number("--epochs", epochs, plane.EPOCHS, f"at least 1 (default: {plane.EPOCHS}, as in the paper)")
     parser.add_argument("--quick", action="store_true", help=f"{plane.QUICK} epochs: shows that everything works")
-    parser.add_argument("--seed", type=int, default=0)
+    seeds = bounds.Range(0, bounds.SEED.most - 1)
+    parser.number("--seed", seeds, 0, "of weights, order and training points; the next one of test points (default: 0)")
     options = parser.parse_args(arguments)
-    epochs = plane.QUICK if options.quick else options.epochs
-    if epochs < 1:
-        raise ValueError(f"--epochs must be at least 1, got {epochs}")
     options.out.mkdir(parents=True, exist_ok=True)
-    plane.run(options.out, epochs, options.seed)
+    plane.run(options.out, plane.QUICK if options.quick else options.epochs, options.seed)
     return 0
 
 
 def explain(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="margin-kernels explain",
         description="How the gradients of a margin loss are obtained for shipped networks: the strategy, its reason, "
         "why  the others are refused, the cost in passes, backends and memory. On a batch of random images.",
     )
     parser.add_argument("networks", nargs="+", help=f"names of networks: {', '.join(models.MODELS)}")
     parser.add_argument("--layers", nargs="+", help="taps (default: input, the network's hidden layers, output)")
-    parser.add_argument("--top-k", type=int, default=1, help="competitors (default: 1)")
+    parser.number("--top-k", bounds.SOME, 1, "competitors (default: 1)")
     parser.add_argument("--second-order", action="store_true", help="differentiate the norms as well")
-    parser.add_argument("--cross-entropy-weight", type=float, default=0.0, help="beside the margin (default: 0)")
+    parser.number("--cross-entropy-weight", bounds.RADIUS, 0.0, "beside the margin (default: 0)")
     parser.add_argument("--norm", choices=("batch", "group"), help="of networks that have one (default: batch)")
-    parser.add_argument("--batch-size", type=int, default=2, help="images (default: 2)")
+    parser.number("--batch-size", bounds.Range(1, 1e6), 2, "images (default: 2)")
     parser.add_argument("--eval", action="store_true", help="the network in evaluation mode")
     options = parser.parse_args(arguments)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     loss = LargeMarginLoss(
         top_k=options.top_k,
         second_order=options.second_order,
@@ -418,7 +427,7 @@ def explain(arguments: list[str]) -> int:
 
 
 def info(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="margin-kernels info", description="What is installed and what runs here.")
+    parser = Parser(prog="margin-kernels info", description="What is installed and what runs here.")
     parser.parse_args(arguments)
     console = Output()
     for name, value in {**versions(), **machine()}.items():

@@ -18,7 +18,10 @@ class ConfigError(ValueError):
     names."""
 
 
-HUGE = 1e15  # a bound that is there so that numbers stay what they are
+HUGE = 1e6  # a bound from here on is there so that numbers stay what they are: the other one is told alone
+
+
+TEXT = "text in UTF-8 without NUL"
 
 
 class Range(NamedTuple):
@@ -42,9 +45,11 @@ class Range(NamedTuple):
 
 
 COUNT, SOME, SHARE, POSITIVE = Range(0), Range(1, 2**53), Range(0, 1), Range(0, open=True)
+MANY = Range(0, 2**53)  # every float holds it
+EPOCHS = Range(0, 1e6)
 RADIUS = Range(0, 1e30)  # of images in float32
 SEED = Range(0, 2**63 - 1)  # what torch's generators take
-# Of every integer that is not named here COUNT holds; every other number must be finite.
+# Of every integer that is not named here MANY holds; every other number must be finite.
 RANGES = {
     "data.validation_size": SOME,
     "data.train_fraction": Range(0, 1, open=True),
@@ -65,6 +70,7 @@ RANGES = {
     "optimiser.weight_decay": COUNT,
     "schedule.factor": COUNT,
     "schedule.warmup": COUNT,
+    "training.epochs": EPOCHS,
     "training.repeat": SOME,
     "training.stop_at_train_accuracy": SHARE,
     "training.batch_size": SOME,
@@ -91,25 +97,30 @@ def check(config: Config) -> None:
     value, and for a name that is no name of a folder."""
     for key in nulls(config):
         raise ConfigError(f"{key} must have a value, got null")
-    if config.name in ("", ".", "..") or PurePath(config.name).name != config.name or not _is_text(config.name):
+    is_name = config.name not in ("", ".", "..") and PurePath(config.name).name == config.name
+    if not (is_name and is_text(config.name) and len(config.name.encode()) <= 255):
         raise ConfigError(
             f"name must be the name of a folder, without separators and at most 255 bytes, got {config.name!r}"
         )
+    for key, text in leaves(config):
+        if isinstance(text, str) and not is_text(text):
+            raise ConfigError(f"{key} must be {TEXT}, got {text!r}")
     for key, value in numbers(config):
         is_norm = key.rsplit(".", 1)[-1] in ("p", "distance_p")
         if not (is_norm or math.isfinite(value)):
             raise ConfigError(f"{key} must be finite, got {value}")
-        allowed = NORM if is_norm else RANGES.get(key, COUNT if isinstance(value, int) else Range())
+        allowed = NORM if is_norm else RANGES.get(key, MANY if isinstance(value, int) else Range())
         if value not in allowed:
             raise ConfigError(f"{key} must be {allowed.words(value)}, got {value}")
 
 
-def _is_text(name: str) -> bool:
-    """Whether a file system and a YAML file can hold a name."""
+def is_text(value: str) -> bool:
+    """Whether files, their names and a terminal can hold a text."""
     try:
-        return "\0" not in name and len(name.encode()) <= 255
+        value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
+    return "\0" not in value
 
 
 def nulls(section: Any, prefix: str = "") -> Iterator[str]:
@@ -123,13 +134,18 @@ def nulls(section: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + item.name
 
 
-def numbers(section: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted key, number) of every number in a section, those in lists too; True and False are none."""
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every value in a section, those in lists one by one."""
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         if dataclasses.is_dataclass(value):
-            yield from numbers(value, f"{prefix}{item.name}.")
+            yield from leaves(value, f"{prefix}{item.name}.")
         else:
-            for number in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(number, (int, float)) and not isinstance(number, bool):
-                    yield prefix + item.name, number
+            yield from ((prefix + item.name, one) for one in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def numbers(section: Any) -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of every number in a section; True and False are none."""
+    for key, value in leaves(section):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield key, value

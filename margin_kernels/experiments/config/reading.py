@@ -17,8 +17,10 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from .bounds import ConfigError, check
+from .bounds import TEXT, ConfigError, check
 from .options import GENERAL_OPTIONS, OPTIONS_OF_LOSS, Config
+
+LARGEST = 1_000_000  # values in a YAML file
 
 
 def shipped() -> dict[str, Path]:
@@ -55,14 +57,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except Exception as error:  # tags with values of another kind: yaml raises any type
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
-        json.dumps(content, skipkeys=True, default=str)
-    except (ValueError, RecursionError):
+        if (count := _expanded(content, {})) > LARGEST:
+            raise ConfigError(f"{path} must stand for at most {LARGEST:,} values, got {count:,} by its anchors")
+        json.dumps(content, skipkeys=True, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path} must be {TEXT}, got {error.object[error.start]!r}") from None
+    except RecursionError:
         raise ConfigError(f"{path}: an anchor stands within what it names") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of keys to values, got {type(content).__name__}")
     return content
+
+
+def _expanded(value: Any, seen: dict[int, int | None]) -> int:
+    """How many values there are in a YAML file when each alias is replaced by what it names."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in seen:
+        seen[id(value)] = None
+        below = value.values() if isinstance(value, dict) else value
+        seen[id(value)] = 1 + sum(_expanded(one, seen) for one in below)
+    count = seen[id(value)]
+    if count is None:  # it is being counted
+        raise RecursionError
+    return count
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from .files import (
 )
 from .lines import CANDIDATES, RECORDS, Records, common, differences, dumps, merged
 from .record import SINGLE_SAMPLES, Epoch, Evaluation, Record, Run, Tried, changed_settings, differing
+from .replaced import REPLACED, replacing, settle
 from .study import Study
 from .summary import MEASURES, Measure
 
@@ -25,6 +26,7 @@ __all__ = [
     "CANDIDATES",
     "MEASURES",
     "RECORDS",
+    "REPLACED",
     "SINGLE_SAMPLES",
     "ChecksumError",
     "Epoch",
@@ -48,8 +50,10 @@ __all__ = [
     "merged",
     "read_json",
     "read_text",
+    "replacing",
     "sealed",
     "sealed_line",
+    "settle",
     "shape",
     "summary",
     "sweep_temporary",

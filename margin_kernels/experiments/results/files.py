@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,11 @@ def sweep_temporary(folder: Path) -> None:
     """Removes what killed processes of this machine left of unfinished writes in a folder."""
     for path in folder.glob(f"{TEMPORARY}*"):
         process = path.name.removeprefix(TEMPORARY).partition(".")[0]
-        if not (process.isdigit() and _is_alive(int(process))):
+        if process.isdigit() and _is_alive(int(process)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 
@@ -68,13 +73,15 @@ def _is_alive(process: int) -> bool:
 
 
 @contextmanager
-def locked(folder: Path, who: str, wait: float = 0.0) -> Iterator[None]:
+def locked(
+    folder: Path, who: str, wait: float = 0.0, remedy: str = "wait for it to end, or choose another --out"
+) -> Iterator[None]:
     """Holds the lock of a folder, which is made if it is missing, and sweeps what killed processes left in it. The lock
     ends with the process, however it ends. Raises ValueError where another process holds it for `wait` seconds more;
-    `who`: what that process may be."""
+    `who`: what that process may be; `remedy`: what to do then."""
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + wait
-    with (folder / LOCK).open("w") as file:
+    with (folder / LOCK).open("a") as file:  # "w" would empty what a link of that name points to
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,9 +90,7 @@ def locked(folder: Path, who: str, wait: float = 0.0) -> Iterator[None]:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
                 if time.monotonic() >= until:
-                    raise ValueError(
-                        f"{folder} is in use by {who}: wait for it to end, or choose another --out"
-                    ) from None
+                    raise ValueError(f"{folder} is in use by {who}: {remedy}") from None
                 time.sleep(0.1)
         sweep_temporary(folder)
         yield

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -41,6 +42,7 @@ from ..config import Config, ConfigError, to_dict
 from ..results import MEASURES
 from .cell import Cell, Option, cell_name, words
 
+LARGEST = 10_000  # cells: a larger grid is a mistake, and would be expanded for hours
 KEYS = ("base", "models", "grid", "points", "seeds", "seed_keys", "budgets", "published", "extends", "without")
 REPLACED = ("seeds", "grid", "points")  # what a budget may replace
 
@@ -65,7 +67,8 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     if not content.get("models"):
         raise ConfigError(f"{path}: models must be a mapping of at least one label to its overrides")
     _published(path, content)
-    budgets = {"full": {}, **_mapping(path, "budgets", content.get("budgets"))}
+    budgets = _mapping(path, "budgets", content.get("budgets"))
+    budgets = {"full": {}, **{str(name): own for name, own in budgets.items()}}
     _known(f"{path}: --budget", "budget", [budget], tuple(budgets))
     chosen = dict(_mapping(path, f"budgets.{budget}", budgets[budget]))
     content = {**content, **{key: chosen.pop(key) for key in REPLACED if key in chosen}}
@@ -81,6 +84,8 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
     points = _points(path, content, _seeds(path, "seeds", content.get("seeds", [0])))
     # types are checked model by model and point by point: a parser takes a tenth of a second
     models = list(_models(path, content["models"]))
+    of_point = sum(len(model.options) + model.chooses for model in models)
+    _bounded(path, "cells", of_point * sum(len(set(point.seeds)) for point in points))
     of_model = {
         (model.label, i): to_dict(_typed(f"{path}: {model.label}", _merge(_merge(base, model.values), _nested(option))))
         for model in models
@@ -267,6 +272,7 @@ def _points(path: Path, content: dict[str, Any], seeds: list[int]) -> list[Point
     points = content.get("points", [{}])
     if not isinstance(points, list) or not points:
         raise ConfigError(f"{path}: points must be a list of mappings, got {points!r}")
+    _bounded(path, "points of grid and points", len(points) * math.prod(map(len, grid.values())))
     result = []
     for number, given in enumerate(points):
         own = dict(_mapping(path, f"points[{number}]", given))
@@ -303,6 +309,7 @@ def _models(path: Path, entries: Any) -> Iterator[Model]:
         for key, values in choose.items():
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"{path}: models.{model}.choose.{key} must be a list of values, got {values!r}")
+        _bounded(path, f"combinations of models.{model}.choose", math.prod(map(len, choose.values())))
         options = [dict(zip(choose, values, strict=True)) for values in itertools.product(*choose.values())]
         yield Model(str(model), after, _overrides(path, f"models.{model}", own), options)
 
@@ -313,8 +320,9 @@ def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | No
         return None
     earlier = [str(label) for label in labels]
     earlier = earlier[: earlier.index(str(model))]
-    _known(f"{path}: models.{model}.{key}", "model above it", [after], tuple(earlier))
-    return after
+    label = str(after)  # YAML has numbers where labels are digits
+    _known(f"{path}: models.{model}.{key}", "model above it", [label], tuple(earlier))
+    return label
 
 
 def _attacker(path: Path, labels: dict[str, Any], model: str, attacker: str | None) -> str | None:
@@ -334,6 +342,14 @@ def _typed(where: str, values: dict[str, Any]) -> Config:
     ):
         _known(f"{where}: {key}", "value", [value], tuple(allowed))
     return settings
+
+
+def _bounded(path: Path, what: str, count: int) -> None:
+    """Raises ConfigError for a number that nobody means, before so many are made."""
+    if count > LARGEST:
+        raise ConfigError(
+            f"{path}: a sweep must have at most {LARGEST:,} {what}, got {count:,}; make several sweeps of it"
+        )
 
 
 def _mapping(path: Path, where: str, value: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ WAIT = 60.0  # seconds
 def start() -> None:
     """The process of the cell whose folder stands on the command line."""
     keep_freed_memory()
+    errors.write_any_text()
     main(Path(sys.argv[1]))
 
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import signal
 import sys
 import traceback
@@ -57,6 +58,13 @@ def stop_on_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, stop)
+
+
+def write_any_text() -> None:
+    """Where the encoding of the output lacks a character, its code is written: nothing ends because of a name."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def sentence(error: BaseException) -> str | None:

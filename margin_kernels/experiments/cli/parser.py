@@ -1,0 +1,41 @@
+"""The parser of the commands: each number has a bound, each text can be written."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..config.bounds import TEXT, Range, is_text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with numbers that are told where they make no sense."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.allowed: dict[str, Range] = {}
+
+    def number(self, flag: str, allowed: Range, default: float | None, about: str) -> None:
+        """Adds an option `flag` for a number within `allowed`: an integer where `default` is one."""
+        kind = int if isinstance(default, int) else float
+        self.allowed[flag] = allowed
+        self.add_argument(flag, type=kind, default=default, help=about)
+
+    def parse_args(self, *given: Any, **options: Any) -> Any:
+        """As argparse's. Raises ValueError for the first number outside of its range."""
+        found = super().parse_args(*given, **options)
+        for flag, allowed in self.allowed.items():
+            value = getattr(found, flag.removeprefix("--").replace("-", "_"))
+            if value is not None and value not in allowed:
+                raise ValueError(f"{flag} must be {allowed.words(value)}, got {value}")
+        return found
+
+
+def check_text(arguments: list[str]) -> None:
+    """Raises ValueError for an argument that neither a file system nor a page can hold."""
+    option = "a name on the command line"
+    for argument in arguments:
+        if argument.startswith("--"):
+            option = argument.partition("=")[0]
+        if not is_text(argument):
+            raise ValueError(f"{option} must be {TEXT}, got {argument!r}")
