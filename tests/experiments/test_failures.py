@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from support import ROOT, tiny_sweeps
 
 from margin_kernels.experiments import cli, config, data, models
-from margin_kernels.experiments.results import Records, digest, files, sealed, sealed_line, unsealed
+from margin_kernels.experiments.results import Records, digest, files, merged, sealed, sealed_line, unsealed
 from margin_kernels.experiments.results.checksum import ChecksumError, unsealed_line
 from margin_kernels.experiments.training import Trainer, TrainingError, errors, load_state
 from margin_kernels.experiments.training.checkpoint import save_state
@@ -858,6 +858,78 @@ def finished_line():
     path = ROOT / "benchmarks/results/papers/sensitivity_mnist_mlp/records.jsonl"
     first, line, *_ = path.read_text().splitlines()
     return first, json.loads(unsealed_line(line))
+
+
+WRONG = ("absent", None, "x", [1, "a"], {"a": "x"})
+
+
+def test_no_part_of_a_record_that_is_missing_or_of_another_kind_ends_a_report_without_a_sentence(
+    tmp_path, capsys, monkeypatch
+):
+    """Each key at three depths, with a new checksum; figures are laid out and not painted."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *given, **options: None)
+    first, line = finished_line()
+    shared = json.loads(unsealed_line(first))["shared"]
+    whole = merged(line, shared)
+    parts = [(key,) for key in whole]
+    parts += [(key, below) for key in ("evaluation", "machine", "versions", "config") for below in whole[key]]
+    parts += [("history", 0, key) for key in whole["history"][0]]
+    statuses = []
+    for part in parts:
+        for value in WRONG:
+            changed = json.loads(json.dumps(whole))
+            *above, last = part
+            place = changed
+            for key in above:
+                place = place[key]
+            if value == "absent":
+                del place[last]
+            else:
+                place[last] = value
+            lines = ({"shared": {"config": {}}}, changed)
+            (tmp_path / "records.jsonl").write_text("".join(sealed_line(json.dumps(own)) + "\n" for own in lines))
+            statuses.append(cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report")]))
+            text = capsys.readouterr().err
+            assert statuses[-1] == 0 or (statuses[-1] == 1 and "records.jsonl" in text), (part, value, text)
+    assert statuses.count(0) > 30 and statuses.count(1) > 150
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"values": {"a": 1}}, "values must have keys of a config, got 'a'"),
+        ({"choice": [{"values": 1, "validation_accuracy": 1, "chosen": True, "seeds": 3}]}, "choice[0].values must be"),
+        ({"timing": {"ratio": "x"}}, "timing.ratio must be"),
+        ({"history": [{"epoch": "x"}]}, "history[0].epoch must be int"),
+        ({"seconds": {"training": None}}, "seconds.training must be"),
+    ],
+)
+def test_the_report_and_the_next_run_of_a_sweep_name_the_line_of_a_wrong_record(tmp_path, capsys, change, words):
+    first, line = finished_line()
+    lines = (first, sealed_line(json.dumps({**line, **change})), "")
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    sweep = ["sweep", "sensitivity_mnist_mlp", "--budget", "cpu", "--out", str(tmp_path)]
+    for command in (["report", str(tmp_path), "--out", str(tmp_path / "report")], sweep, [*sweep, "--dry-run"]):
+        assert cli.main(command) == 1
+        assert words in (text := said(capsys)) and "records.jsonl, line 2" in text
+    assert not (tmp_path / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"noise": [0.5]}, "evaluation.noise must have a value for each of noise_sigmas, got 1"),
+        ({"curves": {"fgsm_ce": []}}, "evaluation.curves.fgsm_ce must have a value for each of curve_eps, got 0"),
+        ({"histograms": {"rho_adv": ["x"]}}, "evaluation.histograms.rho_adv[0] must be int"),
+        ({"histograms": {"rho_adv": [1]}}, "evaluation.histograms.rho_adv must have 160 counts, got [1]"),
+    ],
+)
+def test_curves_and_histograms_have_as_many_values_as_they_are_drawn_over(tmp_path, capsys, change, words):
+    first, line = finished_line()
+    line["evaluation"] |= change
+    (tmp_path / "records.jsonl").write_text("\n".join((first, sealed_line(json.dumps(line)), "")))
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "report")]) == 1
+    assert words in said(capsys)
 
 
 @pytest.mark.parametrize("line", ["[1]", "null", "{}", '{"a":NaN}', "[" * 100_000])

@@ -208,6 +208,10 @@ def read_compared(folder: Path) -> table.Compared:
         if cell not in found:
             raise ValueError(f"{path}: no record of {cell}; there are {', '.join(r.cell for r in found.all())}")
         record = found[cell]
+        try:
+            shape.check_evaluation(record.measurements, shape.EVALUATION)
+        except ValueError as error:
+            raise ValueError(f"{path}: {cell} cannot be reported: {error}") from None
         return table.Compared(" ".join(filter(None, record.place)), record.run, record.measurements, record.timing)
     if (folder / REPLACED).is_dir():
         raise ValueError(
@@ -221,7 +225,8 @@ def read_compared(folder: Path) -> table.Compared:
     run = Run.read(folder / "run.json")
     evaluation = read_json(folder / "evaluation.json")
     try:
-        shape.check(evaluation, {"evaluation": shape.EVALUATION, "timing?": dict, "weights": str}, "evaluation.json")
+        shape.check(evaluation, {"evaluation": dict, "timing?": shape.TIMING, "weights": str}, "evaluation.json")
+        shape.check_evaluation(evaluation["evaluation"], shape.EVALUATION)
     except ValueError as error:
         raise ValueError(f"{folder / 'evaluation.json'}: {error}; run `margin-kernels evaluate` again") from None
     if evaluation["weights"] != models.weights_digest(folder):

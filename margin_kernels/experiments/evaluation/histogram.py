@@ -35,6 +35,8 @@ def density(total: np.ndarray, measure: str, resolution: float) -> tuple[np.ndar
     """Edges [B + 1] and density [B], with integral 1, of counts [BINS]; neighbouring bins are merged until each is at
     least as wide as `resolution`."""
     limits = edges(measure)
+    if total.shape != (BINS,):
+        raise ValueError(f"evaluation.histograms.{measure} must have {BINS} counts, got {list(total.shape)}")
     kept = [0]
     for i in range(1, BINS + 1):
         if limits[i] - limits[kept[-1]] >= resolution or i == BINS:

@@ -23,6 +23,7 @@ from ..results import (
     Study,
     Tried,
     read_json,
+    shape,
     summary,
     write_csv,
     write_json,
@@ -43,6 +44,11 @@ def load_study(folder: Path, file: Path | None = None) -> Study:
     records = Records(folder / RECORDS).all()
     if not records:
         raise ValueError(f"{folder / RECORDS}: no records; `margin-kernels sweep` writes them")
+    for record in records:
+        try:
+            shape.check_evaluation(record.measurements, shape.RECORD_EVALUATION)
+        except ValueError as error:
+            raise ValueError(f"{folder / RECORDS}: {record.cell} cannot be reported: {error}") from None
     about = folder / "summary.json"
     said = read_json(about) if about.is_file() else {}
     name, budget = said.get("sweep") or folder.name, said.get("budget") or "unknown"
@@ -242,8 +248,10 @@ def study_conditions(study: Study) -> dict[str, Any]:
         return ", ".join(dict.fromkeys(str(value(record)) for record in records))
 
     def machine(record: Record) -> str:
-        own = record.machine
-        where = own.get("gpu") or own["device"]
+        own = {
+            name: record.machine.get(name) or "unknown" for name in ("processor", "cores", "torch_threads", "device")
+        }
+        where = record.machine.get("gpu") or own["device"]
         return f"{own['processor']}, {own['cores']} cores, {own['torch_threads']} threads, {where}"
 
     seconds = sum(sum(record.seconds.values()) for record in records)

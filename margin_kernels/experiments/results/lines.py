@@ -195,7 +195,9 @@ class Records:
             values = merged(line, shared)
             shape.check(values, shape.RECORD, "record")
             if values.get("evaluation") is not None:
-                shape.check(values["evaluation"], shape.optional(shape.EVALUATION), "evaluation")
+                shape.check_evaluation(values["evaluation"], shape.optional(shape.EVALUATION))
+            if values.get("timing") is not None:
+                shape.check(values["timing"], shape.TIMING, "timing")
             return Record.from_dict(values)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(f"{self.path}, line {number}: not a record of this version: {error}") from None

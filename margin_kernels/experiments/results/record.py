@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, from_dict, own_options
+from ..config import Config, from_dict, keys, own_options
 from . import shape
 from .files import finite, read_json
 
@@ -127,6 +127,9 @@ class Record(Run):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Record:
         config = {**values["config"], "name": values["cell"]}
+        for key in values["values"]:
+            if key not in keys():
+                raise ValueError(f"values must have keys of a config, got {key!r}")
         choice = [Tried(**tried) for tried in values.get("choice", [])]
         return cls(**{**values, "config": from_dict(config), "choice": choice})
 

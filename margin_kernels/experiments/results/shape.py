@@ -20,12 +20,13 @@ EPOCH = {
     "ms_per_step": NUMBER,
     "distance?": {str: MAYBE},
 }
+MACHINE = {"processor": str, "cores": (int, NoneType), "torch_threads": int, "device": str}
 RUN = {
     "config": dict,
     "network": dict,
     "parameters": int,
     "versions": {str: str},
-    "machine": {"processor": str, "cores": (int, NoneType), "device": str},
+    "machine": MACHINE,
     "history": [EPOCH],
     "measured?": dict,
 }
@@ -42,12 +43,21 @@ EVALUATION = {
     "deepfool_norm_correct?": MAYBE,
     "rho_adv?": MAYBE,
     "deepfool_norms?": [MAYBE],
-    "histograms?": dict,
+    "histograms?": {str: [int]},
     "noise_sigmas?": [NUMBER],
     "noise?": [NUMBER],
     "black_box?": {str: MAYBE},
     "reverse?": {str: MAYBE},
+    "black_box_curves?": {str: [MAYBE]},
+    "reverse_curves?": {str: [MAYBE]},
+    **dict.fromkeys(
+        ("fgsm_ce?", "fgsm_gap?", "ifgsm_ce?", "ifgsm_gap?", "worst?", "zero_ce?", "zero_gap?", "saturated?"), MAYBE
+    ),
+    "deepfool_missed?": MAYBE,
 }
+
+
+TIMING = {str: MAYBE}
 
 
 def optional(shape: dict[Any, Any]) -> dict[Any, Any]:
@@ -55,11 +65,15 @@ def optional(shape: dict[Any, Any]) -> dict[Any, Any]:
     return {f"{name.removesuffix('?')}?": below for name, below in shape.items()}
 
 
-# Records of earlier versions lack what was not measured then.
+# Records of earlier versions lack what was not measured then; a report needs these.
+RECORD_EVALUATION = {
+    **optional(EVALUATION),
+    **{name: EVALUATION[name] for name in ("samples", "clean", "eps", "curve_eps")},
+}
 RECORD = {
     **RUN,
-    "history": [optional(EPOCH)],
-    "machine": dict,
+    "history": [{**optional(EPOCH), "epoch": int}],
+    "machine": optional(MACHINE),
     "evaluation?": (dict, NoneType),
     "cell": str,
     "model": str,
@@ -70,7 +84,7 @@ RECORD = {
     "attacker?": (str, NoneType),
     "seconds": {str: NUMBER},
     "timing?": (dict, NoneType),
-    "choice?": list,
+    "choice?": [{"values": dict, "validation_accuracy": NUMBER, "chosen": bool, "seeds": [int]}],
 }
 
 
@@ -95,6 +109,18 @@ def check(values: Any, shape: Any, where: str) -> None:
     elif not isinstance(values, shape) or (isinstance(values, bool) and bool not in _types(shape)):
         expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in _types(shape))
         raise ValueError(f"{where} must be {expected}, got {'null' if values is None else type(values).__name__}")
+
+
+def check_evaluation(values: Any, shape: dict[Any, Any]) -> None:
+    """`check`, and that every curve has as many values as there are radii."""
+    check(values, shape, "evaluation")
+    curves = {f"curves.{name}": curve for name, curve in values.get("curves", {}).items()}
+    pairs = [(name, curve, "curve_eps") for name, curve in curves.items()]
+    if "noise" in values or "noise_sigmas" in values:
+        pairs.append(("noise", values.get("noise", []), "noise_sigmas"))
+    for name, curve, over in pairs:
+        if len(curve) != len(values.get(over, [])):
+            raise ValueError(f"evaluation.{name} must have a value for each of {over}, got {len(curve)} values")
 
 
 def _types(shape: Any) -> tuple[type, ...]:

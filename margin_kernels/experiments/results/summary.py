@@ -52,11 +52,11 @@ def _error(key: str) -> Callable[[Record], float | None]:
 
 
 def _last(key: str) -> Callable[[Record], float | None]:
-    return lambda record: record.history[-1][key] if record.history else None
+    return lambda record: record.history[-1].get(key) if record.history else None
 
 
 def _ms_per_step(record: Record) -> float | None:
-    epochs = [epoch["ms_per_step"] for epoch in record.history]
+    epochs = [epoch["ms_per_step"] for epoch in record.history if "ms_per_step" in epoch]
     return statistics.median(epochs) if epochs else None
 
 
@@ -137,7 +137,7 @@ def write_summary(
     about = {
         "sweep": name,
         "budget": budget,
-        "eps": first and first.measurements["eps"],
+        "eps": first and first.measurements.get("eps"),
         "failed": sorted(failed),
         "versions": first and first.versions,
         "machine": first and first.machine,
