@@ -169,3 +169,17 @@ def test_names_that_the_encoding_of_the_output_lacks_cost_nothing(tmp_path):
     (record,) = Records(tmp_path / "é" / "records.jsonl").all()
     assert record.model == "grün" and record.evaluation is not None
     assert "<h1>ü</h1>" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_four_cells_at_a_time_on_fewer_cores_end(tmp_path):
+    """More processes than most machines have cores to spare; each writes its record to the same file."""
+    (tmp_path / "s.yaml").write_text(
+        "base: {data: {train_fraction: 0.1}, training: {epochs: 1, distance_samples: 0}, "
+        "evaluation: {attack_samples: 5, deepfool_samples: 2, distance_samples: 0, timing_repeats: 0, curve: [0.1]}}\n"
+        "models: {a: {}}\nseeds: [0, 1, 2, 3]\n"
+    )
+    command = [sys.executable, "-P", "-m", "margin_kernels.experiments", "sweep", "s.yaml", "--out", "o", "--jobs", "4"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    found = Records(tmp_path / "o" / "records.jsonl").all()
+    assert sorted(record.seed for record in found) == [0, 1, 2, 3] and all(record.evaluation for record in found)
