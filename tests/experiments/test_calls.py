@@ -111,6 +111,9 @@ def test_epochs_and_sweeps_have_a_size_beyond_which_nothing_is_made(tmp_path, mo
         assert words in (text := capsys.readouterr().err) and "Traceback" not in text
     assert cli.main(["train", "--training.epochs", HUGE]) == 1
     assert "training.epochs must be at most 1e+06, got 100000000000000000000" in capsys.readouterr().err
+    for key in ("training.repeat", "evaluation.steps", "evaluation.deepfool_iterations", "evaluation.timing_repeats"):
+        assert cli.main(["train", f"--{key}", "1000001"]) == 1
+        assert f"{key} must be at most 1e+06, got 1000001" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
 
 

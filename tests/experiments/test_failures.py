@@ -853,6 +853,13 @@ def test_a_record_of_another_shape_is_refused(tmp_path, capsys, change):
     assert "records.jsonl, line 2: not a record of this version" in said(capsys)
 
 
+def test_committed_records_are_whole(capsys):
+    folders = sorted(path.parent for path in (ROOT / "benchmarks/results/papers").glob("*/records.jsonl"))
+    assert len(folders) >= 17
+    for folder in folders:
+        assert cli.main(["check", str(folder)]) == 0, said(capsys)
+
+
 def finished_line():
     """The first line of a committed file, and the values of its second."""
     path = ROOT / "benchmarks/results/papers/sensitivity_mnist_mlp/records.jsonl"

@@ -47,6 +47,7 @@ class Range(NamedTuple):
 COUNT, SOME, SHARE, POSITIVE = Range(0), Range(1, 2**53), Range(0, 1), Range(0, open=True)
 MANY = Range(0, 2**53)  # every float holds it
 EPOCHS = Range(0, 1e6)
+TIMES = Range(1, 1e6)  # of what is done again and again: more never ends
 RADIUS = Range(0, 1e30)  # of images in float32
 SEED = Range(0, 2**63 - 1)  # what torch's generators take
 # Of every integer that is not named here MANY holds; every other number must be finite.
@@ -59,19 +60,19 @@ RANGES = {
     "loss.top_k": SOME,
     "loss.sensitivity.top_k": SOME,
     "loss.adversarial.top_k": SOME,
-    "loss.adversarial.max_iter": SOME,
+    "loss.adversarial.max_iter": TIMES,
     "loss.adversarial_training.eps": RADIUS,
-    "loss.adversarial_training.steps": SOME,
+    "loss.adversarial_training.steps": TIMES,
     "loss.virtual_adversarial.eps": POSITIVE,
     "loss.virtual_adversarial.xi": POSITIVE,
-    "loss.virtual_adversarial.iterations": SOME,
+    "loss.virtual_adversarial.iterations": TIMES,
     "optimiser.lr": COUNT,
     "optimiser.momentum": Range(0),
     "optimiser.weight_decay": COUNT,
     "schedule.factor": COUNT,
     "schedule.warmup": COUNT,
     "training.epochs": EPOCHS,
-    "training.repeat": SOME,
+    "training.repeat": TIMES,
     "training.stop_at_train_accuracy": SHARE,
     "training.batch_size": SOME,
     "training.accumulate": SOME,
@@ -80,11 +81,12 @@ RANGES = {
     "training.threads": Range(1, max(256, os.cpu_count() or 1)),
     "evaluation.eps": RADIUS,
     "evaluation.curve": RADIUS,
-    "evaluation.steps": SOME,
+    "evaluation.steps": TIMES,
     "evaluation.attack_samples": SOME,
-    "evaluation.noise_samples": SOME,
+    "evaluation.noise_samples": TIMES,
     "evaluation.batch_size": SOME,
-    "evaluation.deepfool_iterations": SOME,
+    "evaluation.deepfool_iterations": TIMES,
+    "evaluation.timing_repeats": EPOCHS,
     "evaluation.deepfool_step_limit": POSITIVE,
     "evaluation.noise_sigmas": RADIUS,
     "evaluation.noise_seed": SEED,
