@@ -53,6 +53,7 @@ TRIAL_EVERY = 1024
 # Forward passes that may wait for their backward; of more the first are forgotten.
 PENDING = 64
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+TWO_CLASSES = "the gradients of two classes do not show the labels: monitor.labels(y) between forward and backward"
 MODEL = "logits of the model"
 INSTEAD = "measure on a sub-batch with MarginMonitor(..., every=K)"
 # What the gradient of the logits shows of each sample: s, phi, 1 - p_y, whether that is right, whether it is another
@@ -101,10 +102,11 @@ class MarginMonitor:
                 ...
         print(monitor.summary().frame())
 
-    Gradients of parameters stay what they were, bit for bit. Reductions, class weights, loss scales, accumulation and
-    DDP need no word: the factor of each sample is read off the gradient of the logits. A sample is unknown (NaN,
-    counted) where that gradient does not determine its margin: ignored samples, and where 1 - p_y is lost in the
-    rounding of the user's loss, which torch's cross-entropy in float32 does from a gap of about 12 on.
+    Gradients of parameters stay what they were, bit for bit. The labels are read off the gradient, but of two classes,
+    which do not show them: `monitor.labels(y)` between forward and backward. Reductions, class weights, loss scales,
+    accumulation and DDP need no word: the factor of each sample is read off the gradient of the logits. A sample is
+    unknown (NaN, counted) where that gradient does not determine its margin: ignored samples, and where 1 - p_y is lost
+    in the rounding of the user's loss, which torch's cross-entropy in float32 does from a gap of about 12 on.
 
     Args:
         model: nn.Module that returns logits [N,C], or an object or dict with `logits`; wrap or compile it afterwards.
@@ -117,7 +119,8 @@ class MarginMonitor:
         batch_size: the largest batch of a compiled model, which cannot make room as it runs.
         every: None, or K: every K-th step the margins are measured by a forward and a backward pass of their own, on
             the first `samples` of its batch, with the weights after that step and running statistics. For losses whose
-            gradient has another direction: label smoothing, mixup, other terms. Not for compiled or wrapped models.
+            gradient has another direction: label smoothing, mixup, other terms. It needs `labels`. Not for compiled or
+            wrapped models.
         samples: size of the sub-batch.
 
     Raises:
@@ -152,6 +155,7 @@ class MarginMonitor:
         self._taps = Taps(model, layers, batch_dim)
         self._handles: list[RemovableHandle] = []
         self._open: _Pass | None = None
+        self._last: _Pass | None = None
         self._done: list[_Pass] = []
         self._strides: dict[Any, list[int]] = {}
         self._slots: dict[str, Tensor] = {}
@@ -201,6 +205,21 @@ class MarginMonitor:
         finally:
             self._paused = before
 
+    def labels(self, target: Tensor) -> None:
+        """The labels [N] of the forward pass that ran last, before its backward. Labels outside [0, C) are ignored.
+
+        Raises:
+            ValueError: another number of labels than samples, or no forward pass that waits for its backward.
+        """
+        last = self._last
+        if last is None:
+            if self.every is None and not self._paused:
+                raise ValueError("labels must follow a forward pass with gradients that the monitor watches")
+            return
+        if target.dim() != 1 or len(target) != last.samples or target.is_floating_point():
+            raise ValueError(f"target must hold {last.samples} integers, got {list(target.shape)} of {target.dtype}")
+        last.given = target
+
     def reset(self) -> None:
         """Forget what was measured: a new epoch."""
         self._distances: list[Tensor] = []
@@ -238,7 +257,7 @@ class MarginMonitor:
         if all_processes:
             distances, others, seen, around = _of_all(distances, others, seen, around)
         if around is not None:
-            raise ValueError(f"{around}: {INSTEAD}")
+            raise ValueError(around)
         if others > TOLERATED * seen:
             raise ValueError(
                 f"the loss is not the cross-entropy of the logits for {others} of {seen} samples (label smoothing, "
@@ -257,7 +276,7 @@ class MarginMonitor:
         if torch.compiler.is_compiling():
             return ((self._probed(INPUT, args[0]), *args[1:]), kwargs) if INPUT in self.layers else None
         self._collect()
-        self._open = None
+        self._open = self._last = None
         if self._paused or not torch.is_grad_enabled():
             return None
         self._steps += 1
@@ -285,6 +304,8 @@ class MarginMonitor:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
+            if _logits(output).shape[1] == 2:
+                raise ValueError(f"a compiled model must have more than two classes: {TWO_CLASSES}")
             slot = self._slot(MODEL)
             return _replaced(output, _LogitProbe.apply(_logits(output), slot, self.p))
         opened, self._open = self._open, None
@@ -305,6 +326,7 @@ class MarginMonitor:
                     "not the gradient of one sample's loss alone",
                     stacklevel=4,
                 )
+        self._last, opened.samples = opened, len(logits)
         edge = get_gradient_edge(logits)
         edge.node.register_prehook(partial(opened.at_logits, logits.detach(), edge.output_nr))
         self._done = [*self._done[1 - PENDING :], opened]
@@ -388,14 +410,19 @@ class MarginMonitor:
     def _take(self, done: _Pass) -> None:
         found = done.found
         assert found is not None
+        if done.blind:
+            self._around = self._around or TWO_CLASSES
+            return
         for name in self.layers:
             if name != OUTPUT and name not in done.norms:
-                self._around = self._around or f"no gradient arrived at layer {name!r} with that of the logits"
+                self._around = (
+                    self._around or f"no gradient arrived at layer {name!r} with that of the logits: {INSTEAD}"
+                )
                 return
         for name, expected in done.expected.items():
             bound = TRIAL[done.dtype] * expected.abs().amax()
             if not bool(((done.norms[name] - expected).abs() <= bound).all() | ~expected.isfinite().all()):
-                self._around = f"a term of the loss reaches layer {name!r} by another way than the logits"
+                self._around = f"a term of the loss reaches layer {name!r} by another way than the logits: {INSTEAD}"
         factor, phi, rest, knows = (found[:, i].unsqueeze(1) for i in (FACTOR, PHI, REST, KNOWS))
         norms = torch.stack([found[:, NORM] if name == OUTPUT else done.norms[name] for name in self.layers], 1)
         least = norms.new_tensor([done.least.get(name, 0.0) for name in self.layers])
@@ -407,18 +434,22 @@ class MarginMonitor:
 
     def _measure(self, done: _Pass) -> None:
         """Margins by a pass of our own, on the first samples of a batch."""
-        assert done.found is not None and done.label is not None and done.arguments is not None
+        assert done.arguments is not None
         args, kwargs = done.arguments
+        if done.given is None:
+            self._around = "every=K must be told the labels: monitor.labels(y) between forward and backward"
+            return
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             raise ValueError("every must be None for a model that takes more than one tensor as its argument")
-        x, label = args[0][: self.samples].detach(), done.label[: self.samples]
+        x, given = args[0][: self.samples].detach(), done.given[: self.samples].to(args[0].device)
         request = Request(self.p, soft=True)
         with self.paused(), running_statistics(training_batchnorms(self.model)), RandomState.now(x).replayed():
             captured = self._taps.capture(self.model, x)
+            label = given.clamp(0, captured.logits.shape[1] - 1)
             norms = difference_norms(captured, label, label.unsqueeze(1) * 0 - 1, request, False)[:, 0]
             phi = functional.competitors(captured.logits.detach(), label).phi
         distances = phi.unsqueeze(1) / (self.eps + norms)
-        known = (norms > 0) & distances.isfinite() & done.found[: self.samples, FACTOR].gt(0).unsqueeze(1)
+        known = (norms > 0) & distances.isfinite() & (given == label).unsqueeze(1)
         self._distances.append(torch.where(known, distances, math.nan))
         self._seen += len(x)
 
@@ -439,7 +470,9 @@ class _Pass:
         self.taps: list[Tap] = []
         self.strides: list[int] = []
         self.found: Tensor | None = None
-        self.label: Tensor | None = None
+        self.samples = 0
+        self.given: Tensor | None = None
+        self.blind = False
         self.norms: dict[str, Tensor] = {}
         self.least: dict[str, float] = {}
         self.trial: Tensor | None = None
@@ -457,7 +490,8 @@ class _Pass:
         if g is None or self._trying:
             return
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            self.label, self.found = _read(g.detach(), z, self.p)
+            self.found = _read(g.detach(), z, self.p, self.given)
+        self.blind = z.shape[1] == 2 and self.given is None
         self.dtype = g.dtype
         self.norms = {}
         logits, self.trial = self.trial, None
@@ -493,13 +527,19 @@ class _Pass:
             return functional.dual_norm([rows if rows.dim() > 1 else rows.unsqueeze(1)], self.p, batch_dims=1)[:, 0]
 
 
-def _read(g: Tensor, z: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """The labels [N], and [N,7] of what the gradient g [N,C] of logits z [N,C] shows."""
+def _read(g: Tensor, z: Tensor, p: float, given: Tensor | None = None) -> Tensor:
+    """[N,7] of what the gradient g [N,C] of logits z [N,C] shows, with the labels [N] where they are given."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     rounding = max(ROUNDING[g.dtype], ROUNDING[z.dtype])
     norm = functional.dual_norm([g], p, batch_dims=1)[:, 0]
     g, z = g.to(wide), z.to(wide)
-    own, label = g.min(1)
+    if given is None:
+        own, label = g.min(1)
+        valid = torch.ones_like(label, dtype=torch.bool)
+    else:
+        given = given.to(z.device)
+        label = given.clamp(0, z.shape[1] - 1)
+        own, valid = g.gather(1, label.unsqueeze(1)).squeeze(1), label == given
     columns = label.unsqueeze(1)
     rivals = z.scatter(1, columns, -math.inf)
     largest = rivals.amax(1)
@@ -513,10 +553,10 @@ def _read(g: Tensor, z: Tensor, p: float) -> tuple[Tensor, Tensor]:
     factor = -own / rest
     residual = (g.scatter(1, columns, 0.0) - e * (-own / total).unsqueeze(1)).abs().sum(1)
     entry = own.abs()
-    knows = (own < 0) & (residual <= KNOWN * entry)
-    other = (own < 0) & (residual > OTHER * entry + rounding * factor)
+    knows = valid & (own < 0) & (residual <= KNOWN * entry)
+    other = valid & (((own < 0) & (residual > OTHER * entry + rounding * factor)) | (own > rounding * g.abs().sum(1)))
     columns_ = (factor, phi, rest, knows.to(wide), other.to(wide), norm.to(wide), torch.ones_like(phi))
-    return label, torch.stack(columns_, 1)
+    return torch.stack(columns_, 1)
 
 
 class _Probe(torch.autograd.Function):
@@ -546,7 +586,7 @@ class _LogitProbe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         (z,) = ctx.saved_tensors
-        _, found = _read(g, z, ctx.p)
+        found = _read(g, z, ctx.p)
         return g, F.pad(found, (0, 0, 0, ctx.size - found.shape[0])), None
 
 

@@ -220,8 +220,14 @@ def test_every_measures_by_passes_of_its_own() -> None:
     model = net()
     with MarginMonitor(model, LAYERS, every=2, samples=3) as monitor:
         for _ in range(5):
-            F.cross_entropy(model(x), y, label_smoothing=0.1).backward()
-    close(monitor.distances(), literal(x[:3], y[:3]).repeat(2, 1))
+            z = model(x)
+            monitor.labels(y)
+            F.cross_entropy(z, y, label_smoothing=0.1).backward()
+        close(monitor.distances(), literal(x[:3], y[:3]).repeat(2, 1))
+        monitor.reset()
+        F.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+        with pytest.raises(ValueError, match=r"every=K must be told the labels: monitor.labels\(y\)"):
+            monitor.summary()
 
 
 class Penalised(nn.Module):
@@ -298,6 +304,46 @@ def test_compiled_models_in_one_graph(compiler) -> None:
     torch.testing.assert_close(monitor.distances().double(), torch.cat([d, d, d[:4]]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [2, CLASSES])
+def test_given_labels_show_smoothing_and_negative_weights(classes) -> None:
+    """A smoothed label pushes away from the label where the network is sure of it."""
+    two = tanh_net(6, 5, 3, classes)
+    with torch.no_grad():
+        two[4].weight *= 8
+    x, _ = batch(n=40, shape=(6,), classes=classes)
+    y = two(x).argmax(1)
+    signs = torch.where(torch.arange(40) % 2 == 0, 1.0, -1.0)
+    for loss in (
+        lambda z: F.cross_entropy(z, y, label_smoothing=0.1),
+        lambda z: (F.cross_entropy(z, y, reduction="none") * signs).mean(),
+    ):
+        with MarginMonitor(two, ("1",)) as monitor:
+            z = two(x)
+            monitor.labels(y)
+            loss(z).backward()
+        with pytest.raises(ValueError, match="the loss is not the cross-entropy of the logits"):
+            monitor.summary()
+
+
+def test_given_labels_ignore_and_are_checked() -> None:
+    x, y = batch()
+    some = y.clone()
+    some[2] = -100
+    model = net()
+    with MarginMonitor(model, LAYERS) as monitor:
+        z = model(x)
+        monitor.labels(some)
+        F.cross_entropy(z, some).backward()
+        found = monitor.distances()
+        assert found[2].isnan().all()
+        close(found[[0, 1, 3, 4, 5, 6]], literal(x, y)[[0, 1, 3, 4, 5, 6]])
+        model(x)
+        with pytest.raises(ValueError, match="target must hold 7 integers, got"):
+            monitor.labels(y[:3])
+    with pytest.raises(ValueError, match="labels must follow a forward pass"):
+        MarginMonitor(model, LAYERS).labels(y)
+
+
 def test_wrong_uses_are_named() -> None:
     x, y = batch()
     with pytest.raises(ValueError, match="which names no module of Sequential"):
@@ -368,6 +414,12 @@ def test_small_batches_and_numbers() -> None:
     x, y = batch(shape=(6,), classes=2)
     with MarginMonitor(two, ("1",)) as monitor:
         F.cross_entropy(two(x), y).backward()
+        with pytest.raises(ValueError, match="the gradients of two classes do not show the labels"):
+            monitor.summary()
+        monitor.reset()
+        z = two(x)
+        monitor.labels(y)
+        F.cross_entropy(z, y).backward()
     h = two[:2](x).detach().requires_grad_()
     z = two[2:](h)
     phi = z.gather(1, y[:, None])[:, 0] - z.gather(1, 1 - y[:, None])[:, 0]
