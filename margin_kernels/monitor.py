@@ -33,6 +33,7 @@ from .batchnorm import running_statistics, training_batchnorms
 from .gradients.autograd_graph import Graph
 from .gradients.loop import difference_norms
 from .gradients.request import Captured, Request, Tap
+from .gradients.split import due
 from .gradients.structure import by_sample
 from .losses import base
 from .random_state import RandomState
@@ -46,10 +47,8 @@ KNOWN, OTHER = 0.01, 0.03
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # Share of samples of another loss from which on nothing is summarised.
 TOLERATED = 0.01
-# A trial compares what arrives at the layers with what the logits alone send them, at steps 1, 2, 4, ... and every
-# 1024th.
+# A trial compares what arrives at the layers with what the logits alone send them.
 TRIAL = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
-TRIAL_EVERY = 1024
 # Forward passes that may wait for their backward; of more the first are forgotten.
 PENDING = 64
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -128,7 +127,7 @@ class MarginMonitor:
             `summary`, what the gradients showed: another loss than cross-entropy, or one that reaches a layer around
             the logits.
 
-    Training mode batch norm couples samples: what arrives at a layer behind one is not the gradient of a sample's own
+    Training mode batch norm couples samples: what arrives at a layer before one is not the gradient of a sample's own
     loss alone (a warning, once).
     """
 
@@ -316,21 +315,25 @@ class MarginMonitor:
             return None
         if self.every is None:
             opened.watch(*self._located(logits, opened))
-            sharded = any(type(module).__name__.startswith("FSDP") for module in self.model.modules())
-            if not sharded and (self._steps & (self._steps - 1) == 0 or self._steps % TRIAL_EVERY == 0):
-                opened.trial = logits
-            if not self._warned and training_batchnorms(self.model):
-                self._warned = True
-                warnings.warn(
-                    "batch norm in training mode couples the samples of a batch: what arrives at a layer before one is "
-                    "not the gradient of one sample's loss alone",
-                    stacklevel=4,
-                )
+            if due(self._steps):  # of the other steps none looks at every module
+                self._look(opened, logits)
         self._last, opened.samples = opened, len(logits)
         edge = get_gradient_edge(logits)
         edge.node.register_prehook(partial(opened.at_logits, logits.detach(), edge.output_nr))
         self._done = [*self._done[1 - PENDING :], opened]
         return None
+
+    def _look(self, opened: _Pass, logits: Tensor) -> None:
+        """What is done at the steps that are tried: the trial, and the warning about batch norm."""
+        if not any(type(module).__name__.startswith("FSDP") for module in self.model.modules()):
+            opened.trial = logits
+        if not self._warned and training_batchnorms(self.model):
+            self._warned = True
+            warnings.warn(
+                "batch norm in training mode couples the samples of a batch: what arrives at a layer before one is not "
+                "the gradient of one sample's loss alone",
+                stacklevel=5,
+            )
 
     def _located(self, logits: Tensor, opened: _Pass) -> tuple[list[Tap], list[int]]:
         """The taps of a forward pass but for the logits, and the stride of the batch in each, proven once for each kind
@@ -446,7 +449,9 @@ class MarginMonitor:
         with self.paused(), running_statistics(training_batchnorms(self.model)), RandomState.now(x).replayed():
             captured = self._taps.capture(self.model, x)
             label = given.clamp(0, captured.logits.shape[1] - 1)
-            norms = difference_norms(captured, label, label.unsqueeze(1) * 0 - 1, request, False)[:, 0]
+            # The soft competitor has no number; against its own label an ignored sample has no direction.
+            index = torch.where(given == label, -1, label).unsqueeze(1)
+            norms = difference_norms(captured, label, index, request, False)[:, 0]
             phi = functional.competitors(captured.logits.detach(), label).phi
         distances = phi.unsqueeze(1) / (self.eps + norms)
         known = (norms > 0) & distances.isfinite() & (given == label).unsqueeze(1)

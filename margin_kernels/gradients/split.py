@@ -45,6 +45,11 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torc
 TRIAL_EVERY = 1024
 
 
+def due(step: int) -> bool:
+    """Whether a step is tried: 1, 2, 4, 8, ... and every 1024th."""
+    return step & (step - 1) == 0 or step % TRIAL_EVERY == 0
+
+
 class NotExact(Exception):
     """Why a strategy would not give the gradient, or cannot be run."""
 
@@ -64,8 +69,7 @@ class Trials:
     def due(self, kind: Any) -> bool:
         """Counts a step of this kind of graph: whether it is to be verified."""
         self._steps[kind] += 1
-        step = self._steps[kind]
-        return step & (step - 1) == 0 or step % TRIAL_EVERY == 0
+        return due(self._steps[kind])
 
     def factors(self, batch: int) -> Tensor:
         """[N]: 0 for a random half of the samples, between 0.5 and 2 for the others."""

@@ -103,9 +103,9 @@ def positive_of_layers(name: str, value: Any) -> float | list[float]:
     return positive(name, value) if is_number(value) else numbers(name, value, above=0)
 
 
-def weights_of_layers(name: str, value: Any) -> list[float]:
+def weights_of_layers(name: str, value: Any, each: str = "layer") -> list[float]:
     """One number >= 0 for each layer, not all 0."""
-    weights = numbers(name, value, least=0)
+    weights = numbers(name, value, least=0, each=each)
     if sum(weights) == 0:
         raise ValueError(f"{name} must not all be 0, got {value}")
     return weights
@@ -113,11 +113,7 @@ def weights_of_layers(name: str, value: Any) -> list[float]:
 
 def weights_of_classes(name: str, value: Any) -> list[float]:
     """One number >= 0 for each class, not all 0: a list or a tensor [C]."""
-    values = value.tolist() if isinstance(value, Tensor) and value.dim() == 1 else value
-    weights = numbers(name, values, least=0, each="class")
-    if sum(weights) == 0:
-        raise ValueError(f"{name} must not all be 0, got {values}")
-    return weights
+    return weights_of_layers(name, value.tolist() if isinstance(value, Tensor) and value.dim() == 1 else value, "class")
 
 
 def fraction(name: str, value: Any) -> float:
