@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..losses.base import positive
 from ..losses.large_margin import LargeMarginLoss
+from ..modes import eval_mode
 from .auto_gamma import nearest
 from .task import MarginTask
 
@@ -48,14 +49,8 @@ def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], fac
     loss = copy.copy(task.loss)
     loss.gamma, loss.layer_weights, loss.second_order = 1.0, None, False
     probe = MarginTask(task.model, loss, task.layers, "loop", task.batchnorm, task.batch_dim)
-    modes = [(module, module.training) for module in task.model.modules()]
-    task.model.eval()
-    try:
-        with torch.enable_grad():
-            found = [nearest(out["distance"], ~out["degenerate"]) for out in (probe(x, y) for x, y in loader)]
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(task.model), torch.enable_grad():
+        found = [nearest(out["distance"], ~out["degenerate"]) for out in (probe(x, y) for x, y in loader)]
     if not found:
         raise ValueError("loader must hold at least one batch, got none")
     distances = torch.cat(found)

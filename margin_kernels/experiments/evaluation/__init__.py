@@ -1,7 +1,9 @@
 """What a trained network is worth: accuracy, attacks, distances to the decision boundary."""
 
+from margin_kernels.modes import eval_mode
+
 from . import attacks, histogram
-from .attacks import eval_mode, ifgsm, logit_gap
+from .attacks import ifgsm, logit_gap
 from .distance import median_distance, signed_distance, tap_names
 from .measure import METHODS, SIDES, accuracy, evaluate
 

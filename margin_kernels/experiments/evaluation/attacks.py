@@ -18,13 +18,13 @@ gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from margin_kernels.modes import eval_mode
 
 OBJECTIVES = ("ce", "gap")
 # Below this 1 - p_y, p_y rounds to 1 in float32 and its entry of softmax - e_y to 0.
@@ -39,18 +39,6 @@ class Attack:
     images: Tensor
     zero_gradient: float
     saturated: float
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside, each back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def logit_gap(logits: Tensor, target: Tensor) -> Tensor:

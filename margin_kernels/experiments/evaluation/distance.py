@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import margin_kernels as mk
+from margin_kernels.modes import eval_mode
 
 from ..data import Split
-from .attacks import eval_mode
 
 
 def tap_names(hidden: tuple[str, ...]) -> tuple[str, ...]:
