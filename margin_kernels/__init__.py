@@ -1,6 +1,6 @@
 """Large-margin training for PyTorch classifiers at the price of cross-entropy."""
 
-from . import functional, gradients
+from . import functional, gradients, presets
 from .backends import BackendError
 from .deepfool import DeepFoolResult, deepfool
 from .losses import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
@@ -26,6 +26,7 @@ __all__ = [
     "functional",
     "gradients",
     "keep_freed_memory",
+    "presets",
     "suggest_gamma",
 ]
 

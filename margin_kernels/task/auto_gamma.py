@@ -74,7 +74,7 @@ class AutoGamma(nn.Module):
 
     def _follow(self, distance: Tensor, usable: Tensor, warmup: int) -> None:
         found = nearest(distance, usable)
-        batch = torch.where(found > 0, found, torch.nan).nanmedian(0).values.to(self.median.dtype)
+        batch = positive_median(found).to(self.median.dtype)
         present = ~found.isnan()
         right = ((found > 0).sum(0) / present.sum(0).clamp(min=1)).to(batch.dtype)
         # What a batch says of the median, where it is right about a sample, and of the share, where it has one.
@@ -102,6 +102,11 @@ class AutoGamma(nn.Module):
             self._asked += 1
             if self._asked % ASK_EVERY == 0:
                 self._known_fixed = bool(self.fixed)
+
+
+def positive_median(distance: Tensor) -> Tensor:
+    """Median over the samples with d > 0 of distances [N,L], [L]; NaN where there is none."""
+    return torch.where(distance > 0, distance, torch.nan).nanmedian(0).values
 
 
 def nearest(distance: Tensor, usable: Tensor) -> Tensor:

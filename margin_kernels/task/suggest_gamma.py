@@ -12,7 +12,7 @@ from torch import Tensor
 from ..losses.base import positive
 from ..losses.large_margin import LargeMarginLoss
 from ..modes import eval_mode
-from .auto_gamma import nearest
+from .auto_gamma import nearest, positive_median
 from .task import MarginTask
 
 TRAIN_FIRST = "train first: the network is wrong on half of the samples"
@@ -43,9 +43,21 @@ def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], fac
     Raises:
         ValueError: the median over all samples is not positive at some layer: train first.
     """
+    positive("factor", factor)
+    distances = nearest_distances(task, loader)
+    medians = distances.nanmedian(0).values
+    if not bool((medians > 0).all()):
+        measured = ", ".join(f"{median:.4g}" for median in medians.tolist())
+        raise ValueError(f"the median distances must be positive, got {measured}: {TRAIN_FIRST}")
+    gamma = (factor * positive_median(distances)).tolist()
+    return SuggestedGamma(gamma, [1 / (len(gamma) * value) for value in gamma])
+
+
+def nearest_distances(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """d[n,l] to the nearest competitor [N,L] of the samples in batches x [N,*], y [N], as the loss of a task measures
+    it, in eval mode; NaN where there is none."""
     if not isinstance(getattr(task, "loss", None), LargeMarginLoss):
         raise TypeError(f"task must be a MarginTask with LargeMarginLoss, got {type(task).__name__}")
-    positive("factor", factor)
     loss = copy.copy(task.loss)
     loss.gamma, loss.layer_weights, loss.second_order = 1.0, None, False
     probe = MarginTask(task.model, loss, task.layers, "loop", task.batchnorm, task.batch_dim)
@@ -53,11 +65,4 @@ def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], fac
         found = [nearest(out["distance"], ~out["degenerate"]) for out in (probe(x, y) for x, y in loader)]
     if not found:
         raise ValueError("loader must hold at least one batch, got none")
-    distances = torch.cat(found)
-    medians = distances.nanmedian(0).values
-    if not bool((medians > 0).all()):
-        measured = ", ".join(f"{median:.4g}" for median in medians.tolist())
-        raise ValueError(f"the median distances must be positive, got {measured}: {TRAIN_FIRST}")
-    medians = torch.where(distances > 0, distances, torch.nan).nanmedian(0).values
-    gamma = (factor * medians).tolist()
-    return SuggestedGamma(gamma, [1 / (len(gamma) * value) for value in gamma])
+    return torch.cat(found)

@@ -40,6 +40,10 @@ MEDIAN = (
     *("--loss.cross_entropy_epochs", "1", "--loss.gamma", "[2,1.5,3]", "--loss.gamma_unit", "median"),
     *("--loss.layer_weights", "[16,1,2]"),
 )
+AUTO = (
+    *("--loss.kind", "large_margin", "--loss.top_k", "1", "--loss.competitors", "soft", "--loss.gamma", "auto"),
+    *("--loss.gamma_factor", "1.5", "--loss.alpha", "1", "--loss.label_smoothing", "0.1", "--loss.warmup", "6"),
+)
 
 
 def weights(trainer):
@@ -71,6 +75,9 @@ def without_time(history):
         ("--training.augment", "crop_flip"),
         MEDIAN,
         (*MEDIAN, "--loss.cross_entropy_epochs", "2"),
+        AUTO,
+        (*AUTO, "--loss.warmup", "2", "--optimiser.lr", "0.01"),
+        (*AUTO, "--loss.warmup", "1", "--loss.cross_entropy_epochs", "2"),
     ],
 )
 def test_two_epochs_resume_and_two_more_are_bitwise_four(digits, tmp_path, arguments):
@@ -95,18 +102,20 @@ def test_a_loss_begins_after_its_epochs_of_cross_entropy_with_gamma_in_medians(d
         trainer.run(until=1)
     assert torch.equal(weights(cross_entropy), weights(margin)) and margin.measured == {}
     model, taps = cross_entropy.model.eval(), ("input", "relu1", "pool2", "relu3", "output")
-    x, _ = digits.train.batch(slice(None))
+    x, y = digits.train.batch(slice(None, 1000))
     logits, seen = taps_of(model, x)
-    competitors = logits.argsort(1, descending=True)
+    own = logits.gather(1, y[:, None])
+    rivals = logits.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
     factors, parts = (2, 1.5, 1.5, 1.5, 3), (16, 1, 1, 1, 2)
     gamma = []
     for tap, factor in zip(taps, factors, strict=True):
         distances = []
-        for j in range(1, 10):
-            gap = logits.gather(1, competitors[:, :1]) - logits.gather(1, competitors[:, j : j + 1])
+        for j in range(9):
+            gap = own - logits.gather(1, rivals[:, j : j + 1])
             (g,) = torch.autograd.grad(gap.sum(), seen[tap], retain_graph=True)
             distances.append(gap[:, 0] / (1e-6 + g.flatten(1).norm(dim=1)))
-        gamma.append(factor * torch.stack(distances).amin(0).median().item())
+        nearest = torch.stack(distances).amin(0)
+        gamma.append(factor * nearest[nearest > 0].median().item())
     for trainer in (cross_entropy, margin):
         trainer.run(until=2)
     assert not torch.equal(weights(cross_entropy), weights(margin))
@@ -116,6 +125,33 @@ def test_a_loss_begins_after_its_epochs_of_cross_entropy_with_gamma_in_medians(d
     )
     assert list(margin.task.loss.gamma) == margin.measured["gamma"]
     assert margin.summary().measured == margin.measured
+
+
+def test_gamma_auto_is_what_the_library_finds_and_stands_in_the_record(digits, tmp_path):
+    trainer = Trainer(
+        settings(*AUTO, "--loss.warmup", "2", "--training.epochs", "12", "--optimiser.lr", "0.01"), digits, tmp_path
+    )
+    trainer.run(until=1)
+    assert "measured" not in trainer.summary().to_dict()
+    trainer.run()
+    found, loss = trainer.task.auto_gamma, trainer.task.loss
+    assert bool(found.fixed) and trainer.task.layers == ("input", "relu1", "pool2", "relu3", "output")
+    assert (loss.gamma, loss.competitors, loss.label_smoothing, loss.warmup) == ("auto", "soft", 0.1, 2)
+    gamma = trainer.summary().measured["gamma"]
+    assert gamma == pytest.approx((1.5 * found.median).tolist(), rel=1e-3) and min(gamma) > 0
+    assert json.loads((tmp_path / "run.json").read_text())["measured"] == {"gamma": gamma}
+
+
+def test_a_checkpoint_without_the_medians_of_gamma_auto_is_refused(digits, tmp_path):
+    Trainer(settings(*AUTO), digits, tmp_path).run(until=1)
+    save_state(tmp_path, {**load_state(tmp_path), "auto_gamma": {}})
+    with pytest.raises(models.CheckpointError, match=r"lacks the medians of gamma auto .*--overwrite"):
+        Trainer(settings(*AUTO), digits, tmp_path).resume()
+
+
+def test_gamma_is_measured_in_one_way(digits):
+    with pytest.raises(ValueError, match=r"loss.gamma_unit must be absolute with loss.gamma auto"):
+        Trainer(settings(*AUTO, "--loss.gamma_unit", "median"), digits)
 
 
 def taps_of(model, x):

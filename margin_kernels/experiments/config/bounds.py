@@ -57,6 +57,8 @@ RANGES = {
     "data.label_noise": SHARE,
     "data.seed": SEED,
     "model.dropout": Range(0, 1),
+    "loss.gamma_factor": POSITIVE,
+    "loss.label_smoothing": SHARE,
     "loss.top_k": SOME,
     "loss.sensitivity.top_k": SOME,
     "loss.adversarial.top_k": SOME,

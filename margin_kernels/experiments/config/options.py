@@ -169,11 +169,15 @@ class LossConfig:
             fgsm_training or vat
         cross_entropy_epochs: epochs of cross-entropy alone before this loss, for any kind
         gamma: desired distance to the boundary in the units of each tap; one value, one for each of `layers`, or one
-            for each tap that these stand for, in their order
+            for each tap that these stand for, in their order; or auto: gamma_factor times the running median of each
+            tap's own distance, every term divided by its gamma
         gamma_unit: absolute; or median: gamma is a multiple of the median distance of the training images (the first
-            1000) to the nearest boundary at each tap, measured where this loss begins, and layer_weights are divided
-            by the gamma that comes out, so that a tap counts in its own units
+            1000, those on the right side) to the nearest boundary at each tap, measured where this loss begins, and
+            layer_weights are divided by the gamma that comes out, so that a tap counts in its own units
+        gamma_factor: of gamma auto
+        warmup: steps with enough samples on the right side before the margin has its weight, of gamma auto
         p: norm of the distances, p >= 1 or inf
+        competitors: hard (the top_k largest scores), or soft: all classes as one, which needs top_k 1
         top_k: competitors per sample, 1 to C-1
         aggregation: max, sum, mean or mean_distance over the competitors
         alpha: clips each term at alpha * gamma
@@ -186,6 +190,7 @@ class LossConfig:
         margin_weight: factor of the margin term
         cross_entropy_weight: factor of the auxiliary term
         auxiliary: cross_entropy, or pairwise: the logistic loss of the label and its best competitor
+        label_smoothing: of the cross-entropy
         layers: taps; input, output, module names, or hidden for every hidden layer of the network
         batchnorm: batch or frozen statistics in the margin passes
         passes: how the margin gradients are obtained, auto, loop or split
@@ -198,9 +203,12 @@ class LossConfig:
 
     kind: str = "cross_entropy"
     cross_entropy_epochs: int = 0
-    gamma: float | list[float] = 1.0
+    gamma: float | list[float] | Literal["auto"] = 1.0
     gamma_unit: Literal["absolute", "median"] = "absolute"
+    gamma_factor: float = 1.0
+    warmup: int = 50
     p: float | Literal["inf"] = 2.0
+    competitors: Literal["hard", "soft"] = "hard"
     top_k: int = 9
     aggregation: Literal["max", "sum", "mean", "mean_distance"] = "max"
     alpha: float | None = None
@@ -213,6 +221,7 @@ class LossConfig:
     margin_weight: float = 1.0
     cross_entropy_weight: float = 1.0
     auxiliary: Literal["cross_entropy", "pairwise"] = "cross_entropy"
+    label_smoothing: float = 0.0
     layers: list[str] = field(default_factory=lambda: ["input", "hidden", "output"])
     batchnorm: Literal["batch", "frozen"] = "batch"
     passes: str = "auto"

@@ -4,7 +4,7 @@ sensitivity, adversarial margin maximisation, and 1-to-N.
 Each margin loss has one hyper-parameter that is chosen on the validation split. The large margin losses tap the input,
 every hidden layer and the output; their gamma is a multiple m of what cross-entropy reaches by itself, tap by tap:
 
-    gamma_l = m * median over training samples of d[n,l] of the cross-entropy network, in the norm of the loss
+    gamma_l = m * median over training samples with d > 0 of d[n,l] of the cross-entropy network, in the loss's norm
     loss    = mean nll + mean over n of sum_l r_l max_j max(0, 1 - d[n,j,l] / gamma_l)          r_input = 16, else 1
 
 so that every tap is measured in its own units and the input, where attacks happen, weighs most. Of margin sensitivity
@@ -24,6 +24,8 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from margin_kernels.task.auto_gamma import positive_median
 
 from .. import data
 from ..config import (
@@ -127,7 +129,8 @@ def trials(label: str, baseline: Trainer, plan: Plan) -> list[Trial]:
         return [(f"delta {loss.one_to_n.delta:g}", "", loss) for loss in bounds]
     norm = label.removesuffix(" margin").removeprefix("l")
     p = math.inf if norm == "inf" else float(norm)
-    medians = signed_distance(baseline.model, baseline.dataset.train, baseline.hidden, p).median(0).values.tolist()
+    distances = signed_distance(baseline.model, baseline.dataset.train, baseline.hidden, p)
+    medians = positive_median(distances).tolist()
     tried: list[Trial] = []
     for multiple in plan.multiples:
         gamma = [float(f"{multiple * value:.4g}") for value in medians]

@@ -4,7 +4,7 @@ from margin_kernels.modes import eval_mode
 
 from . import attacks, histogram
 from .attacks import ifgsm, logit_gap
-from .distance import median_distance, signed_distance, tap_names
+from .distance import signed_distance, tap_names
 from .measure import METHODS, SIDES, accuracy, evaluate
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "histogram",
     "ifgsm",
     "logit_gap",
-    "median_distance",
     "signed_distance",
     "tap_names",
 ]

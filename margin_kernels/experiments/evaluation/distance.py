@@ -31,39 +31,9 @@ def signed_distance(
 ) -> Tensor:
     """Distances in the p norm, [N, L] on the CPU, over all C - 1 competitors; L as tap_names(hidden). Model in eval
     mode, no gradients left."""
-    return _distances(model, split, tap_names(hidden), p, "logit", batch_size, device)
-
-
-def median_distance(
-    model: nn.Module,
-    split: Split,
-    taps: tuple[str, ...],
-    p: float,
-    space: str = "logit",
-    device: str | torch.device = "cpu",
-) -> list[float]:
-    """Median over `split` of the distance to the nearest boundary at each tap, whatever the labels say: d of the class
-    that the model predicts, with logits or probabilities (`space`) in the place of z."""
-    predicted = []
-    with eval_mode(model), torch.no_grad():
-        for x, _ in split.batches(500, device):
-            predicted.append(model(x).argmax(1).cpu())
-    labelled = Split(split.images, torch.cat(predicted))
-    return _distances(model, labelled, taps, p, space, 500, device).median(0).values.tolist()
-
-
-def _distances(
-    model: nn.Module,
-    split: Split,
-    taps: tuple[str, ...],
-    p: float,
-    space: str,
-    batch_size: int,
-    device: str | torch.device,
-) -> Tensor:
     with eval_mode(model), torch.no_grad():
         classes = model(split.batch(slice(0, 1), device)[0]).shape[1]
-    task = mk.MarginTask(model, mk.LargeMarginLoss(p=p, top_k=classes - 1, space=space), layers=taps)
+    task = mk.MarginTask(model, mk.LargeMarginLoss(p=p, top_k=classes - 1), layers=tap_names(hidden))
     parts = []
     with eval_mode(model), torch.enable_grad():
         for x, y in split.batches(batch_size, device):

@@ -143,7 +143,7 @@ def layers(names: list[str], hidden: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(tap for name in names for tap in (hidden if name == "hidden" else (name,)))
 
 
-def per_tap(values: float | list[float] | None, config: LossConfig, taps: tuple[str, ...]) -> Any:
+def per_tap(values: float | str | list[float] | None, config: LossConfig, taps: tuple[str, ...]) -> Any:
     """gamma or layer weights for the loss: where there is one for each of config.layers, that of `hidden` counts for
     every hidden tap; anything else as it is."""
     if not isinstance(values, list) or len(values) != len(config.layers):
@@ -156,7 +156,7 @@ def per_tap(values: float | list[float] | None, config: LossConfig, taps: tuple[
 def in_medians(config: LossConfig, taps: tuple[str, ...], medians: list[float]) -> dict[str, list[float]]:
     """gamma and layer_weights of gamma_unit "median": factor * median, and weight / gamma; four digits."""
 
-    def spread(values: float | list[float]) -> list[float]:
+    def spread(values: Any) -> list[float]:
         found = per_tap(values, config, taps)
         return found if isinstance(found, list) else [found] * len(taps)
 
@@ -217,6 +217,10 @@ def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -
         margin_weight=config.margin_weight,
         cross_entropy_weight=config.cross_entropy_weight,
         auxiliary=config.auxiliary,
+        competitors=config.competitors,
+        label_smoothing=config.label_smoothing,
+        gamma_factor=config.gamma_factor,
+        warmup=config.warmup,
     )
     return mk.MarginTask(model, loss, layers=taps, passes=config.passes, batchnorm=config.batchnorm)
 

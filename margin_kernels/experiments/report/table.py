@@ -189,7 +189,7 @@ def flat(models: list[Compared]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"model": model.label, "loss": loss.kind}
         if loss.kind == "large_margin":
             gamma = loss.gamma if isinstance(loss.gamma, list) else [loss.gamma]
-            entry |= {"p": loss.p, "gamma": " ".join(f"{value:.6g}" for value in gamma)}
+            entry |= {"p": loss.p, "gamma": " ".join(v if isinstance(v, str) else f"{v:.6g}" for v in gamma)}
         entry["eps"] = model.evaluation["eps"]
         for section in sections(models):
             entry |= {row.key: row.value(model) for row in section.rows}

@@ -28,7 +28,7 @@ class Run:
         versions: of everything that can change a number
         machine: processor, cores, threads, device
         history: one entry for each epoch
-        measured: gamma and layer_weights where they were measured (gamma_unit "median")
+        measured: gamma, and layer_weights, where they were measured (gamma auto, gamma_unit "median")
     """
 
     config: Config

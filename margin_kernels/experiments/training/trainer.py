@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import margin_kernels as mk
+from margin_kernels.task.auto_gamma import positive_median
+from margin_kernels.task.suggest_gamma import nearest_distances
 
 from .. import models, objectives
 from ..config import Config, LossConfig, check, complete, exponent, to_dict, to_yaml
 from ..data import Dataset, augmented
-from ..evaluation import accuracy, median_distance, signed_distance, tap_names
+from ..evaluation import accuracy, signed_distance, tap_names
 from ..results import Run, differing, flatten, machine, shape, versions, write_csv, write_json, write_text
 from .checkpoint import load_state, save_state
 
@@ -152,11 +154,14 @@ class Trainer:
         if self.epoch < loss.cross_entropy_epochs:
             loss = LossConfig()
         elif loss.kind == "large_margin" and loss.gamma_unit == "median":
+            if loss.gamma == "auto":
+                raise ValueError("loss.gamma_unit must be absolute with loss.gamma auto, which measures by itself")
             self.measured = self.measured or self._measured()
             loss = replace(loss, **self.measured, gamma_unit="absolute")
         if loss == self.loss:
             return
-        self.loss, self.task = loss, objectives.build(self.model, loss, self.hidden, self.dataset.train.bounds)
+        task = objectives.build(self.model, loss, self.hidden, self.dataset.train.bounds)
+        self.loss, self.task = loss, task.to(self.device)  # the medians of gamma auto too
         self.step_module: Any = self.task
         if self.config.training.compile:
             self._compile(loss)
@@ -168,10 +173,21 @@ class Trainer:
                 "loss.gamma_unit is 'median', but random weights have no distances to go by: "
                 "set loss.cross_entropy_epochs, or model.initial"
             )
-        taps = objectives.layers(loss.layers, self.hidden)
-        part = self.dataset.train.head(MEDIAN_SAMPLES)
-        medians = median_distance(self.model, part, taps, exponent(loss.p), loss.space, self.device)
-        return objectives.in_medians(loss, taps, medians)
+        unscaled = replace(loss, gamma=1.0, gamma_unit="absolute", layer_weights=None)
+        task: Any = objectives.build(self.model, unscaled, self.hidden)
+        batches = self.dataset.train.head(MEDIAN_SAMPLES).batches(500, self.device)
+        medians = positive_median(nearest_distances(task, batches)).tolist()
+        if not all(median > 0 for median in medians):
+            raise ValueError(
+                f"loss.gamma_unit is 'median', but the network is right about none of the first {MEDIAN_SAMPLES} "
+                "training images: set loss.cross_entropy_epochs higher"
+            )
+        return objectives.in_medians(loss, objectives.layers(loss.layers, self.hidden), medians)
+
+    @property
+    def _auto_gamma(self) -> nn.Module | None:
+        """The running medians of gamma auto, where the loss has them."""
+        return self.task.auto_gamma if isinstance(self.task, mk.MarginTask) else None
 
     def _compile(self, loss: LossConfig) -> None:
         if isinstance(self.task, mk.MarginTask):
@@ -343,8 +359,15 @@ class Trainer:
             versions=versions(),
             machine=machine(self.device),
             history=self.history,
-            measured=self.measured,
+            measured=self.measured or self._gamma_found(),
         )
+
+    def _gamma_found(self) -> dict[str, Any]:
+        """gamma of each tap where gamma auto has found it."""
+        found: Any = self._auto_gamma
+        if found is None or not bool(found.fixed):
+            return {}
+        return {"gamma": [float(f"{self.config.loss.gamma_factor * value:.4g}") for value in found.median.tolist()]}
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on as if nothing had happened."""
@@ -352,6 +375,7 @@ class Trainer:
             "config": to_dict(self.config),
             "epoch": self.epoch,
             "measured": self.measured,
+            "auto_gamma": {} if self._auto_gamma is None else self._auto_gamma.state_dict(),
             "history": self.history,
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -377,6 +401,14 @@ class Trainer:
                 "start anew with --overwrite."
             ) from error
         self._prepare()
+        if self._auto_gamma is not None and self.epoch > self.config.loss.cross_entropy_epochs:
+            try:
+                self._auto_gamma.load_state_dict(state["auto_gamma"])
+            except Exception as error:
+                raise models.CheckpointError(
+                    f"{self.folder / 'checkpoint.pt'}: it lacks the medians of gamma auto ({type(error).__name__}); "
+                    "start anew with --overwrite."
+                ) from error
 
     def _restore(self, state: dict[str, Any]) -> None:
         resumable = set(RESUMABLE)
