@@ -57,6 +57,7 @@ bench: install
 	    --benchmark-warmup=off --benchmark-columns=median,ops,rounds --benchmark-sort=name -q
 	$(BIN)/python benchmarks/kernels.py --quick --out build/bench/kernels.json
 	$(BIN)/python benchmarks/step.py --quick --threads 1 --out build/bench/step.json
+	$(BIN)/python benchmarks/monitor.py --quick --networks mnist_cnn --threads 1 --out build/bench/monitor.json
 	$(BIN)/python benchmarks/losses.py --quick --networks mlp800 --threads 1 --out build/bench/losses.json
 	$(BIN)/python benchmarks/kernels_gpu.py --device cpu --quick --out build/bench/kernels_gpu.json
 

@@ -327,6 +327,15 @@ def overhead(run: dict) -> str:
     return table(["call", "microseconds"], [[n, f"{v:.1f}"] for n, v in run["overhead_microseconds"].items()])
 
 
+def monitor(run: dict) -> str:
+    rows = {}
+    for cell in run["monitor"]:
+        row = rows.setdefault((cell["network"], cell["taps"]), [cell["network"], cell["taps"], str(cell["batch"])])
+        row.append(f"{cell['ratio']:.3f} ({cell['plain']:.3f})")
+    threads = list(dict.fromkeys(cell["threads"] for cell in run["monitor"]))
+    return table(["network", "layers", "batch", *(f"{n} thread{'s'[: n > 1]}" for n in threads)], list(rows.values()))
+
+
 # The parts of a results file and their tables.
 PARTS = {
     "dual_norm": dual_norm,
@@ -335,6 +344,7 @@ PARTS = {
     "one_to_n": one_to_n,
     "deepfool_step": deepfool_step,
     "overhead_microseconds": overhead,
+    "monitor": monitor,
 }
 
 

@@ -32,7 +32,8 @@ class AutoGamma(nn.Module):
     margin has no weight; then they are fixed and the margin has its weight. With several processes they are means over
     the processes. In eval mode they stay. Nothing waits for the device.
 
-    median [L];  right [L], running share of samples with d > 0;  seen: batches so far;  steps: those that count;  fixed
+    median [L];  right [L], running share of samples classified right;  seen: batches so far;  steps: those that count;
+    fixed
     """
 
     median: Tensor
@@ -54,9 +55,10 @@ class AutoGamma(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._known_fixed = False
 
-    def step(self, distance: Tensor, usable: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
+    def step(self, distance: Tensor, usable: Tensor, right: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
         """The medians [L], 1 where they are not fixed yet, and whether they are, [] bool, with the distances [N,k,L] of
-        one more batch, those that are `usable`."""
+        one more batch, those that are `usable`; `right` [N]: which samples are classified right. (A soft competitor's
+        d > 0 says more: that the label has more than half of the probability.)"""
         if not self._told and not recording():
             self._told = True
             warnings.warn(
@@ -65,21 +67,21 @@ class AutoGamma(nn.Module):
                 stacklevel=5,
             )
         if self.training and not self._known_fixed:
-            self._follow(distance, usable, warmup)
+            self._follow(distance, usable, right, warmup)
         if self.median.device != distance.device:
             raise ValueError(
                 f"task must be on {distance.device}, as its batches are, got {self.median.device}: use task.to()"
             )
         return torch.where(self.fixed, self.median, 1.0).to(distance.dtype), self.fixed.clone()
 
-    def _follow(self, distance: Tensor, usable: Tensor, warmup: int) -> None:
+    def _follow(self, distance: Tensor, usable: Tensor, right: Tensor, warmup: int) -> None:
         found = nearest(distance, usable)
         batch = positive_median(found).to(self.median.dtype)
         present = ~found.isnan()
-        right = ((found > 0).sum(0) / present.sum(0).clamp(min=1)).to(batch.dtype)
+        share = ((present & right.unsqueeze(1)).sum(0) / present.sum(0).clamp(min=1)).to(batch.dtype)
         # What a batch says of the median, where it is right about a sample, and of the share, where it has one.
         told = torch.stack([batch.isfinite(), present.any(0)]).to(batch.dtype)
-        values = torch.stack([batch.nan_to_num(), right]) * told
+        values = torch.stack([batch.nan_to_num(), share]) * told
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             if recording():
                 raise ValueError(

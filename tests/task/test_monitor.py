@@ -68,6 +68,11 @@ def test_distances_are_those_of_the_literal_loop_and_gradients_what_they_were(p)
         assert torch.equal(one.grad, other.grad)
 
 
+def focal(nll: Tensor) -> Tensor:
+    """A function of the nll of each sample is a factor like others."""
+    return ((1 - torch.exp(-nll)).square() * nll).mean()
+
+
 @pytest.mark.parametrize(
     "loss",
     [
@@ -77,6 +82,7 @@ def test_distances_are_those_of_the_literal_loop_and_gradients_what_they_were(p)
         lambda z, y: (F.cross_entropy(z, y, reduction="none") * torch.arange(1.0, 8.0)).sum(),
         lambda z, y: F.nll_loss(F.log_softmax(z, 1), y),
         lambda z, y: F.cross_entropy(z + 3.0, y),
+        lambda z, y: focal(F.cross_entropy(z, y, reduction="none")),
     ],
 )
 def test_the_factor_of_a_sample_is_read_off_its_gradient(loss) -> None:
@@ -84,6 +90,79 @@ def test_the_factor_of_a_sample_is_read_off_its_gradient(loss) -> None:
     monitor = measured(lambda m: loss(m(x), y).backward())
     close(monitor.distances(), literal(x, y))
     assert monitor.summary().count.tolist() == [7] * 5
+
+
+def sharpness_aware(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """A step of SAM without the update: both passes are measured, the second at the ascended weights."""
+    loss(model, x, y).backward()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * weight.grad
+    loss(model, x, y).backward()
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def two_batches(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    first, second = loss(model, x, y), loss(model, x.flip(0), y.flip(0))
+    second.backward()
+    first.backward()
+
+
+# What a step does -> the samples that it measures, by the literal loop.
+SCHEMES = {
+    "create_graph": (lambda m, x, y: loss(m, x, y).backward(create_graph=True), lambda x, y: literal(x, y)),
+    "penalty of the weights": (
+        lambda m, x, y: (loss(m, x, y) + sum(w.square().sum() for w in m.parameters())).backward(),
+        lambda x, y: literal(x, y),
+    ),
+    "functional_call": (
+        lambda m, x, y: F.cross_entropy(
+            torch.func.functional_call(m, {k: v.clone() for k, v in m.named_parameters()}, (x,)), y
+        ).backward(),
+        lambda x, y: literal(x, y),
+    ),
+    "shuffled logits": (
+        lambda m, x, y: F.cross_entropy(m(x).flip(0), y.flip(0)).backward(),
+        lambda x, y: literal(x, y),
+    ),
+    "two batches": (two_batches, lambda x, y: torch.cat([literal(x, y), literal(x.flip(0), y.flip(0))])),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_ways_to_train(name) -> None:
+    step, expected = SCHEMES[name]
+    x, y = batch()
+    close(measured(lambda m: step(m, x, y)).distances(), expected(x, y))
+
+
+def test_sharpness_aware_minimisation_measures_both_passes() -> None:
+    x, y = batch()
+    model, ascended = net(), net()
+    loss(ascended, x, y).backward()
+    with torch.no_grad():
+        for weight in ascended.parameters():
+            weight += 0.1 * weight.grad
+    monitor = measured(lambda m: sharpness_aware(m, x, y), model)
+    close(monitor.distances(), torch.cat([literal(x, y), literal(x, y, model=ascended)]))
+
+
+def test_what_part_of_the_logits_shows() -> None:
+    x, y = batch()
+    half = measured(lambda m: F.cross_entropy(m(x)[:4], y[:4]).backward()).distances()
+    close(half[:4], literal(x, y)[:4])
+    assert half[4:].isnan().all()
+    with pytest.raises(ValueError, match="the loss is not the cross-entropy of the logits"):
+        measured(lambda m: F.cross_entropy(m(x)[:, :3], y.clamp(max=2)).backward()).summary()
+
+    grads = measured(lambda m: torch.autograd.grad(loss(m, x, y), list(m.parameters())), layers=("0", "2"))
+    close(grads.distances(), literal(x, y)[:, 1:3])
+    with pytest.raises(ValueError, match=r"no gradient arrived at layer .* every=K"):
+        measured(lambda m: torch.autograd.grad(loss(m, x, y), [m[5].weight])).summary()
 
 
 def test_ignored_samples_are_unknown() -> None:
