@@ -33,9 +33,8 @@ WITH_SOFT = {"top_k": 1, "aggregation": "max", "space": "logit", "auxiliary": "c
 class Medians(Protocol):
     """The running medians that gamma="auto" goes by."""
 
-    def step(self, distance: Tensor, usable: Tensor, right: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
-        """Takes distances [N,k,L] where usable, and which samples are classified right [N]; the medians [L], and
-        whether the margin has its weight, [] bool."""
+    def step(self, distance: Tensor, usable: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
+        """Takes distances [N,k,L] where usable; the medians [L], and whether the margin has its weight, [] bool."""
 
 
 class LargeMarginLoss(TapLoss):
@@ -211,9 +210,7 @@ class LargeMarginLoss(TapLoss):
                 )
             with torch.no_grad():
                 usable = (norm > least) & found.valid.view(-1, 1, 1)
-                own = source.gather(1, label.unsqueeze(1))
-                right = (own > source.gather(1, index[:, :1])).squeeze(1)
-                median, on = medians.step(-gap.unsqueeze(2) / (self.eps + norm), usable, right, self.warmup)
+                median, on = medians.step(-gap.unsqueeze(2) / (self.eps + norm), usable, self.warmup)
                 gamma, cap = gamma * median, cap * median
                 weights = weights / gamma / (weights.sum() if reduction == "mean" else 1)
             reduction = "sum"

@@ -32,8 +32,11 @@ class AutoGamma(nn.Module):
     margin has no weight; then they are fixed and the margin has its weight. With several processes they are means over
     the processes. In eval mode they stay. Nothing waits for the device.
 
-    median [L];  right [L], running share of samples classified right;  seen: batches so far;  steps: those that count;
-    fixed
+    median [L];  right [L], running share of samples with d > 0;  seen: batches so far;  steps: those that count;  fixed
+
+    A soft competitor's d > 0 says that the label has more than half of the probability, which many wrong labels rule
+    out: then cross-entropy goes on alone. (Counting the samples that are classified right instead, the margin begins on
+    the few that are above a half, and networks err more: digits with 60 % of wrong labels 13.1 %, cross-entropy 11.0.)
     """
 
     median: Tensor
@@ -55,10 +58,9 @@ class AutoGamma(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._known_fixed = False
 
-    def step(self, distance: Tensor, usable: Tensor, right: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
+    def step(self, distance: Tensor, usable: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
         """The medians [L], 1 where they are not fixed yet, and whether they are, [] bool, with the distances [N,k,L] of
-        one more batch, those that are `usable`; `right` [N]: which samples are classified right. (A soft competitor's
-        d > 0 says more: that the label has more than half of the probability.)"""
+        one more batch, those that are `usable`."""
         if not self._told and not recording():
             self._told = True
             warnings.warn(
@@ -67,21 +69,21 @@ class AutoGamma(nn.Module):
                 stacklevel=5,
             )
         if self.training and not self._known_fixed:
-            self._follow(distance, usable, right, warmup)
+            self._follow(distance, usable, warmup)
         if self.median.device != distance.device:
             raise ValueError(
                 f"task must be on {distance.device}, as its batches are, got {self.median.device}: use task.to()"
             )
         return torch.where(self.fixed, self.median, 1.0).to(distance.dtype), self.fixed.clone()
 
-    def _follow(self, distance: Tensor, usable: Tensor, right: Tensor, warmup: int) -> None:
+    def _follow(self, distance: Tensor, usable: Tensor, warmup: int) -> None:
         found = nearest(distance, usable)
         batch = positive_median(found).to(self.median.dtype)
         present = ~found.isnan()
-        share = ((present & right.unsqueeze(1)).sum(0) / present.sum(0).clamp(min=1)).to(batch.dtype)
+        right = ((found > 0).sum(0) / present.sum(0).clamp(min=1)).to(batch.dtype)
         # What a batch says of the median, where it is right about a sample, and of the share, where it has one.
         told = torch.stack([batch.isfinite(), present.any(0)]).to(batch.dtype)
-        values = torch.stack([batch.nan_to_num(), share]) * told
+        values = torch.stack([batch.nan_to_num(), right]) * told
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             if recording():
                 raise ValueError(
