@@ -17,7 +17,7 @@ from margin_kernels.experiments import sweeps
 from margin_kernels.experiments.results import MEASURES, RECORDS, Records
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAGES = (RESULTS.parents[1] / "README.md", RESULTS / "README.md", RESULTS / "papers" / "README.md")
+PAGES = (RESULTS.parents[1] / "README.md", *(RESULTS / name / "README.md" for name in (".", "papers", "presets")))
 BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 # Step tables that are also shown side by side.
 OVERVIEW = ("step_cpu", "step_cpu_resnet20", "step_cpu_large", "step_cpu_resnet50")
@@ -299,6 +299,21 @@ def by_point(path: Path) -> str:
     return table(["model", *heads], lines)
 
 
+def by_model(path: Path) -> str:
+    """A row for each point of a sweep's summary.csv, a column for each model: accuracy, clean and under FGSM on the
+    gap, % and its standard deviation over the seeds."""
+    rows = list(csv.DictReader(path.open()))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        shares = []
+        for key in ("error", "fgsm_gap_error"):
+            text = f"{100 - 100 * float(row[f'{key}_mean']):.1f}"
+            shares.append(f"{text} ± {100 * float(std):.1f}" if (std := row[f"{key}_std"]) else text)
+        lines.setdefault(row["point"], [row["point"]]).append(" / ".join(shares))
+    return table(["", *models], list(lines.values()))
+
+
 def choices(folder: Path) -> str:
     """What each model of a sweep has chosen at each point, among what, and the validation accuracy of it, %."""
     rows: dict[str, dict[str, str]] = {}
@@ -383,6 +398,8 @@ def all_tables() -> dict[str, str]:
             tables[name] = robustness(path)
     for path in sorted((RESULTS / "papers").glob("*/summary.csv")):
         tables[f"papers/{path.parent.name}"] = (by_point if is_grid(path) else sweep)(path)
+    for path in sorted((RESULTS / "presets").glob("*/summary.csv")):
+        tables[f"presets/{path.parent.name}"] = by_model(path)
     tables["papers/toy"] = toy(json.loads((RESULTS / "papers" / "toy" / "toy.json").read_text()))
     tables["overview"] = overview([json.loads((RESULTS / f"{name}.json").read_text()) for name in OVERVIEW])
     for path in sorted(RESULTS.glob("*.json")):

@@ -38,6 +38,13 @@ OPS_OF = {
 }
 
 
+# Modules that make several processes train one model -> what to do with a task instead.
+WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel(task)",
+    "FullyShardedDataParallel": "torch.distributed.fsdp.fully_shard(task), or DistributedDataParallel(task)",
+}
+
+
 class MarginTask(nn.Module):
     """A classifier together with its margin loss: one forward gives loss, logits and margin statistics.
 
@@ -295,9 +302,15 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, nn.DataParallel):
         raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
     for name, module in model.named_modules():
-        # By name: importing torch._dynamo for the class would take seconds.
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            where = f"its module {name!r}" if name else "it"
+        where = f"its module {name!r}" if name else "it"
+        wrapper = type(module).__name__
+        # By name: importing torch._dynamo for the class, or the distributed packages, would take seconds.
+        if wrapper in WRAPPERS:
+            raise ValueError(
+                f"model must not be wrapped in {wrapper}, whose hooks take the margin's backward passes for those of a "
+                f"step, but {where} is: wrap the task, {WRAPPERS[wrapper]}"
+            )
+        if wrapper == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"model must not be compiled, but {where} is: compile the task, not the model")
 
 

@@ -48,8 +48,16 @@ def given():
     loader = [(torch.rand(6, 1, 8, 8), torch.randint(5, (6,))) for _ in range(3)]
     loss = mk.LargeMarginLoss(gamma=0.1)
     return {
-        "mk": mk, "torch": torch, "F": F, "model": model, "loader": loader, "loss": loss, "MyFunction": Double,
-        "x": loader[0][0], "y": loader[0][1], "optimizer": torch.optim.SGD(model.parameters(), lr=0.05),
+        "mk": mk,
+        "torch": torch,
+        "F": F,
+        "model": model,
+        "loader": loader,
+        "loss": loss,
+        "MyFunction": Double,
+        "x": loader[0][0],
+        "y": loader[0][1],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.05),
         "task": mk.MarginTask(model, loss, layers=("input",)),
     }
 

@@ -15,7 +15,8 @@ spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "t
 tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 
-SWEEPS = sorted(path.parent for path in (ROOT / "benchmarks" / "results" / "papers").glob("*/records.jsonl"))
+RESULTS = ROOT / "benchmarks" / "results"
+SWEEPS = sorted(path.parent for room in ("papers", "presets") for path in (RESULTS / room).glob("*/records.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,10 @@ def test_a_stale_table_is_replaced_and_an_unknown_one_refused():
 
 
 def test_every_sweep_has_its_table_on_the_page():
-    page = (ROOT / "benchmarks" / "results" / "papers" / "README.md").read_text()
     assert len(SWEEPS) > 10
     for folder in SWEEPS:
-        assert f"<!-- table papers/{folder.name}" in page
+        page = (folder.parent / "README.md").read_text()
+        assert f"<!-- table {folder.parent.name}/{folder.name}" in page
 
 
 @pytest.mark.parametrize("folder", SWEEPS, ids=lambda folder: folder.name)

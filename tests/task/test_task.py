@@ -454,6 +454,17 @@ def train_on_one_of_two(rank: int, file: str) -> None:
     os._exit(0)
 
 
+def test_a_wrapped_model_is_refused(tmp_path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(conv_net())
+        for model, where in ((wrapped, "it"), (nn.Sequential(wrapped), "its module '0'")):
+            with pytest.raises(ValueError, match=rf"must not be wrapped in Distributed.*{where} is: wrap the task"):
+                MarginTask(model, LargeMarginLoss(gamma=1.0))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_two_processes_average_to_the_gradient_of_the_whole_batch(tmp_path) -> None:
     file = str(tmp_path / "store")
     multiprocessing.spawn(train_on_one_of_two, (file,), nprocs=2)
