@@ -1,5 +1,6 @@
 """`margin-kernels`, also `python -m margin_kernels.experiments`: where the extra is missing, a sentence says so."""
 
+import os
 import sys
 
 # What the extra [experiments] installs, by the names of the modules. Some are imported by one command alone.
@@ -8,6 +9,7 @@ EXTRA = ("jsonargparse", "matplotlib", "pandas", "rich", "safetensors", "sklearn
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status: 1, after a sentence, where a package of the extra is missing."""
+    os.environ["MPLBACKEND"] = "agg"  # figures become files; a name that matplotlib does not know would end its import
     try:
         from .cli import main as run
 

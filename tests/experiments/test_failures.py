@@ -786,7 +786,7 @@ def test_an_evaluation_of_other_weights_is_not_reported(run, capsys):
         ("grid: {training.seed: [1, 2]}\nmodels: {a: {}}", "training.seed must not stand in points, grid or choose"),
         ("models: {a: {choose: {name: [x, y]}}}", "name must not stand in points, grid or choose"),
         ("points: [{data.seed: 3}]\nmodels: {a: {}}", "data.seed must not stand in points, grid or choose"),
-        (f"models: {{a: {{}}, {'n' * 300}: {{}}}}", "name must be the name of a folder"),
+        (f"models: {{a: {{}}, {'n' * 250}: {{}}}}", "name must be the name of a folder"),
         ("models: {a: {}}\nseeds: [-1]", "seed must be at least 0, got -1"),
         ("models: {a: {}}\nseed_keys: 3", "seed_keys must be a list of keys, got 3"),
         ("models: {a: {}}\nseed_keys: [loss.kind]", "seed_keys must be keys of seeds, got 'loss.kind'"),

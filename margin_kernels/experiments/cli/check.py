@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import read_yaml
+from ..config import check_whole
 from ..models import load_model
 from ..results import CANDIDATES, RECORDS, Record, Records, Run, read_json, shape
 from ..training import Output, load_state
@@ -21,12 +21,13 @@ def _records(path: Path) -> list[Record]:
 CHECKS: dict[str, Callable[[Path], Any]] = {
     "checkpoint.pt": lambda path: load_state(path.parent),
     "model.safetensors": lambda path: load_model(path.parent),
+    "model.json": lambda path: load_model(path.parent),
     RECORDS: _records,
     CANDIDATES: _records,
     "run.json": Run.read,
     "evaluation.json": lambda path: shape.check(read_json(path), dict, str(path)),
     "summary.json": lambda path: shape.check(read_json(path), dict, str(path)),
-    "config.yaml": read_yaml,
+    "config.yaml": check_whole,
 }
 
 
@@ -44,10 +45,18 @@ def check(arguments: list[str]) -> int:
     console = Output(soft_wrap=True)
     damaged = 0
     for folder in options.folders:
-        files = sorted(path for path in folder.rglob("*") if path.name in CHECKS and path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.name in CHECKS)
+        # of a network once, by its weights where they are there
+        files = [
+            path for path in files if path.name != "model.json" or not path.with_name("model.safetensors").exists()
+        ]
         if not files:
             raise ValueError(f"{folder} must hold files of a run or a sweep, got none of {', '.join(CHECKS)}")
         for path in files:
+            if not path.is_file():
+                damaged += 1
+                console.print(f"damaged  {path} must be a file, got a folder, a pipe, a device or a link to nothing")
+                continue
             if options.renew and CHECKS[path.name] is _records:
                 console.print(f"{Records(path).renew()} lines of {path} have a new checksum")
             try:

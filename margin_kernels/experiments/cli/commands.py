@@ -27,7 +27,7 @@ from margin_kernels.memory import keep_freed_memory
 
 from .. import config, data, models, sweeps
 from ..config import Config, bounds
-from ..evaluation import evaluate
+from ..evaluation import check_images, evaluate
 from ..report import page, study_page, table
 from ..results import (
     RECORDS,
@@ -41,7 +41,6 @@ from ..results import (
     settle,
     shape,
     summary,
-    sweep_temporary,
     versions,
     write_json,
 )
@@ -69,13 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command, of `arguments` or, as a process of its own, of the command line; returns the exit status."""
     alone = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    command, rest = arguments[0], arguments[1:]
-    if command not in COMMANDS:
-        print(f"margin-kernels: command must be one of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
-        return 2
+    command, *rest = arguments or ["--help"]
     if alone:
         errors.stop_on_signals()
         errors.write_any_text()
@@ -83,9 +76,25 @@ def main(arguments: list[str] | None = None) -> int:
         keep_freed_memory()
     try:
         check_text(rest)
-        return COMMANDS[command](rest)
+        status = run_command(command, rest)
+        if alone:
+            sys.stdout.flush()
+        return status
     except (Exception, KeyboardInterrupt) as error:
-        return errors.report(f"margin-kernels {command}", error)
+        status = errors.report(f"margin-kernels {command}", error)
+        if alone:
+            errors.end_output()
+        return status
+
+
+def run_command(command: str, rest: list[str]) -> int:
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command not in COMMANDS:
+        print(f"margin-kernels: command must be one of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
+        return 2
+    return COMMANDS[command](rest)
 
 
 def train(arguments: list[str]) -> int:
@@ -145,12 +154,13 @@ def evaluate_runs(arguments: list[str]) -> int:
     parser.add_argument("--no-timing", action="store_true", help="do not time training steps")
     options = parser.parse_args(arguments)
     console = Output()
+    for folder in options.runs:  # all of them before the first is measured
+        if not ((folder / "config.yaml").is_file() or (folder / REPLACED).is_dir()):
+            raise models.CheckpointError(
+                f"{folder / 'config.yaml'}: missing; {folder} is not the folder of a training run"
+            )
     with Meter(len(options.runs), "evaluating", console) as meter:
         for folder in options.runs:
-            if not ((folder / "config.yaml").is_file() or (folder / REPLACED).is_dir()):
-                raise models.CheckpointError(
-                    f"{folder / 'config.yaml'}: missing; {folder} is not the folder of a training run"
-                )
             with locked(folder, "a training or another evaluation", remedy="wait for it to end"):
                 settle(folder)
                 write_json(folder / "evaluation.json", measured(folder, options, meter))
@@ -175,7 +185,9 @@ def measured(folder: Path, options: argparse.Namespace, meter: Meter) -> dict[st
 
 def read_config(folder: Path, options: argparse.Namespace) -> Config:
     """A run's config with the options of the command line applied."""
-    settings = config.parse(["--config", str(folder / "config.yaml")])
+    path = folder / "config.yaml"
+    config.check_whole(path)
+    settings = config.parse(["--config", str(path)])
     if options.data_dir is not None:
         settings = replace(settings, data=replace(settings.data, dir=options.data_dir))
     if options.device is not None:
@@ -194,6 +206,7 @@ def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: M
             f"{folder / 'config.yaml'}: model.name must be {description['name']}, as in model.json, "
             f"got {settings.model.name}"
         )
+    check_images(folder, description, dataset.test, str(folder / "model.json"))
     device = resolve_device(settings.training.device)
     hidden = models.hidden_taps(settings.model.name)
     result = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, meter.advance)
@@ -209,6 +222,7 @@ def read_compared(folder: Path) -> table.Compared:
             raise ValueError(f"{path}: no record of {cell}; there are {', '.join(r.cell for r in found.all())}")
         record = found[cell]
         try:
+            shape.check(record.machine, shape.MACHINE, "machine")
             shape.check_evaluation(record.measurements, shape.EVALUATION)
         except ValueError as error:
             raise ValueError(f"{path}: {cell} cannot be reported: {error}") from None
@@ -256,10 +270,14 @@ def make_report(arguments: list[str]) -> int:
         "--data-dir", default=None, help="of sweeps with kept weights: folder of the data files, for attacked images"
     )
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    sweep_temporary(options.out)
-    if any(map(study_page.is_sweep, options.runs)):
-        return report_sweeps(options)
+    with locked(options.out, "another report, or by a run or a sweep of that folder"):
+        if any(map(study_page.is_sweep, options.runs)):
+            return report_sweeps(options)
+        return report_runs(options)
+
+
+def report_runs(options: argparse.Namespace) -> int:
+    """One page of the runs whose folders are given."""
     compared = [read_compared(folder) for folder in options.runs]
     names = {model.run.config.data.name for model in compared}
     title = options.title or f"Large-margin training on {', '.join(sorted(names))}"
@@ -313,8 +331,8 @@ def run_sweep(arguments: list[str]) -> int:
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: sweeps/NAME)")
     parser.add_argument("--budget", default="full", help="quick, cpu, full: what the file offers (default: full)")
-    parser.number("--jobs", bounds.Range(1, 1e6), 1, "cells at a time (default: 1)")
-    parser.number("--threads", bounds.RANGES["training.threads"], 1, "CPU threads of each (default: 1)")
+    parser.number("--jobs", bounds.PROCESSES, 1, "cells at a time (default: 1)")
+    parser.number("--threads", bounds.PROCESSES, 1, "CPU threads of each (default: 1)")
     parser.add_argument(
         "--device",
         default=None,
@@ -342,6 +360,8 @@ def run_sweep(arguments: list[str]) -> int:
         done = states.count("finished")
         console.print(f"{len(cells)} cells, {done} finished, {len(cells) - done} to do")
         return 0
+    for device in {options.device} if options.device else {cell.config.training.device for cell in cells}:
+        resolve_device(device)
     try:
         failed = runner.run()
         status = 1 if failed else 0
@@ -370,8 +390,8 @@ def run_demo(arguments: list[str]) -> int:
     )
     parser.number("--seed", bounds.SEED, 0, "of weights and order (default: 0)")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    digits.run(options.out, quick=options.quick, seed=options.seed)
+    with locked(options.out, "another demo"):
+        digits.run(options.out, quick=options.quick, seed=options.seed)
     return 0
 
 
@@ -390,8 +410,8 @@ def run_toy(arguments: list[str]) -> int:
     seeds = bounds.Range(0, bounds.SEED.most - 1)
     parser.number("--seed", seeds, 0, "of weights, order and training points; the next one of test points (default: 0)")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    plane.run(options.out, plane.QUICK if options.quick else options.epochs, options.seed)
+    with locked(options.out, "another toy"):
+        plane.run(options.out, plane.QUICK if options.quick else options.epochs, options.seed)
     return 0
 
 
@@ -403,11 +423,11 @@ def explain(arguments: list[str]) -> int:
     )
     parser.add_argument("networks", nargs="+", help=f"names of networks: {', '.join(models.MODELS)}")
     parser.add_argument("--layers", nargs="+", help="taps (default: input, the network's hidden layers, output)")
-    parser.number("--top-k", bounds.SOME, 1, "competitors (default: 1)")
+    parser.number("--top-k", bounds.Range(1, CLASSES - 1), 1, "competitors (default: 1)")
     parser.add_argument("--second-order", action="store_true", help="differentiate the norms as well")
     parser.number("--cross-entropy-weight", bounds.RADIUS, 0.0, "beside the margin (default: 0)")
     parser.add_argument("--norm", choices=("batch", "group"), help="of networks that have one (default: batch)")
-    parser.number("--batch-size", bounds.Range(1, 1e6), 2, "images (default: 2)")
+    parser.number("--batch-size", bounds.Range(1, 1024), 2, "images (default: 2)")
     parser.add_argument("--eval", action="store_true", help="the network in evaluation mode")
     options = parser.parse_args(arguments)
     loss = LargeMarginLoss(
@@ -420,7 +440,7 @@ def explain(arguments: list[str]) -> int:
             raise ValueError(f"--norm is for networks that have one, and {name} has none")
         extra = {} if options.norm is None else {"norm": options.norm}
         shape = models.default_shape(name)
-        network = models.build(name, shape, 10, **extra).train(not options.eval)
+        network = models.build(name, shape, CLASSES, **extra).train(not options.eval)
         layers = options.layers or ("input", *models.hidden_taps(name), "output")
         task = MarginTask(network, loss, layers)
         x = torch.rand(options.batch_size, *shape)
@@ -443,6 +463,7 @@ def info(arguments: list[str]) -> int:
     return 0
 
 
+CLASSES = 10  # of `explain`, as in all data sets here
 TRAINING = ("train", "demo", "toy")  # the commands that take training steps in their own process
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,

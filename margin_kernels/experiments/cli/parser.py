@@ -32,10 +32,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_text(arguments: list[str]) -> None:
-    """Raises ValueError for an argument that neither a file system nor a page can hold."""
+    """Raises ValueError for an argument that neither a file system nor a page can hold, and for an empty one: a
+    variable of the shell that is not set."""
     option = "a name on the command line"
     for argument in arguments:
         if argument.startswith("--"):
             option = argument.partition("=")[0]
         if not is_text(argument):
             raise ValueError(f"{option} must be {TEXT}, got {argument!r}")
+        if argument in ("", f"{option}="):
+            raise ValueError(f"{option} must not be empty")

@@ -21,6 +21,7 @@ from .options import (
 from .reading import (
     add_arguments,
     check_keys,
+    check_whole,
     complete,
     find,
     from_dict,
@@ -56,6 +57,7 @@ __all__ = [
     "add_arguments",
     "check",
     "check_keys",
+    "check_whole",
     "complete",
     "exponent",
     "find",

@@ -22,6 +22,7 @@ HUGE = 1e6  # a bound from here on is there so that numbers stay what they are: 
 
 
 TEXT = "text in UTF-8 without NUL"
+LABEL = "text without control characters, at most 255 bytes"
 
 
 class Range(NamedTuple):
@@ -44,9 +45,12 @@ class Range(NamedTuple):
         return f"in {'(' if self.open else '['}{self.least}, {self.most}]"
 
 
-COUNT, SOME, SHARE, POSITIVE = Range(0), Range(1, 2**53), Range(0, 1), Range(0, open=True)
-MANY = Range(0, 2**53)  # every float holds it
+SHARE, NOT_NEGATIVE, POSITIVE = Range(0, 1), Range(0), Range(0, open=True)
+MANY, SOME = Range(0, 1e9), Range(1, 1e9)  # of images and classes: more than any data set has
 EPOCHS = Range(0, 1e6)
+BATCH = Range(1, 1e6)  # images at a time
+PROCESSES = Range(1, max(256, os.cpu_count() or 1))
+LONGEST = 1000  # values in a list
 TIMES = Range(1, 1e6)  # of what is done again and again: more never ends
 RADIUS = Range(0, 1e30)  # of images in float32
 SEED = Range(0, 2**63 - 1)  # what torch's generators take
@@ -57,6 +61,7 @@ RANGES = {
     "data.label_noise": SHARE,
     "data.seed": SEED,
     "model.dropout": Range(0, 1),
+    "loss.cross_entropy_epochs": EPOCHS,
     "loss.gamma_factor": POSITIVE,
     "loss.label_smoothing": SHARE,
     "loss.top_k": SOME,
@@ -66,27 +71,28 @@ RANGES = {
     "loss.adversarial_training.eps": RADIUS,
     "loss.adversarial_training.steps": TIMES,
     "loss.virtual_adversarial.eps": POSITIVE,
-    "loss.virtual_adversarial.xi": POSITIVE,
+    "loss.virtual_adversarial.xi": Range(1e-8, 1e3),  # below it float32 has no divergence left
     "loss.virtual_adversarial.iterations": TIMES,
-    "optimiser.lr": COUNT,
-    "optimiser.momentum": Range(0),
-    "optimiser.weight_decay": COUNT,
-    "schedule.factor": COUNT,
-    "schedule.warmup": COUNT,
+    "optimiser.lr": NOT_NEGATIVE,
+    "optimiser.momentum": SHARE,
+    "optimiser.weight_decay": NOT_NEGATIVE,
+    "schedule.factor": NOT_NEGATIVE,
+    "schedule.warmup": EPOCHS,
+    "schedule.milestones": EPOCHS,
     "training.epochs": EPOCHS,
     "training.repeat": TIMES,
     "training.stop_at_train_accuracy": SHARE,
-    "training.batch_size": SOME,
-    "training.accumulate": SOME,
+    "training.batch_size": BATCH,
+    "training.accumulate": BATCH,
     "training.seed": SEED,
     "training.clip_norm": POSITIVE,
-    "training.threads": Range(1, max(256, os.cpu_count() or 1)),
+    "training.threads": PROCESSES,
     "evaluation.eps": RADIUS,
     "evaluation.curve": RADIUS,
     "evaluation.steps": TIMES,
     "evaluation.attack_samples": SOME,
     "evaluation.noise_samples": TIMES,
-    "evaluation.batch_size": SOME,
+    "evaluation.batch_size": BATCH,
     "evaluation.deepfool_iterations": TIMES,
     "evaluation.timing_repeats": EPOCHS,
     "evaluation.deepfool_step_limit": POSITIVE,
@@ -101,14 +107,19 @@ def check(config: Config) -> None:
     value, and for a name that is no name of a folder."""
     for key in nulls(config):
         raise ConfigError(f"{key} must have a value, got null")
-    is_name = config.name not in ("", ".", "..") and PurePath(config.name).name == config.name
-    if not (is_name and is_text(config.name) and len(config.name.encode()) <= 255):
+    is_name = config.name not in (".", "..") and PurePath(config.name).name == config.name
+    if not (is_name and is_label(config.name)):
         raise ConfigError(
             f"name must be the name of a folder, without separators and at most 255 bytes, got {config.name!r}"
         )
     for key, text in leaves(config):
         if isinstance(text, str) and not is_text(text):
             raise ConfigError(f"{key} must be {TEXT}, got {text!r}")
+        if text == "":
+            raise ConfigError(f"{key} must not be empty")
+    for key, count in lengths(config):
+        if count > LONGEST:
+            raise ConfigError(f"{key} must have at most {LONGEST:,} values, got {count:,}")
     for key, value in numbers(config):
         is_norm = key.rsplit(".", 1)[-1] in ("p", "distance_p")
         if not (is_norm or math.isfinite(value)):
@@ -116,6 +127,9 @@ def check(config: Config) -> None:
         allowed = NORM if is_norm else RANGES.get(key, MANY if isinstance(value, int) else Range())
         if value not in allowed:
             raise ConfigError(f"{key} must be {allowed.words(value)}, got {value}")
+    parts, images = config.training.accumulate, config.training.batch_size
+    if parts > images:
+        raise ConfigError(f"training.accumulate must be at most training.batch_size, {images}, got {parts}")
 
 
 def is_text(value: str) -> bool:
@@ -127,6 +141,11 @@ def is_text(value: str) -> bool:
     return "\0" not in value
 
 
+def is_label(value: str) -> bool:
+    """Whether a page, a figure and the name of a file can show a text: no control characters, at most 255 bytes."""
+    return value.strip() != "" and value.isprintable() and is_text(value) and len(value.encode()) <= 255
+
+
 def nulls(section: Any, prefix: str = "") -> Iterator[str]:
     """Dotted keys of the fields that are None and must not be."""
     kinds = get_type_hints(type(section))
@@ -136,6 +155,16 @@ def nulls(section: Any, prefix: str = "") -> Iterator[str]:
             yield from nulls(value, f"{prefix}{item.name}.")
         elif value is None and NoneType not in get_args(kinds[item.name]):
             yield prefix + item.name
+
+
+def lengths(section: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted key, number of values) of every list in a section."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from lengths(value, f"{prefix}{item.name}.")
+        elif isinstance(value, (list, tuple)):
+            yield prefix + item.name, len(value)
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

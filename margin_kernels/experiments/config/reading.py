@@ -12,7 +12,8 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -20,7 +21,14 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from .bounds import TEXT, ConfigError, check
 from .options import GENERAL_OPTIONS, OPTIONS_OF_LOSS, Config
 
+WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", NoneType: "null"}
+SECTIONS = {  # and the first option of each; jsonargparse would take a file or a mapping that nothing has checked
+    name: dataclasses.fields(section)[0].name
+    for name, section in get_type_hints(Config).items()
+    if dataclasses.is_dataclass(section)
+}
 LARGEST = 1_000_000  # values in a YAML file
+LARGEST_FILE = 1 << 26  # its bytes
 
 
 def shipped() -> dict[str, Path]:
@@ -47,23 +55,46 @@ def find(name: str) -> Path:
     raise ConfigError(f"--config {name}: no such file, and not one of the shipped configs: {', '.join(files)}")
 
 
+class Loader(yaml.SafeLoader):
+    """yaml's safe loader, and each key of a mapping once: yaml itself takes the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":  # any other key is refused when it is built
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, {} for an empty one. Raises ConfigError with file and line where it holds no such."""
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise ConfigError(f"{path} must have at most {LARGEST_FILE:,} bytes, got {size:,}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = Loader(path.read_text(encoding="utf-8"))
+        content = loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         at = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ConfigError(f"{path}{at}: not YAML: {error.problem or error}") from None
     except Exception as error:  # tags with values of another kind: yaml raises any type
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
-        if (count := _expanded(content, {})) > LARGEST:
-            raise ConfigError(f"{path} must stand for at most {LARGEST:,} values, got {count:,} by its anchors")
-        json.dumps(content, skipkeys=True, default=str, ensure_ascii=False).encode()
+        count = _expanded(content, {})
+        if count <= LARGEST:
+            json.dumps(content, skipkeys=True, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{path} must be {TEXT}, got {error.object[error.start]!r}") from None
     except RecursionError:
         raise ConfigError(f"{path}: an anchor stands within what it names") from None
+    except ValueError:  # Python writes no integer of more than 4300 digits, and reads hexadecimal ones of any length
+        raise ConfigError(f"{path} must hold integers of at most 4,300 digits, got a longer one") from None
+    if count > LARGEST:
+        raise ConfigError(f"{path} must stand for at most {LARGEST:,} values, got {count:,} by its anchors")
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -112,6 +143,23 @@ def check_keys(given: dict[str, Any], where: str, prefix: str = "") -> None:
             raise ConfigError(f"{where}: unknown key {name!r}; {_suggestion(name, known)}")
 
 
+def check_whole(path: Path) -> None:
+    """Raises ConfigError where the file is not all of what to_yaml writes: the rest would silently be defaults."""
+    values = read_yaml(path)
+    check_keys(values, str(path))
+    lacking = [key for key in keys() if not _has(values, key.split("."))]
+    if lacking or not path.read_text(encoding="utf-8").endswith("\n"):
+        raise ConfigError(
+            f"{path} must have every key of a config, as `margin-kernels train` writes it; it is cut off or of an "
+            f"earlier version, without {', '.join(lacking[:3]) or 'its end'}{', ...' if len(lacking) > 3 else ''}: "
+            "`margin-kernels train` with the same options and --resume writes it again"
+        )
+
+
+def _has(values: Any, key: list[str]) -> bool:
+    return not key or (isinstance(values, dict) and key[0] in values and _has(values[key[0]], key[1:]))
+
+
 def _suggestion(name: str, known: list[str]) -> str:
     leaf = name.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
@@ -151,12 +199,15 @@ def parse_with(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     arguments = _with_config_paths(arguments)
     for option in arguments:
         match = re.match(r"--([a-z_]+\.[\w.]+)", option)
+        section = option.partition("=")[0].removeprefix("--")
+        if section in SECTIONS and option.startswith("--"):
+            raise ConfigError(f"--{section} must name one of its options, as in --{section}.{SECTIONS[section]}")
         if match and match[1] not in keys():
             raise ConfigError(f"command line: unknown key {match[1]!r}; {_suggestion(match[1], keys())}")
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(_sentence(error)) from None
 
 
 def _with_config_paths(arguments: list[str]) -> list[str]:
@@ -168,6 +219,8 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
         if prefix or previous == "--config":
             path = find(value)
             content = read_yaml(path)
+            if not content:
+                raise ConfigError(f"{path} must be a mapping of keys to values, got nothing")
             check_keys(content, str(path))
             argument = prefix + str(path)
         result.append(argument)
@@ -181,7 +234,35 @@ def typed(values: dict[str, Any]) -> Config:
     try:
         return from_namespace(_parser().parse_object(values))
     except ArgumentError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(_sentence(error)) from None
+
+
+def _sentence(error: ArgumentError) -> str:
+    """What jsonargparse says on several lines, in one: "KEY must be KIND, got VALUE" for a value of another kind."""
+    text = str(error)
+    key = re.search(r'Parser key "([\w.]+)":(?![\s\S]*Parser key)', text)
+    value = re.findall(r"(?:Got|Given) value: (.*)", text)
+    if key is None or not value or key[1] not in (kinds := _kinds(Config)):
+        return " ".join(text.split())
+    return f"{key[1]} must be {kinds[key[1]]}, got {value[-1]}"
+
+
+def _kinds(cls: type, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> what it may be, in words."""
+    found: dict[str, str] = {}
+    for name, kind in get_type_hints(cls).items():
+        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        found |= _kinds(kind, f"{prefix}{name}.") if nested else {prefix + name: _words(kind)}
+    return found
+
+
+def _words(kind: Any) -> str:
+    if kind in WORDS:
+        return WORDS[kind]
+    below = [repr(one) if get_origin(kind) is Literal else _words(one) for one in get_args(kind)]
+    if get_origin(kind) is list:
+        return f"a list of {below[0].split(' ', 1)[-1]}s"
+    return " or ".join((", ".join(below[:-1]), below[-1]) if len(below) > 1 else below)
 
 
 @functools.cache

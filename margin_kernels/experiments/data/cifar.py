@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .idx import LARGEST, DataError
+from .idx import LARGEST, DataError, file_bytes
 
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 PYTHON_FOLDER, BINARY_FOLDER = "cifar-10-batches-py", "cifar-10-batches-bin"
@@ -84,10 +84,11 @@ def parse_python_batch(content: bytes, where: str) -> tuple[np.ndarray, np.ndarr
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
         found = f"{data.dtype} {list(data.shape)}" if isinstance(data, np.ndarray) else type(data).__name__
         raise DataError(f"{where}: b'data' must be uint8 [N, 3072], got {found}")
-    try:
-        labels = np.asarray(labels)
-    except ValueError:  # lists of different lengths
-        raise DataError(f"{where}: labels must be integers [N], got {type(labels).__name__}") from None
+    if not isinstance(labels, np.ndarray):
+        # a nest of lists of lists may stand for more values than memory holds
+        if not isinstance(labels, list) or not all(type(label) is int and abs(label) < 2**63 for label in labels):
+            raise DataError(f"{where}: labels must be integers [N], got {type(labels).__name__} of others")
+        labels = np.array(labels, dtype=np.int64)
     return _checked(data, labels, where)
 
 
@@ -134,7 +135,7 @@ def _members(source: Path) -> dict[str, bytes]:
     """Content of the six batch files by name (data_batch_1 or data_batch_1.bin)."""
     wanted = set(BATCHES) | {name + ".bin" for name in BATCHES}
     if source.is_dir():
-        return {path.name: path.read_bytes() for path in sorted(source.iterdir()) if path.name in wanted}
+        return {path.name: file_bytes(path) for path in sorted(source.iterdir()) if path.name in wanted}
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(source, "r:*") as archive:

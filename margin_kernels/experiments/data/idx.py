@@ -21,6 +21,7 @@ import numpy as np
 
 IMAGES_MAGIC = 2051
 LABELS_MAGIC = 2049
+WIDEST = 256  # pixels: the networks of larger ones would have gigabytes of weights
 LARGEST = 1 << 30  # bytes of a file, zipped or not: the official ones have at most 47,040,016
 
 
@@ -87,11 +88,18 @@ def find_folder(name: str, data_dir: Path) -> Path:
     )
 
 
-def _content(path: Path, name: str, stem: str, verify: bool) -> bytes:
-    """Unzipped bytes of `path`. Its digest is compared with the official one before anything is unzipped."""
+def file_bytes(path: Path) -> bytes:
+    """The bytes of a data file. Raises DataError where it is none, or too large."""
+    if not path.is_file():
+        raise DataError(f"{path} must be a file, got a folder, a pipe, a device or a link to nothing")
     if path.stat().st_size > LARGEST:
         raise DataError(f"{path} must have at most {LARGEST:,} bytes, got {path.stat().st_size:,}")
-    stored = path.read_bytes()
+    return path.read_bytes()
+
+
+def _content(path: Path, name: str, stem: str, verify: bool) -> bytes:
+    """Unzipped bytes of `path`. Its digest is compared with the official one before anything is unzipped."""
+    stored = file_bytes(path)
     official = OFFICIAL[name][stem]
     zipped = path.suffix == ".gz"
     if zipped:
@@ -128,6 +136,8 @@ def parse_images(content: bytes, path: Path) -> np.ndarray:
     count, rows, cols = (int(v) for v in np.frombuffer(content, dtype=">i4", count=3, offset=4))
     if count < 1 or rows < 1 or cols < 1:
         raise DataError(f"{path} must hold at least one image of one pixel, got {count} of {rows}x{cols}")
+    if rows > WIDEST or cols > WIDEST:
+        raise DataError(f"{path} must hold images of at most {WIDEST}x{WIDEST} pixels, got {rows}x{cols}")
     _check_size(content, 16 + count * rows * cols, f"{count} images of {rows}x{cols}", path)
     return np.frombuffer(content, dtype=np.uint8, offset=16).reshape(count, rows, cols)
 
@@ -136,9 +146,11 @@ def parse_labels(content: bytes, path: Path) -> np.ndarray:
     """uint8 [N] of an idx1 content, all in 0..9; raises DataError otherwise."""
     _check_magic(content, LABELS_MAGIC, 8, path)
     count = int(np.frombuffer(content, dtype=">i4", count=1, offset=4)[0])
+    if count < 1:
+        raise DataError(f"{path} must hold at least one label, got {count}")
     _check_size(content, 8 + count, f"{count} labels", path)
     labels = np.frombuffer(content, dtype=np.uint8, offset=8)
-    if count and labels.max() > 9:
+    if labels.max() > 9:
         raise DataError(f"{path}: labels must be in [0, 9], got {labels.max()}")
     return labels
 

@@ -5,13 +5,14 @@ from margin_kernels.modes import eval_mode
 from . import attacks, histogram
 from .attacks import ifgsm, logit_gap
 from .distance import signed_distance, tap_names
-from .measure import METHODS, SIDES, accuracy, evaluate
+from .measure import METHODS, SIDES, accuracy, check_images, evaluate
 
 __all__ = [
     "METHODS",
     "SIDES",
     "accuracy",
     "attacks",
+    "check_images",
     "eval_mode",
     "evaluate",
     "histogram",

@@ -183,18 +183,23 @@ def load_attacker(folder: Path, split: Split, device: torch.device | str = "cpu"
     """The network of evaluation.attacker. Raises CheckpointError where the folder holds none, ValueError where it
     takes other images."""
     model, description = load_model(folder)
+    check_images(folder, description, split, "evaluation.attacker")
+    return model.to(device)
+
+
+def check_images(folder: Path, description: dict[str, Any], split: Split, where: str) -> None:
+    """Raises ValueError where the network of a run takes other images than those of `split`."""
     preprocess = description.get("preprocess", "none")
     if preprocess != split.preprocess:
         raise ValueError(
-            f"evaluation.attacker: the network of {folder} takes images with data.preprocess {preprocess!r}, these "
-            f"have {split.preprocess!r}"
+            f"{where}: the network of {folder} takes images with data.preprocess {preprocess!r}, these have "
+            f"{split.preprocess!r}"
         )
     if tuple(description["shape"]) != tuple(split.images.shape[1:]):
         raise ValueError(
-            f"evaluation.attacker: the network of {folder} takes images of shape {description['shape']}, "
-            f"these are {list(split.images.shape[1:])}"
+            f"{where}: the network of {folder} takes images of shape {description['shape']}, these are "
+            f"{list(split.images.shape[1:])}"
         )
-    return model.to(device)
 
 
 def _shares(standing: dict[str, Tensor]) -> dict[str, float]:

@@ -3,14 +3,15 @@ and classes, so that `load_model` needs no config. The weights hold a checksum o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from ..results import digest, read_json, write_atomic, write_json
 from .networks import build
@@ -43,15 +44,32 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{weights_path} is damaged, or not the one of {description_path}: it has another checksum; train it again."
         )
     try:
-        model = build(
-            description["name"], tuple(description["shape"]), description["classes"], **description["options"]
-        )
+        with torch.device("meta"):  # no memory: a description may ask for any size
+            check_weights(weights, _described(description).state_dict())
+        model = _described(description)
         model.load_state_dict(weights)
     except Exception as error:  # a description of another program: any type
         raise CheckpointError(
             f"{description_path}: not the network of {weights_path} ({type(error).__name__}: {error}); train it again."
         ) from error
     return model.eval(), description
+
+
+def _described(description: dict[str, Any]) -> nn.Module:
+    return build(description["name"], tuple(description["shape"]), description["classes"], **description["options"])
+
+
+def check_weights(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where `found` are not the tensors of a network by name, shape and type, or are not finite."""
+    if found.keys() != expected.keys():
+        raise ValueError(f"weights must be {', '.join(expected)}, got {', '.join(map(str, found)) or 'none'}")
+    for name, tensor in expected.items():
+        own = found[name]
+        if not isinstance(own, Tensor) or own.shape != tensor.shape or own.dtype != tensor.dtype:
+            about = f"{own.dtype} {list(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
+            raise ValueError(f"{name} must be {tensor.dtype} {list(tensor.shape)}, got {about}")
+        if own.is_floating_point() and not bool(own.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 def weights_digest(folder: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,8 @@ def draw_panels(
             figure.savefig(raster, format="png", dpi=150)
         finally:
             plt.close(figure)
-    return Figure(name, caption, vector.getvalue().decode(), raster.getvalue(), columns * size[0] > BROAD)
+    stem = re.sub(r"[^\w.=+-]+", "_", name)  # of names in records, which are those of no folder
+    return Figure(stem, caption, vector.getvalue().decode(), raster.getvalue(), columns * size[0] > BROAD)
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def accuracy_curve(models: list[Compared], key: str) -> Figure:
     def paint(axes: Axes) -> None:
         for i, model in enumerate(models):
             evaluation = model.evaluation
-            values = 100 * np.array(evaluation["curves"][key])
+            values = 100 * np.array(evaluation["curves"][key], dtype=float)  # null, what was not measured, is a gap
             axes.plot(
                 evaluation["curve_eps"], values, label=model.label, marker=MARKERS[i % 8], markersize=4, **_style(i)
             )
@@ -120,7 +122,7 @@ def distance_histogram(models: list[Compared], tap: str) -> Figure:
     """Distribution of the signed distance at one tap over the test samples."""
     p = norm_name(models[0].evaluation["distance_p"])
     caption = f"Signed distance to the nearest boundary at {tap}; left of 0 is misclassified, dotted: the mean."
-    series = [np.array(model.evaluation["distances"][tap]) for model in models]
+    series = [_samples(model, tap) for model in models]
     axis = f"signed distance to the boundary, {p}"
     return _histogram(f"histogram_{tap}", caption, f"Distance at {tap}", axis, models, series)
 
@@ -128,8 +130,7 @@ def distance_histogram(models: list[Compared], tap: str) -> Figure:
 def margin_histogram(models: list[Compared]) -> Figure:
     """Distribution of the DeepFool norm over the test samples, negative where misclassified."""
     caption = "l2 norm of the DeepFool perturbation per image; left of 0 is misclassified, dotted: the mean."
-    series = [np.array([v for v in model.evaluation["deepfool_norms"] if v is not None]) for model in models]
-    series = [values[np.isfinite(values)] for values in series]
+    series = [_samples(model) for model in models]
     return _histogram(
         "histogram_margin",
         caption,
@@ -138,6 +139,14 @@ def margin_histogram(models: list[Compared]) -> Figure:
         models,
         series,
     )
+
+
+def _samples(model: Compared, tap: str | None = None) -> np.ndarray:
+    """The finite distances of single samples at a tap, or their DeepFool norms; none where they were not measured."""
+    evaluation = model.evaluation
+    found = evaluation.get("deepfool_norms", []) if tap is None else evaluation.get("distances", {}).get(tap, [])
+    values = np.array(found, dtype=float)
+    return values[np.isfinite(values)]
 
 
 def _histogram(
@@ -217,8 +226,8 @@ def distance_course(models: list[Compared], tap: str) -> Figure:
         axes.axhline(0, color="#555555", linewidth=1)
         axes.set(title=f"Mean distance at {tap}", xlabel="epoch", ylabel="mean signed distance")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        lasts = [abs(m.history[-1]["distance"][tap]) for m in models if tap in m.history[-1].get("distance", {})]
-        asinh_axis(axes, lasts)
+        lasts = [m.history[-1].get("distance", {}).get(tap) for m in models if m.history]
+        asinh_axis(axes, [abs(last) for last in lasts if last is not None])
         crowded = len(models) > 5  # so many lines leave no room for it
         axes.legend(loc="center left" if crowded else "best", bbox_to_anchor=(1.0, 0.5) if crowded else None)
 
@@ -236,10 +245,11 @@ def all_figures(models: list[Compared]) -> dict[str, list[Figure]]:
         if all(key in evaluation["curves"] for evaluation in evaluations)
     ]
     groups = {"Accuracy against eps": [accuracy_curve(models, key) for key in curves]}
-    if all(evaluation.get("deepfool_norms") for evaluation in evaluations):
+    if all(len(_samples(model)) for model in models):
         groups["Histogram of the margin"] = [margin_histogram(models)]
-    if shared:
-        groups["Distance histograms"] = [distance_histogram(models, tap) for tap in shared]
+    sampled = [tap for tap in shared if all(len(_samples(model, tap)) for model in models)]
+    if sampled:
+        groups["Distance histograms"] = [distance_histogram(models, tap) for tap in sampled]
     measured = [tap for tap in shared if any(tap in r.get("distance", {}) for m in models for r in m.history)]
     if measured:
         groups["Distance during training"] = [distance_course(models, tap) for tap in measured]

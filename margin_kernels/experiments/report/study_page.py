@@ -23,6 +23,7 @@ from ..results import (
     Study,
     Tried,
     read_json,
+    read_text,
     shape,
     summary,
     write_csv,
@@ -51,6 +52,7 @@ def load_study(folder: Path, file: Path | None = None) -> Study:
             raise ValueError(f"{folder / RECORDS}: {record.cell} cannot be reported: {error}") from None
     about = folder / "summary.json"
     said = read_json(about) if about.is_file() else {}
+    shape.check(said, shape.SUMMARY, str(about))
     name, budget = said.get("sweep") or folder.name, said.get("budget") or "unknown"
     if file is None:
         file = sweeps.shipped().get(name)
@@ -75,9 +77,13 @@ def _order(folder: Path) -> tuple[list[str], list[str]]:
     table = folder / "summary.csv"
     if not table.is_file():
         return [], []
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    return list(dict.fromkeys(row["model"] for row in rows)), list(dict.fromkeys(row["point"] for row in rows))
+    try:
+        rows = list(csv.DictReader(read_text(table).splitlines()))
+        return list(dict.fromkeys(row["model"] for row in rows)), list(dict.fromkeys(row["point"] for row in rows))
+    except (csv.Error, KeyError) as error:
+        raise ValueError(
+            f"{table} must be the table that `margin-kernels sweep` writes, got {error}; delete it, or sweep again"
+        ) from None
 
 
 def distinct(studies: list[Study], folders: list[Path]) -> list[Study]:

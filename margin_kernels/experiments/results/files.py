@@ -17,6 +17,7 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from margin_kernels.version import __version__
 
 TEMPORARY = ".writing."  # begin of the names of unfinished files
 LOCK = "lock"
+LARGEST = 1 << 30  # bytes of a text file: records of a large sweep have some 10 MB
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -81,7 +83,7 @@ def locked(
     `who`: what that process may be; `remedy`: what to do then."""
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + wait
-    with (folder / LOCK).open("a") as file:  # "w" would empty what a link of that name points to
+    with open_lock(folder / LOCK) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,8 +98,21 @@ def locked(
         yield
 
 
+def open_lock(path: Path) -> BinaryIO:
+    """A file to hold a lock of, which is made if it is missing and not changed. Raises ValueError where a pipe or a
+    device is in its place: to open one may wait for ever, and its lock would be that of all programs."""
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    file = os.fdopen(number, "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} must be a file, got a pipe or a device; remove it")
+    return file
+
+
 def read_text(path: Path) -> str:
-    """The text of a file. Raises ValueError, which names it, where it is not UTF-8."""
+    """The text of a file. Raises ValueError, which names it, where it is not UTF-8 or too large."""
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path} must have at most {LARGEST:,} bytes, got {size:,}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -108,9 +123,10 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises ValueError, which names it, where it is none."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got {error}; delete it and make it again") from None
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from . import shape
 from .checksum import sealed_line, unsealed_line
-from .files import read_text, write_text
+from .files import open_lock, read_text, write_text
 from .record import Record
 
 Values = dict[str, Any]
@@ -230,7 +230,7 @@ class Records:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("a") as file:
+        with open_lock(self.path.with_suffix(".lock")) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

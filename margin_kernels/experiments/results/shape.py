@@ -1,7 +1,8 @@
 """What the JSON of runs, records and evaluations must look like before anything is made of it.
 
-A shape is a type, a tuple of types, [shape] for a list of such, {str: shape} for a mapping of any names, or a mapping
-of names to shapes, of which those that end with "?" may be missing; names that it lacks are not looked at.
+A shape is a type, a tuple of types, [shape] for a list of such, {str: shape} for a mapping of any labels, or a mapping
+of names to shapes, of which those that end with "?" may be missing; names that it lacks are not looked at. LABEL is
+text that a table, a figure and the name of a file can show; integers are those of 64 bits.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from types import NoneType
 from typing import Any
 
+from ..config import bounds
+
+LABEL = "label"
 NUMBER = (int, float)
 MAYBE = (int, float, NoneType)  # what is not finite is null
 EPOCH = {
@@ -20,12 +24,12 @@ EPOCH = {
     "ms_per_step": NUMBER,
     "distance?": {str: MAYBE},
 }
-MACHINE = {"processor": str, "cores": (int, NoneType), "torch_threads": int, "device": str}
+MACHINE = {"processor": LABEL, "cores": (int, NoneType), "torch_threads": int, "device": LABEL}
 RUN = {
-    "config": dict,
+    "config": {"name?": LABEL},
     "network": dict,
     "parameters": int,
-    "versions": {str: str},
+    "versions": {str: LABEL},
     "machine": MACHINE,
     "history": [EPOCH],
     "measured?": dict,
@@ -58,6 +62,7 @@ EVALUATION = {
 
 
 TIMING = {str: MAYBE}
+SUMMARY = {"sweep?": (str, NoneType), "budget?": (str, NoneType)}
 
 
 def optional(shape: dict[Any, Any]) -> dict[Any, Any]:
@@ -75,8 +80,8 @@ RECORD = {
     "history": [{**optional(EPOCH), "epoch": int}],
     "machine": optional(MACHINE),
     "evaluation?": (dict, NoneType),
-    "cell": str,
-    "model": str,
+    "cell": LABEL,
+    "model": LABEL,
     "point": str,
     "seed": int,
     "values": dict,
@@ -90,7 +95,11 @@ RECORD = {
 
 def check(values: Any, shape: Any, where: str) -> None:
     """Raises ValueError with the place of the first part of `values` that has another shape."""
-    if isinstance(shape, list):
+    if shape == LABEL:
+        check(values, str, where)
+        if not bounds.is_label(values):
+            raise ValueError(f"{where} must be {bounds.LABEL}, got {values!r:.100}")
+    elif isinstance(shape, list):
         check(values, list, where)
         for number, value in enumerate(values):
             check(value, shape[0], f"{where}[{number}]")
@@ -98,6 +107,7 @@ def check(values: Any, shape: Any, where: str) -> None:
         check(values, dict, where)
         if str in shape:
             for name, value in values.items():
+                check(name, LABEL, f"a name in {where}")
                 check(value, shape[str], f"{where}.{name}")
             return
         for name, below in shape.items():
@@ -109,6 +119,10 @@ def check(values: Any, shape: Any, where: str) -> None:
     elif not isinstance(values, shape) or (isinstance(values, bool) and bool not in _types(shape)):
         expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in _types(shape))
         raise ValueError(f"{where} must be {expected}, got {'null' if values is None else type(values).__name__}")
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        raise ValueError(f"{where} must be an integer of 64 bits, got one of {values.bit_length():,}")
+    elif isinstance(values, str) and values and not bounds.is_label(values):
+        raise ValueError(f"{where} must be {bounds.LABEL}, got {values!r:.100}")
 
 
 def check_evaluation(values: Any, shape: dict[Any, Any]) -> None:

@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 from .. import config, models, objectives
 from ..config import Config, ConfigError, to_dict
+from ..config.bounds import LABEL, is_label
 from ..results import MEASURES
 from .cell import Cell, Option, cell_name, words
 
@@ -68,7 +69,7 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
         raise ConfigError(f"{path}: models must be a mapping of at least one label to its overrides")
     _published(path, content)
     budgets = _mapping(path, "budgets", content.get("budgets"))
-    budgets = {"full": {}, **{str(name): own for name, own in budgets.items()}}
+    budgets = {"full": {}, **{_label(path, "budgets", name): own for name, own in budgets.items()}}
     _known(f"{path}: --budget", "budget", [budget], tuple(budgets))
     chosen = dict(_mapping(path, f"budgets.{budget}", budgets[budget]))
     content = {**content, **{key: chosen.pop(key) for key in REPLACED if key in chosen}}
@@ -178,7 +179,7 @@ def labels(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _labels(path: Path, content: dict[str, Any]) -> tuple[list[str], list[str]]:
-    found = [str(model) for model in _mapping(path, "models", content.get("models"))]
+    found = [_label(path, "models", model) for model in _mapping(path, "models", content.get("models"))]
     points = []
     for name, chosen in {"full": {}, **_mapping(path, "budgets", content.get("budgets"))}.items():
         replaced = {key: value for key, value in _mapping(path, f"budgets.{name}", chosen).items() if key in REPLACED}
@@ -197,7 +198,7 @@ def _published(path: Path, content: dict[str, Any]) -> dict[tuple[str, str], dic
         values = _mapping(path, f"published.{key}", values)
         _known(f"{path}: published.{key}", "measure", values, tuple(measure.key for measure in MEASURES))
         for measure, value in values.items():
-            if not isinstance(value, (int, float)) or abs(value) > 1e300:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e300:
                 raise ConfigError(f"{path}: published.{key}.{measure} must be a number, got {value!r}")
         result[model, point] = {measure: float(value) for measure, value in values.items()}
     return result
@@ -220,8 +221,9 @@ def _content(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = _merge(_base(path, below.get("base")), _base(path, content.get("base")))
     models = _without(path, _mapping(path, "models", below.get("models")), content.pop("without", []))
     for label, own in _mapping(path, "models", content.get("models")).items():
-        given = _nested(_mapping(path, f"models.{label}", own))
-        models[label] = _merge(_nested(_mapping(path, f"models.{label}", models.get(label))), given)
+        where = f"models.{label}"
+        given = _nested(_mapping(path, where, own), f"{path}: {where}")
+        models[label] = _merge(_nested(_mapping(path, where, models.get(label)), f"{path}: {where}"), given)
     return {**below, **content, "base": base, "models": models}
 
 
@@ -279,7 +281,7 @@ def _points(path: Path, content: dict[str, Any], seeds: list[int]) -> list[Point
         own_seeds = _seeds(path, f"points[{number}].seeds", own.pop("seeds", seeds))
         label = own.pop("label", None)
         values = _dotted(_overrides(path, f"points[{number}]", own))
-        label = words(values) if label is None else str(label)
+        label = words(values) if label is None else _label(path, f"points[{number}].label", label)
         for combination in itertools.product(*grid.values()):
             chosen = dict(zip(grid, combination, strict=True))
             result.append(Point(" ".join(filter(None, (label, words(chosen)))), {**values, **chosen}, own_seeds))
@@ -304,14 +306,14 @@ def _models(path: Path, entries: Any) -> Iterator[Model]:
     for model, given in _mapping(path, "models", entries).items():
         own = dict(_mapping(path, f"models.{model}", given))
         after = _predecessor(path, entries, model, own.pop("after", None))
-        choose = _dotted(_nested(_mapping(path, f"models.{model}.choose", own.pop("choose", None))))
-        _overrides(path, f"models.{model}.choose", choose)
+        where = f"models.{model}.choose"
+        choose = _dotted(_overrides(path, where, _mapping(path, where, own.pop("choose", None))))
         for key, values in choose.items():
             if not isinstance(values, list) or not values:
                 raise ConfigError(f"{path}: models.{model}.choose.{key} must be a list of values, got {values!r}")
         _bounded(path, f"combinations of models.{model}.choose", math.prod(map(len, choose.values())))
         options = [dict(zip(choose, values, strict=True)) for values in itertools.product(*choose.values())]
-        yield Model(str(model), after, _overrides(path, f"models.{model}", own), options)
+        yield Model(_label(path, "models", model), after, _overrides(path, f"models.{model}", own), options)
 
 
 def _predecessor(path: Path, labels: dict[str, Any], model: str, after: str | None, key: str = "after") -> str | None:
@@ -360,9 +362,19 @@ def _mapping(path: Path, where: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def _label(path: Path, where: str, value: Any) -> str:
+    """A name in a sweep file, which ends in tables, figures and names of folders; YAML has numbers where labels are
+    made of digits."""
+    label = str(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not is_label(label):
+        quotes = "" if isinstance(value, str) else f" of the kind {type(value).__name__}: put it in quotes"
+        raise ConfigError(f"{path}: a name in {where} must be {LABEL}, got {value!r}{quotes}")
+    return label
+
+
 def _overrides(path: Path, where: str, values: dict[str, Any]) -> dict[str, Any]:
     """`values` nested, after a look at its keys."""
-    nested = _nested(values)
+    nested = _nested(values, f"{path}: {where}")
     config.check_keys(nested, f"{path}: {where}")
     return nested
 
@@ -375,15 +387,28 @@ def _known(where: str, what: str, given: Any, known: tuple[str, ...]) -> None:
             raise ConfigError(f"{where}: unknown {what} {name!r}; {hint}")
 
 
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1, "c": {"d": 2}} -> {"a": {"b": 1}, "c": {"d": 2}}."""
+def _nested(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """{"a.b": 1, "c": {"d": 2}} -> {"a": {"b": 1}, "c": {"d": 2}}. Raises ConfigError for a key of `where` that stands
+    there twice, nested and dotted."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        value = _nested(value) if isinstance(value, dict) else value
+        value = _nested(value, f"{where}.{key}") if isinstance(value, dict) else value
         for part in reversed(str(key).split(".")):
             value = {part: value}
+        if (twice := _common(result, value)) is not None:
+            raise ConfigError(f"{where}: {twice} stands there twice, nested and dotted: leave one of them out")
         result = _merge(result, value)
     return result
+
+
+def _common(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The dotted name of a value that both have, or None."""
+    for key in one.keys() & other.keys():
+        if not (isinstance(one[key], dict) and isinstance(other[key], dict)):
+            return key
+        if (below := _common(one[key], other[key])) is not None:
+            return f"{key}.{below}"
+    return None
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import signal
 import sys
 import traceback
@@ -61,14 +62,31 @@ def stop_on_signals() -> None:
 
 
 def write_any_text() -> None:
-    """Where the encoding of the output lacks a character, its code is written: nothing ends because of a name."""
+    """Where the encoding of the output lacks a character, its code is written: nothing ends because of a name. What
+    is written to an output that the caller has closed goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
+def end_output() -> None:
+    """What the standard output did not take goes nowhere: Python would try it again at its end, with a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def sentence(error: BaseException) -> str | None:
-    """One sentence for what may go wrong on any machine, None for what is a fault of this program."""
+    """One sentence, in one line, for what may go wrong on any machine; None for what is a fault of this program."""
+    text = _words(error)
+    return None if text is None else " ".join(text.split())
+
+
+def _words(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         remedy = REMEDIES.get(error.errno or 0)

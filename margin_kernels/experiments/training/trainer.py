@@ -27,7 +27,7 @@ from ..config import Config, LossConfig, check, complete, exponent, to_dict, to_
 from ..data import Dataset, augmented
 from ..evaluation import accuracy, signed_distance, tap_names
 from ..results import Run, differing, flatten, machine, shape, versions, write_csv, write_json, write_text
-from .checkpoint import load_state, save_state
+from .checkpoint import check_optimiser, load_state, save_state
 
 MEDIAN_SAMPLES = 1000  # training images by which loss.gamma_unit "median" goes
 # What may differ between a run and its resumption without changing what is computed up to the epoch reached.
@@ -81,7 +81,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise ValueError(f"training.device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -420,8 +420,10 @@ class Trainer:
                 f"{self.folder}: the checkpoint was written with other settings ({', '.join(changed)}); "
                 "resume with the same config, or start anew with --overwrite."
             )
+        models.check_weights(state["model"], self.model.state_dict())
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
+        check_optimiser(self.optimiser, self._fresh_optimiser())
         self.scaler.load_state_dict(state["scaler"])
         self.order.set_state(state["order"])
         torch.set_rng_state(state["random"])
@@ -429,9 +431,20 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["cuda_random"])
         self.epoch, self.history = state["epoch"], state["history"]
         shape.check(self.history, [shape.EPOCH], "history")
-        if self.epoch != len(self.history) or not isinstance(state.get("measured", {}), dict):
+        if type(self.epoch) is not int or self.epoch != len(self.history):
             raise ValueError(f"{self.epoch} epochs, but the history of {len(self.history)}")
         self.measured = state.get("measured", {})
+        shape.check(self.measured, {"gamma?": [shape.NUMBER], "layer_weights?": [shape.NUMBER]}, "measured")
+        if not set(self.measured) <= {"gamma", "layer_weights"}:
+            raise ValueError(f"measured must be gamma and layer_weights, got {', '.join(self.measured)}")
+
+    def _fresh_optimiser(self) -> torch.optim.Optimizer:
+        """One of the same kind that has taken a step."""
+        weight = nn.Parameter(torch.zeros(1, device=self.device))
+        weight.grad = torch.zeros_like(weight)
+        optimiser = build_optimiser(self.config, [weight])
+        optimiser.step()
+        return optimiser
 
     def _tensorboard(self) -> Any:
         if not self.config.training.tensorboard or self.folder is None:
