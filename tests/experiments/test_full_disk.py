@@ -70,17 +70,21 @@ def test_a_run_keeps_its_checkpoint(tmp_path):
 
 
 def test_a_sweep_goes_on_from_its_records(tmp_path):
-    """Room for the cells that are done and not for another one."""
-    (tmp_path / "s.yaml").write_text(f"base: {{{SHAPE}}}\nmodels: {{a: {{}}, b: {{}}}}\n")
+    """Room for a cell of a small network and not for one of a large one: the record of the first survives, byte for
+    byte, and the same command trains the second alone."""
+    (tmp_path / "s.yaml").write_text(f"base: {{{SHAPE}}}\nmodels: {{small: {{}}, large: {{model.name: mlp800}}}}\n")
     sweep = ["sweep", str(tmp_path / "s.yaml")]
-    ended = on_a_disk(tmp_path, 2**17, [*sweep, "--out", "disk/out"])
-    assert ended.returncode == 1 and "No space left on device" in ended.stdout + ended.stderr
-    assert "Traceback" not in ended.stderr
+    ended = on_a_disk(tmp_path, 2**21, [*sweep, "--out", "disk/out"])
+    assert ended.returncode == 1 and "large__seed0 FAILED" in ended.stdout, ended.stdout + ended.stderr
+    assert "No space left on device; free some space" in ended.stderr and "Traceback" not in ended.stderr
     assert_nothing_half(tmp_path / "kept")
     kept = Records(tmp_path / "kept" / "out" / "records.jsonl")
-    assert len(kept.all()) <= 2
+    assert [record.cell for record in kept.all()] == ["small__seed0"]
+    before = kept.path.read_bytes()
     assert cli.main([*sweep, "--out", str(tmp_path / "kept" / "out")]) == 0
-    assert sorted(record.model for record in kept.all() if record.evaluation) == ["a", "b"]
+    assert [record.model for record in kept.all() if record.evaluation] == ["small", "large"]
+    assert kept.path.read_bytes().startswith(before)
+    assert not (tmp_path / "kept" / "out" / "cells" / "small__seed0").exists()
 
 
 def test_a_report_is_whole_or_told(tmp_path):
