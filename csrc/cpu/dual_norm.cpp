@@ -40,9 +40,6 @@ int64_t count_rows(const Tensor& g, int64_t batch_dims) { return batch_dims == 2
 
 Tensor dual_norm_cpu(TensorList gradients, double p, int64_t batch_dims) {
   check::dual_norm(gradients, p, batch_dims);
-  if (math::needs_float64(p) && check::accumulate_type(gradients) == at::kFloat) {
-    return dual_norm_cpu(in_float64(gradients), p, batch_dims).to(at::kFloat);
-  }
   const auto layers = static_cast<int64_t>(gradients.size());
   const auto type = check::accumulate_type(gradients);
   auto sizes = gradients[0].sizes().slice(0, batch_dims).vec();

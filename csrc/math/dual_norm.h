@@ -23,8 +23,8 @@ MK_HOST_DEVICE Norm norm_of(double p) {
   return p == HUGE_VAL ? Norm::SUM : Norm::GENERAL;
 }
 
-// A ratio that is rounded to float32 is off by q of its roundings in its q-th power. Where q is large the norms of
-// float32 and smaller inputs, and their derivatives, are computed in float64 from the start.
+// A ratio that is rounded to float32 is off by q of its roundings in its q-th power. Where q is large the derivatives of
+// norms of float32 and smaller inputs, and on a GPU the norms, are computed in float64 from the start.
 inline bool needs_float64(double p) { return norm_of(p) == Norm::GENERAL && dual_exponent(p) > 16; }
 
 // body(std::integral_constant<Norm, norm>()) for the norm dual to l_p, on the host.

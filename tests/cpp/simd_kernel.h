@@ -1,4 +1,6 @@
 // What test_simd.cpp runs for each instruction set.
+#include "cpu/powers.h"
+
 namespace margin_kernels::MK_ISA {
 
 template <class half>
@@ -18,8 +20,12 @@ MK_TARGET inline void exponential(const float* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) store(out + i, exp_nonpositive(load(in + i)));
 }
 
-MK_TARGET inline void power_of(const double* in, double* out, int64_t n, double q) {
-  for (int64_t i = 0; i < n; i += 8) store(out + i, simd_power(load(in + i), q));
+MK_TARGET inline void power_of(const float* in, float* out, int64_t n, double q, double reference, float factor) {
+  const Powers powers(q, reference);
+  for (int64_t i = 0; i < n; i += 16) {
+    store(out + i, powers(load(in + i)));
+    store(out + n + i, powers.times(load(in + i), splat(factor)));
+  }
 }
 
 template <class scalar_t>

@@ -55,19 +55,50 @@ void exponentials() {
   for (float x : out) EXPECT(x == 0.0f);
 }
 
+// (x / reference)^q against long double, within what powers.h states.
 void powers() {
-  std::vector<double> in(4096), out(4096);
-  for (double q : {1.01, 7.0 / 6, 1.5, 5.0, 101.0}) {
-    for (int i = 0; i < 4096; ++i) in[i] = std::ldexp((i + 1) / 4096.0, -(i % 9));
-    MK_DISPATCH(power_of(in.data(), out.data(), 4096, q));
-    for (int i = 0; i < 4096; ++i) {
-      const double truth = std::pow(in[i], q);
-      if (truth > 1e-290) EXPECT_NEAR(out[i], truth, 2e-11);
+  const bool tables = simd::instruction_set() == simd::InstructionSet::AVX512;
+  constexpr int n = 4096;
+  std::mt19937 random(2);
+  std::uniform_real_distribution<double> uniform(0, 1);
+  std::vector<float> in(n), out(2 * n);
+  for (double reference : {1.0, 1.9e-3, 3e38, 2e-36, 3e-45}) {
+    for (double q : {1.001, 7.0 / 6, 1.5, 2.5, 5.0, 20.0, 101.0, 512.0}) {
+      for (auto& x : in) {
+        x = static_cast<float>(reference * std::exp2(-(random() % 2 ? 90 / q : 1 / q) * uniform(random)));
+      }
+      MK_DISPATCH(power_of(in.data(), out.data(), n, q, reference, -3.0f));
+      const double bound = (tables ? 1.3 + 0.1 * q : 1.7 + 0.5 * q) * 0x1p-24;
+      for (int i = 0; i < n; ++i) {
+        const auto truth = static_cast<double>(std::pow(static_cast<long double>(in[i]) / reference, q));
+        if (in[i] == 0) continue;
+        EXPECT_NEAR(out[i], truth, bound);
+        EXPECT_NEAR(out[n + i], -3 * truth, bound + 0x1p-24);
+      }
     }
   }
-  in[0] = 0;
-  MK_DISPATCH(power_of(in.data(), out.data(), 4096, 1.25));
-  EXPECT(out[0] == 0);
+}
+
+// What is no number, or too large, must show in a sum; what is too small must not count.
+void powers_beyond_the_range() {
+  constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> in(16), out(32);
+  for (double q : {1.0, 1.25, 7.0, 512.0}) {
+    const auto power = [&](float x, double reference, float factor) {
+      in.assign(16, x);
+      MK_DISPATCH(power_of(in.data(), out.data(), 16, q, reference, factor));
+      return out[7];
+    };
+    EXPECT(!std::isfinite(power(infinity, 1, 1)) && !std::isfinite(power(infinity, 3e38, 1)));
+    EXPECT(std::isnan(power(nan, 1, 1)) && std::isnan(power(nan, 3e38, 1)));
+    EXPECT(power(3e38f, 1e-10, 1) >= 0x1p100f && power(3e38f, 3e-45, 1) >= 0x1p100f);
+    EXPECT(power(0, 1, 1) <= 0x1p-100f && power(0, 3e-45, 1) <= 0x1p-100f && power(0, 3e38, 1) <= 0x1p-100f);
+  }
+  // A factor lifts what would be lost alone: 2^-130 * 2^100, and 2^-140 is subnormal.
+  MK_DISPATCH(power_of(std::vector<float>(16, 0x1p-13f).data(), out.data(), 16, 10, 1, 0x1p100f));
+  EXPECT_NEAR(out[16], 0x1p-30, 2e-7);
+  MK_DISPATCH(power_of(std::vector<float>(16, 0x1p-14f).data(), out.data(), 16, 10, 1, 1.0f));
+  EXPECT(out[16] == 0x1p-140f);
 }
 
 template <class scalar_t>
@@ -96,6 +127,7 @@ int main() {
   stores_round_to_nearest_even<c10::Half>();
   exponentials();
   powers();
+  powers_beyond_the_range();
   partial_loads_and_stores_stay_inside<float>();
   partial_loads_and_stores_stay_inside<c10::BFloat16>();
   partial_loads_and_stores_stay_inside<c10::Half>();

@@ -214,7 +214,8 @@ def test_results_are_the_same_for_every_instruction_set():
     code = (
         "import torch, margin_kernels as mk; from margin_kernels.testing import *; "
         "z, y = sample_logits(5, 333); r = mk.functional.competitors(z, y, 3, uniform=True, backend='cpu'); "
-        "g = sample_gradients(2, 2, 5001); n = mk.functional.dual_norm([g], 3, backend='cpu'); "
+        "g = sample_gradients(2, 2, 5001); "
+        "n = torch.stack([mk.functional.dual_norm([g], p, backend='cpu') for p in (4 / 3, 1.5, 1.75, 2, 3, 4, 5)]); "
         "l = mk.functional.one_to_n(z, y, reduction='none', backend='cpu'); "
         "d = mk.functional.row_distance(z, y[:, None] % 5, y % 4, 3, backend='cpu'); "
         "s = mk.functional.deepfool_step(r.gap[:2, :2], g, None, 3, backend='cpu'); "

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.norms import dual_exponent, norm64
 
-from margin_kernels import functional
+from margin_kernels import backends, functional
 from margin_kernels.testing import (
     DTYPES,
     FLOOR,
@@ -20,7 +20,7 @@ from margin_kernels.testing import (
     sample_gradients,
 )
 
-P = [1, 1.25, 1.5, 2, 3, 7, math.inf]
+P = [1, 1.25, 4 / 3, 1.5, 2, 3, 4, 7, math.inf]  # q = inf, 5, 4, 3, 2, 3/2, 4/3, 7/6, 1
 
 # One element; less than a vector; a vector and a rest; no multiple of 16 bytes; several blocks of 4096 with a rest.
 SHAPES = [(2, 3, 1), (2, 2, 5), (3, 1, 17), (2, 3, 7, 11, 5), (1, 2, 4096), (2, 1, 9001)]
@@ -64,6 +64,94 @@ def test_one_large_and_many_small_entries(backend, p):
     g[0, 0, 4321] = 1e20
     norms = functional.dual_norm([g], p, backend=backend)
     assert relative_error(norms[..., 0], norms64(g, p)) < 1e-6
+
+
+def drawn_row(seed, kind, length, exponent, dtype):
+    """A row of one kind, in the scale 2^exponent: the smallest entries are subnormal, the largest that of the type."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(length, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(length + 2, generator=generator, dtype=torch.float64)
+    a, b, uniform = 1 + uniform[0], 0.1 + uniform[1], uniform[2:]
+    place = torch.arange(length)
+    row = {
+        "normal": normal,
+        "equal": a.expand(length),
+        "two values": torch.where(place % 2 == 0, a, b),
+        "two values, 16 of each": torch.where(place // 16 % 2 == 0, a, b),
+        "many magnitudes": normal * torch.exp2(-60 * uniform),
+        "one large entry": torch.where(place == length // 2, 1.0, b / 1000),
+        "large entries at the end": torch.where(place >= length - 3, torch.exp2(40 * uniform), normal * 1e-6),
+        "mostly zeros": torch.where(uniform < 0.9, 0.0, normal),
+        "zeros first": torch.where(place < length // 2, 0.0, normal),
+    }[kind]
+    largest = torch.finfo(dtype).max
+    return (row * 2.0**exponent).clamp(-largest, largest).to(dtype)
+
+
+KINDS = [
+    "normal",
+    "equal",
+    "two values",
+    "two values, 16 of each",
+    "many magnitudes",
+    "one large entry",
+    "large entries at the end",
+    "mostly zeros",
+    "zeros first",
+]
+
+
+def units(actual, truth):
+    """|actual - truth| in units in the last place of the float32 that is next to the truth."""
+    exponent = torch.frexp(truth).exponent.clamp(min=-125)
+    return (actual.double() - truth).abs() / torch.exp2(exponent.double() - 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@settings(max_examples=400, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(KINDS),
+    p=st.one_of(st.sampled_from([1.002, 1.02, *P, 5 / 3, 1.75, 5, 11, 101, 1e6]), st.floats(1.003, 50)),
+    length=st.one_of(st.integers(1, 200), st.sampled_from([784, 4095, 4096, 9001])),
+    exponent=st.integers(-140, 100),
+)
+def test_norms_are_within_two_units_in_the_last_place_of_float32(dtype, seed, kind, p, length, exponent):
+    if backends.why_not("cpu", "competitors", (torch.zeros(1, 2),)):
+        pytest.skip("the bound is the compiled kernels'")
+    exponent = exponent // 12 if dtype == torch.float16 else exponent
+    g = drawn_row(seed, kind, length, exponent, dtype).view(1, -1)
+    truth = norm64(g, dual_exponent(p))
+    norm = functional.dual_norm([g], p, 1, backend="cpu")[:, 0]
+    assert truth.isfinite().all()
+    # A sum of a million magnitudes may lie beyond float32: infinite then.
+    beyond = truth > torch.finfo(torch.float32).max
+    assert (units(norm, truth)[~beyond] <= 2).all() and norm[beyond].eq(math.inf).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(KINDS),
+    p=st.one_of(st.sampled_from([*P[1:-1], 5 / 3, 5, 11, 1e6]), st.floats(17 / 16, 50)),
+    length=st.integers(1, 200),
+    exponent=st.integers(-120, 80),
+    weight=st.floats(-(2.0**66), 2.0**66, width=32),
+)
+def test_each_slope_is_right_to_a_few_roundings(seed, kind, p, length, exponent, weight):
+    """Entry by entry, against the slope at the norm that is returned: 3 + q roundings of float32."""
+    if backends.why_not("cpu", "competitors", (torch.zeros(1, 2),)):
+        pytest.skip("the bound is the compiled kernels'")
+    g = drawn_row(seed, kind, length, exponent, torch.float32).view(1, -1).requires_grad_()
+    norm = functional.dual_norm([g], p, 1, backend="cpu")
+    (slope,) = torch.autograd.grad(norm, g, torch.full_like(norm, weight))
+    q, rows = dual_exponent(p), g.detach().double()
+    if norm.item() == 0:
+        assert (slope == 0).all()
+        return
+    truth = rows.sign() * (rows.abs() / norm.item()) ** (q - 1) * weight
+    error = (slope.double() - truth).abs()
+    assert (error <= (3 + q) * 2.0**-24 * truth.abs() + 2.0**-148).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -145,7 +233,7 @@ def test_p_very_near_one_and_very_large(backend, dtype, p):
     assert_gradients_agree(slope, exact, max(GRADIENT_FLOOR[dtype], 4e-16 * q))
 
 
-@pytest.mark.parametrize("p", [1.05, 2, 3, 4, 1e9])
+@pytest.mark.parametrize("p", [1.05, 4 / 3, 1.5, 2, 3, 4, 7, 1e9])
 def test_a_norm_beyond_float32_is_infinite_with_slope_zero(backend, p):
     g = torch.tensor([[[3e38, -3e38, 1.0]], [[3.0, -4.0, 1.0]]], requires_grad=True)
     norms = functional.dual_norm([g], p, backend=backend)
