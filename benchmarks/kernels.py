@@ -1,6 +1,7 @@
 """The quoted figures of the ops on the CPU: interleaved rounds, ratios, shares of the copy bandwidth.
 
 python benchmarks/kernels.py --out benchmarks/results/kernels_cpu.json
+python benchmarks/kernels.py --only dual_norm_exponents --out benchmarks/results/dual_norm_cpu.json
 """
 
 import argparse
@@ -52,6 +53,55 @@ def dual_norm(rounds: int, megabytes: int) -> list[dict[str, Any]]:
                         "GB_per_s": size / times[f"ours {p}"] / 1e9,
                         "share": times["copy"] / (2 * times[f"ours {p}"]),
                         "torch_share": slow_times["copy"] / (2 * slow_times[f"torch {p}"]),
+                    }
+                )
+                print(table[-1], flush=True)
+    return table
+
+
+# q -> p with 1/p + 1/q = 1: those with formulas of their own, and others
+EXPONENTS = {
+    "3/2": 3,
+    "3": 1.5,
+    "4": 4 / 3,
+    "4/3": 4,
+    "11/10": 11,
+    "7/3": 1.75,
+    "5/2": 5 / 3,
+    "5": 1.25,
+    "10": 10 / 9,
+    "20": 20 / 19,
+}
+
+
+def dual_norm_exponents(rounds: int, megabytes: int) -> list[dict[str, Any]]:
+    """One core, the share as in `dual_norm`, forward and backward (which reads and writes, as the copy does)."""
+    torch.set_num_threads(1)
+    table = []
+    for length in (784, 3072, 100_000, 1_000_000):
+        for dtype in (torch.float32, torch.bfloat16):
+            g = torch.randn(max(1, megabytes * 1_000_000 // (length * dtype.itemsize)), length).to(dtype)
+            to = torch.empty_like(g)
+            runs: dict[str, Any] = {"copy": lambda g=g, to=to: to.copy_(g)}
+            slopes: dict[str, Any] = {"copy": runs["copy"]}
+            for q, p in EXPONENTS.items():
+                norms = functional.dual_norm([g], p, 1)
+                weight = torch.ones_like(norms)
+                backward = torch.ops.margin_kernels.dual_norm_backward
+                runs[q] = lambda g=g, p=p: functional.dual_norm([g], p, 1)
+                slopes[q] = lambda g=g, p=p, w=weight, n=norms, op=backward: op(w, [g], n, p, 1)
+            times = interleaved(runs, rounds)
+            # That of q > 16 goes through float64: fewer rounds, beside a copy of their own.
+            slope_times = interleaved(slopes, max(3, rounds // 4), warmup=1)
+            for q in EXPONENTS:
+                table.append(
+                    {
+                        "length": length,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "q": q,
+                        "copy_GB_per_s": 2 * g.numel() * g.element_size() / times["copy"] / 1e9,
+                        "share": times["copy"] / (2 * times[q]),
+                        "backward_share": slope_times["copy"] / slope_times[q],
                     }
                 )
                 print(table[-1], flush=True)
@@ -198,17 +248,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: shows that it runs")
+    parser.add_argument("--only", choices=["dual_norm_exponents"], help="a table that has a file of its own")
     arguments = parser.parse_args()
     quick = arguments.quick
-    result = {
-        "environment": environment(),
-        "dual_norm": dual_norm(3 if quick else 25, 4 if quick else 64),
-        "competitors": competitors(3 if quick else 15, [(256, 256)] if quick else SHAPES),
-        "row_distance": row_distance(3 if quick else 81, 10_000 if quick else CLASSES),
-        "one_to_n": one_to_n(3 if quick else 15, [(128, 100)] if quick else BATCHES),
-        "deepfool_step": deepfool_step(3 if quick else 25, STEP_SHAPES),
-        "overhead_microseconds": overhead(5 if quick else 50),
-    }
+    result: dict[str, Any] = {"environment": environment()}
+    if arguments.only:
+        result["dual_norm_exponents"] = dual_norm_exponents(3 if quick else 25, 4 if quick else 64)
+    else:
+        result |= {
+            "dual_norm": dual_norm(3 if quick else 25, 4 if quick else 64),
+            "competitors": competitors(3 if quick else 15, [(256, 256)] if quick else SHAPES),
+            "row_distance": row_distance(3 if quick else 81, 10_000 if quick else CLASSES),
+            "one_to_n": one_to_n(3 if quick else 15, [(128, 100)] if quick else BATCHES),
+            "deepfool_step": deepfool_step(3 if quick else 25, STEP_SHAPES),
+            "overhead_microseconds": overhead(5 if quick else 50),
+        }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {arguments.out}")

@@ -55,6 +55,20 @@ def dual_norm(run: dict) -> str:
     )
 
 
+def dual_norm_exponents(run: dict) -> str:
+    """Share of one core's copy bandwidth, the norms / their derivative."""
+    rows: dict[tuple, dict[str, str]] = {}
+    for cell in run["dual_norm_exponents"]:
+        key = (cell["dtype"], f"{cell['length']:,}")
+        rows.setdefault(key, {})[cell["q"]] = f"{100 * cell['share']:.0f} / {100 * cell['backward_share']:.0f}"
+    ordered = sorted(rows.items(), key=lambda item: item[0][0], reverse=True)
+    exponents = list(ordered[0][1])
+    return table(
+        ["dtype", "elements per row", *(f"q = {q}" for q in exponents)],
+        [[*key, *(cells[q] for q in exponents)] for key, cells in ordered],
+    )
+
+
 def competitors(run: dict) -> str:
     rows = [
         [
@@ -354,6 +368,7 @@ def monitor(run: dict) -> str:
 # The parts of a results file and their tables.
 PARTS = {
     "dual_norm": dual_norm,
+    "dual_norm_exponents": dual_norm_exponents,
     "competitors": competitors,
     "row_distance": row_distance,
     "one_to_n": one_to_n,
