@@ -83,6 +83,8 @@ MK_FN double four_thirds_total(const scalar_t* g, int64_t n) {
     f64x8 sums{};
     int64_t i = begin;
     for (; i + 4 * W <= end; i += 4 * W) {
+      // The next block, so that its largest entry need not wait for the memory
+      for (int64_t j = 0; j < 4 * W; j += 64 / sizeof(scalar_t)) __builtin_prefetch(g + i + block + j);
       f32x16 m[4];
       load_magnitudes(g + i, m[0], m[1]);
       load_magnitudes(g + i + 2 * W, m[2], m[3]);
