@@ -11,11 +11,7 @@
 #include <type_traits>
 
 #if defined(__x86_64__)
-// GCC 12 takes the undefined operands of its own AVX-512 functions for a mistake.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 #endif
 
 // Vectors are passed between inlined functions only, so the calling convention that this warns about is never used.
