@@ -109,6 +109,7 @@ def extension() -> dict[str, Any]:
         "-Wall",
         "-Wno-psabi",
         "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
         "-fvisibility=hidden",
     ]
     macros = [("MARGIN_KERNELS_WITH_CUDA", "1" if cuda else "0"), ("MARGIN_KERNELS_TORCH_VERSION", f'"{version}"')]
