@@ -1,8 +1,8 @@
 """What MarginMonitor costs: a cross-entropy step with it beside one without, in turn.
 
-step     forward, cross-entropy, backward, SGD with momentum on one fixed batch; learning rate 0
+step     forward, cross-entropy, backward, SGD with momentum on one fixed batch; learning rate 0; a network of each kind
 ratio    median over the rounds of (step with the monitor) / (the plain step beside it); they change places every round
-plain    the same ratio of two plain steps: what the machine's noise makes of 1
+plain    the same ratio of two plain networks: what the machine's noise makes of 1
 
 python benchmarks/monitor.py --out benchmarks/results/monitor_cpu.json
 """
@@ -36,25 +36,16 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 class Steps:
-    """Cross-entropy steps of one network on one batch, with a monitor or without."""
+    """Cross-entropy steps of one network on one batch, with a monitor where layers are given."""
 
-    def __init__(self, network: Network, batch: int, layers: Sequence[str]) -> None:
+    def __init__(self, network: Network, batch: int, layers: Sequence[str] = ()) -> None:
         torch.manual_seed(0)
         self.model: nn.Module = network.build()
         self.x, self.y = torch.rand(batch, *network.shape), torch.randint(network.classes, (batch,))
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
-        self.monitor = mk.MarginMonitor(self.model, layers)
+        self.monitor = mk.MarginMonitor(self.model, layers).attach() if layers else None
 
-    def plain(self) -> float:
-        return self._seconds()
-
-    def watched(self) -> float:
-        self.monitor.attach()
-        seconds = self._seconds()
-        self.monitor.detach()
-        return seconds
-
-    def _seconds(self) -> float:
+    def seconds(self) -> float:
         start = time.perf_counter()
         F.cross_entropy(self.model(self.x), self.y).backward()
         self.optimiser.step()
@@ -73,17 +64,19 @@ def ratio(first: Callable[[], float], second: Callable[[], float], rounds: int) 
 
 def measure(name: str, taps: str, layers: Sequence[str], threads: int, rounds: int, batch: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    steps = Steps(NETWORKS[name], batch, layers)
+    plain, other = (Steps(NETWORKS[name], batch) for _ in range(2))
+    watched = Steps(NETWORKS[name], batch, layers)
     for _ in range(3):
-        steps.plain(), steps.watched()
+        plain.seconds(), other.seconds(), watched.seconds()
+    assert watched.monitor is not None and watched.monitor.distances().isfinite().any()
     return {
         "network": name,
         "taps": taps,
-        "layers": len(steps.monitor.layers),
+        "layers": len(watched.monitor.layers),
         "batch": batch,
         "threads": threads,
-        "ratio": ratio(steps.watched, steps.plain, rounds),
-        "plain": ratio(steps.plain, steps.plain, rounds),
+        "ratio": ratio(watched.seconds, plain.seconds, rounds),
+        "plain": ratio(other.seconds, plain.seconds, rounds),
     }
 
 
