@@ -7,7 +7,8 @@ python benchmarks/kernels.py --only dual_norm_exponents --out benchmarks/results
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +26,44 @@ from torch import Tensor
 from margin_kernels import functional
 
 
+def long_rows(
+    lengths: tuple[int, ...], megabytes: int
+) -> Iterator[tuple[dict[str, Any], Tensor, Callable[[], Tensor]]]:
+    """The cell of a table, its rows, and a copy of them, for each length and dtype."""
+    for length in lengths:
+        for dtype in (torch.float32, torch.bfloat16):
+            g = torch.randn(max(1, megabytes * 1_000_000 // (length * dtype.itemsize)), length).to(dtype)
+            to = torch.empty_like(g)
+            yield {"length": length, "dtype": str(dtype).removeprefix("torch.")}, g, partial(to.copy_, g)
+
+
 def dual_norm(rounds: int, megabytes: int) -> list[dict[str, Any]]:
     """One core. Share = (bytes read / time) / (bytes read and written / time of a copy of the same tensor)."""
     torch.set_num_threads(1)
     table = []
-    for length in (1_000, 10_000, 100_000, 1_000_000):
-        for dtype in (torch.float32, torch.bfloat16):
-            g = torch.randn(max(1, megabytes * 1_000_000 // (length * dtype.itemsize)), length).to(dtype)
-            to = torch.empty_like(g)
-            runs = {"copy": lambda g=g, to=to: to.copy_(g)}
-            for p in (1, 2, 3, 4, math.inf):
-                runs[f"ours {p}"] = lambda g=g, p=p: functional.dual_norm([g], p, 1)
-            times = interleaved(runs, rounds)
-            # PyTorch's are up to 25 times slower: fewer rounds, beside a copy of their own.
-            slow = {"copy": runs["copy"]}
-            for p in (1, 2, 3, 4, math.inf):
-                slow[f"torch {p}"] = lambda g=g, p=p: compositions.vector_norms([g], p)
-            slow_times = interleaved(slow, max(3, rounds // 4), warmup=1)
-            size = g.numel() * g.element_size()
-            for p in (1, 2, 3, 4, math.inf):
-                table.append(
-                    {
-                        "length": length,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "p": "inf" if math.isinf(p) else p,
-                        "copy_GB_per_s": 2 * size / times["copy"] / 1e9,
-                        "GB_per_s": size / times[f"ours {p}"] / 1e9,
-                        "share": times["copy"] / (2 * times[f"ours {p}"]),
-                        "torch_share": slow_times["copy"] / (2 * slow_times[f"torch {p}"]),
-                    }
-                )
-                print(table[-1], flush=True)
+    for cell, g, copy in long_rows((1_000, 10_000, 100_000, 1_000_000), megabytes):
+        runs: dict[str, Any] = {"copy": copy}
+        for p in (1, 2, 3, 4, math.inf):
+            runs[f"ours {p}"] = lambda g=g, p=p: functional.dual_norm([g], p, 1)
+        times = interleaved(runs, rounds)
+        # PyTorch's are up to 25 times slower: fewer rounds, beside a copy of their own.
+        slow: dict[str, Any] = {"copy": copy}
+        for p in (1, 2, 3, 4, math.inf):
+            slow[f"torch {p}"] = lambda g=g, p=p: compositions.vector_norms([g], p)
+        slow_times = interleaved(slow, max(3, rounds // 4), warmup=1)
+        size = g.numel() * g.element_size()
+        for p in (1, 2, 3, 4, math.inf):
+            table.append(
+                {
+                    **cell,
+                    "p": "inf" if math.isinf(p) else p,
+                    "copy_GB_per_s": 2 * size / times["copy"] / 1e9,
+                    "GB_per_s": size / times[f"ours {p}"] / 1e9,
+                    "share": times["copy"] / (2 * times[f"ours {p}"]),
+                    "torch_share": slow_times["copy"] / (2 * slow_times[f"torch {p}"]),
+                }
+            )
+            print(table[-1], flush=True)
     return table
 
 
@@ -78,33 +86,29 @@ def dual_norm_exponents(rounds: int, megabytes: int) -> list[dict[str, Any]]:
     """One core, the share as in `dual_norm`, forward and backward (which reads and writes, as the copy does)."""
     torch.set_num_threads(1)
     table = []
-    for length in (784, 3072, 100_000, 1_000_000):
-        for dtype in (torch.float32, torch.bfloat16):
-            g = torch.randn(max(1, megabytes * 1_000_000 // (length * dtype.itemsize)), length).to(dtype)
-            to = torch.empty_like(g)
-            runs: dict[str, Any] = {"copy": lambda g=g, to=to: to.copy_(g)}
-            slopes: dict[str, Any] = {"copy": runs["copy"]}
-            for q, p in EXPONENTS.items():
-                norms = functional.dual_norm([g], p, 1)
-                weight = torch.ones_like(norms)
-                backward = torch.ops.margin_kernels.dual_norm_backward
-                runs[q] = lambda g=g, p=p: functional.dual_norm([g], p, 1)
-                slopes[q] = lambda g=g, p=p, w=weight, n=norms, op=backward: op(w, [g], n, p, 1)
-            times = interleaved(runs, rounds)
-            # That of q > 16 goes through float64: fewer rounds, beside a copy of their own.
-            slope_times = interleaved(slopes, max(3, rounds // 4), warmup=1)
-            for q in EXPONENTS:
-                table.append(
-                    {
-                        "length": length,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "q": q,
-                        "copy_GB_per_s": 2 * g.numel() * g.element_size() / times["copy"] / 1e9,
-                        "share": times["copy"] / (2 * times[q]),
-                        "backward_share": slope_times["copy"] / slope_times[q],
-                    }
-                )
-                print(table[-1], flush=True)
+    backward = torch.ops.margin_kernels.dual_norm_backward
+    for cell, g, copy in long_rows((784, 3072, 100_000, 1_000_000), megabytes):
+        runs: dict[str, Any] = {"copy": copy}
+        slopes: dict[str, Any] = {"copy": copy}
+        for q, p in EXPONENTS.items():
+            norms = functional.dual_norm([g], p, 1)
+            weight = torch.ones_like(norms)
+            runs[q] = lambda g=g, p=p: functional.dual_norm([g], p, 1)
+            slopes[q] = lambda g=g, p=p, w=weight, n=norms: backward(w, [g], n, p, 1)
+        times = interleaved(runs, rounds)
+        # That of q > 16 goes through float64: fewer rounds, beside a copy of their own.
+        slope_times = interleaved(slopes, max(3, rounds // 4), warmup=1)
+        for q in EXPONENTS:
+            table.append(
+                {
+                    **cell,
+                    "q": q,
+                    "copy_GB_per_s": 2 * g.numel() * g.element_size() / times["copy"] / 1e9,
+                    "share": times["copy"] / (2 * times[q]),
+                    "backward_share": slope_times["copy"] / slope_times[q],
+                }
+            )
+            print(table[-1], flush=True)
     return table
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from small_networks import Registered
 from support import ROOT
 from torch import nn
 from torch.nn import functional as F
@@ -14,16 +15,6 @@ import margin_kernels as mk
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [(page.name, number, code) for page in PAGES for number, code in enumerate(BLOCK.findall(page.read_text()))]
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
 
 
 class Network(nn.Module):
@@ -54,7 +45,7 @@ def given():
         "model": model,
         "loader": loader,
         "loss": loss,
-        "MyFunction": Double,
+        "MyFunction": Registered,
         "x": loader[0][0],
         "y": loader[0][1],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.05),

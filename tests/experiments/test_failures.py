@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import ROOT, tiny_sweeps
+from support.command_line import COMMAND, SMALL
 
 from margin_kernels.experiments import cli, config, data, models
 from margin_kernels.experiments.results import Records, digest, files, merged, sealed, sealed_line, unsealed
@@ -26,7 +27,6 @@ from margin_kernels.experiments.results.checksum import ChecksumError, unsealed_
 from margin_kernels.experiments.training import Trainer, TrainingError, errors, load_state
 from margin_kernels.experiments.training.checkpoint import save_state
 
-SMALL = ["--data.train_fraction", "0.1", "--training.distance_samples", "8", "--training.threads", "1"]
 QUICK = [
     "--evaluation.attack_samples",
     "10",
@@ -35,7 +35,6 @@ QUICK = [
     "--evaluation.distance_samples",
     "5",
 ]
-COMMAND = [sys.executable, "-P", "-m", "margin_kernels.experiments"]
 FILES = ("checkpoint.pt", "model.safetensors", "model.json", "run.json", "metrics.csv", "config.yaml")
 
 

@@ -3,16 +3,15 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support import ROOT
+from support.command_line import COMMAND
 
 from margin_kernels.experiments import cli
 from margin_kernels.experiments.results import Records
 
-COMMAND = [sys.executable, "-P", "-m", "margin_kernels.experiments"]
 SHAPE = "data: {train_fraction: 0.1}, training: {epochs: 1, distance_samples: 8, threads: 1}, "
 SHAPE += "evaluation: {attack_samples: 5, deepfool_samples: 2, distance_samples: 2, timing_repeats: 0, curve: [0.1]}"
 # of DISK, SIZE, FROM and KEPT; the disk is gone with the process, so what lies on it is copied at the end

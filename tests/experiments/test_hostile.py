@@ -9,13 +9,13 @@ import pickle
 import shutil
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 from support import ROOT
+from support.command_line import COMMAND, SMALL
 
 from margin_kernels.experiments import cli, config, data, models
 from margin_kernels.experiments.data import cifar, idx
@@ -25,9 +25,8 @@ from margin_kernels.experiments.results.checksum import unsealed_line
 from margin_kernels.experiments.training import load_state
 from margin_kernels.experiments.training.checkpoint import save_state
 
-COMMAND = [sys.executable, "-P", "-m", "margin_kernels.experiments"]
-SMALL = ["--data.train_fraction", "0.1", "--training.distance_samples", "8", "--training.threads", "1"]
-SMALL += [
+TINY = [
+    *SMALL,
     "--evaluation.attack_samples",
     "5",
     "--evaluation.deepfool_samples",
@@ -35,7 +34,7 @@ SMALL += [
     "--evaluation.distance_samples",
     "2",
 ]
-SMALL += ["--evaluation.timing_repeats", "0"]
+TINY += ["--evaluation.timing_repeats", "0"]
 
 
 def refused(capsys, arguments, *words):
@@ -51,7 +50,7 @@ def refused(capsys, arguments, *words):
 def trained(tmp_path_factory):
     """A finished run of one epoch, evaluated."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    assert cli.main(["train", *SMALL, "--training.epochs", "1", "--out", str(folder)]) == 0
+    assert cli.main(["train", *TINY, "--training.epochs", "1", "--out", str(folder)]) == 0
     assert cli.main(["evaluate", "--no-timing", str(folder)]) == 0
     return folder
 
@@ -170,7 +169,7 @@ def test_a_call_that_means_nothing_is_refused(tmp_path, monkeypatch, capsys, arg
     Path("empty.yaml").write_text("\n")
     Path("twice.yaml").write_text("training: {epochs: 1, epochs: 2}\n")
     Path("x.yaml").write_text("{kind: hinge}\n")
-    refused(capsys, ["train", *SMALL, *arguments], words)
+    refused(capsys, ["train", *TINY, *arguments], words)
     assert "config.yaml" not in [path.name for path in tmp_path.rglob("*")]
 
 
@@ -236,7 +235,7 @@ def test_a_checkpoint_with_the_right_checksum_and_other_contents_is_refused(run,
     state[key] = change(state.get(key, {}))
     save_state(run, state)
     before = (run / "checkpoint.pt").read_bytes()
-    refused(capsys, ["train", *SMALL, "--training.epochs", "2", "--out", run, "--resume"], "checkpoint", words)
+    refused(capsys, ["train", *TINY, "--training.epochs", "2", "--out", run, "--resume"], "checkpoint", words)
     assert (run / "checkpoint.pt").read_bytes() == before
 
 
@@ -299,7 +298,7 @@ def test_a_config_that_is_cut_off_is_not_filled_with_defaults(run, capsys, share
     (run / "config.yaml").write_text(text[: int(share * len(text)) - 1])
     refused(capsys, ["evaluate", "--no-timing", run], "config.yaml", "")
     assert cli.main(["check", str(run)]) == 1
-    assert cli.main(["train", *SMALL, "--training.epochs", "1", "--out", str(run), "--resume"]) == 0
+    assert cli.main(["train", *TINY, "--training.epochs", "1", "--out", str(run), "--resume"]) == 0
     assert (run / "config.yaml").read_text() == text
 
 
