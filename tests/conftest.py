@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +85,14 @@ def progress(request: pytest.FixtureRequest) -> Callable[[int], None]:
             print(f"\ncase {count} of {total}, {now - start:.0f} s", flush=True)
 
     return case
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Callable[[int], Any]]:
+    """processes(size) -> a gloo group of that size, started when a test of the file first asks for it."""
+    from support.processes import Processes
+
+    groups: dict[int, Processes] = {}
+    yield lambda size: groups.setdefault(size, Processes(size))
+    for group in groups.values():
+        group.stop()

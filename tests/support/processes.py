@@ -1,0 +1,91 @@
+"""Several processes of one gloo group, started once and used by many tests."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing
+
+# Seconds that a collective and the whole call of `run` may take.
+COLLECTIVE, CALL = 60, 240
+
+
+def _serve(rank: int, size: int, file: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=timedelta(seconds=COLLECTIVE)
+    )
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            task = None
+        if task is None:
+            # Gloo's threads outlive their group and drop Python objects when they wake: they must not meet an
+            # interpreter that is closing (PyTorch then aborts).
+            os._exit(0)
+        function, args = task
+        try:
+            torch.manual_seed(0)
+            pipe.send((function(rank, size, *args), None))
+        except BaseException as error:  # the test reads it
+            pipe.send((None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+class Processes:
+    """`size` processes with a default gloo group, each with one thread."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = tempfile.mktemp(prefix="gloo")
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, store, there), daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def outcomes(self, function: Callable[..., Any], *args: Any) -> list[tuple[Any, str | None]]:
+        """What function(rank, size, *args) returned in every process, or the words of its error.
+
+        A function that fails on some processes only may leave collectives behind: the processes are then replaced.
+        """
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        found: list[tuple[Any, str | None]] = []
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            try:
+                found.append(pipe.recv() if pipe.poll(CALL) else (None, f"TimeoutError: no answer in {CALL} s"))
+            except EOFError:
+                found.append((None, f"the process ended with {process.exitcode}"))
+        if any(error is not None for _, error in found):
+            self.stop()
+        return found
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What function(rank, size, *args) returned in every process. Raises AssertionError where one failed."""
+        found = self.outcomes(function, *args)
+        failed = [f"process {rank}: {error}" for rank, (_, error) in enumerate(found) if error is not None]
+        assert not failed, "\n".join(failed)
+        return [value for value, _ in found]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._pipes, self._processes = [], []
