@@ -199,7 +199,7 @@ def search(
                 state.look(rows, model(_taken(moved, rows)))
         if host_reads or (step and not last and step % CUDA_CHECK_EVERY == 0 and not whole_batch):
             rows = rows[state.active[rows]]
-        if last or (step and len(rows) == 0):
+        if last or (step and len(rows) == 0 and not whole_batch):
             break
         upper, lower = torch.zeros_like(iterations), torch.zeros_like(iterations)
         shared = step == 0 and source is not None and state.shares(rows, host_reads)

@@ -78,6 +78,17 @@ def choose(
     Raises:
         ValueError: "split" is asked for and would not be exact, with the reason.
     """
+    found = _of_this_process(mode, request, captured, logits, trials, asked)
+    if captured.agree is None or captured.agree(found.name):
+        return found
+    if mode == "split":
+        raise ValueError(f"{asked} is not possible on all processes")
+    return Loop(request, captured, logits)
+
+
+def _of_this_process(
+    mode: str, request: Request, captured: Captured, logits: Tensor, trials: Trials | None, asked: str
+) -> Gradients:
     if mode == "loop" or (mode == "auto" and request.competitors > SPLIT_UP_TO):
         return Loop(request, captured, logits)
     strategy = TangentSplit if request.second_order else Split

@@ -7,7 +7,7 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -85,6 +85,7 @@ class Captured:
         begin: sequence number of autograd when the forward pass began; None for tensors of the caller
         inputs: edges of the tensors with a graph of their own that were passed to the model
         remedy: how the user names the batch dimension of a tap, a format string with {name}
+        agree: whether all processes take the strategy of that name; None where they need not
     """
 
     logits: Tensor
@@ -94,6 +95,7 @@ class Captured:
     begin: int | None = None
     inputs: Sequence[GradientEdge] = ()
     remedy: str = 'MarginTask(..., batch_dim={{"{name}": d}})'
+    agree: Callable[[str], bool] | None = None
     _structures: dict[tuple[str, ...], Structure] = field(default_factory=dict, repr=False)
 
     @property

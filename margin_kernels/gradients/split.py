@@ -23,12 +23,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..process_group import WORLD, Group
 from ..tracing import is_plain, recording
 from . import autograd_graph
 from .autograd_graph import LEAF, Edge, like_output, made_before, shape_of
@@ -58,38 +60,50 @@ class Trials:
     """The trials of a split that its user asked for by name and that the graph does not prove. A task has its own.
 
     At steps 1, 2, 4, 8, ... of a kind of graph and every 1024th: a pass with drawn factors of the samples' cotangents,
-    0 for half of them, must give the recorded gradients times these factors.
+    0 for half of them, must give the recorded gradients times these factors. A failure on any process is one on all:
+    they tell each other at the steps 1, 2, 4, 8, ... and every 1024th of all kinds, which are the same on each.
+
+    alone: nothing is told to other processes
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
+        self._alone = alone
+        self._count = 0
         self._steps: Counter[Any] = Counter()
         self._passed: dict[Any, int] = {}
+        # The words for the first trial that failed.
+        self._failed: str | None = None
         self._generator = torch.Generator().manual_seed(0)
 
-    def due(self, kind: Any) -> bool:
-        """Counts a step of this kind of graph: whether it is to be verified."""
+    def step(self, kind: Any, exact: Callable[[], bool] | None) -> None:
+        """Takes one step of a kind of graph, with its trial, None where nothing is in doubt. Raises ValueError where a
+        trial has failed."""
+        self._count += 1
         self._steps[kind] += 1
-        return due(self._steps[kind])
+        step, last = self._steps[kind], self._passed.get(kind, 0)
+        if exact is not None and due(step):
+            if exact():
+                self._passed[kind] = step
+            else:
+                self._failed = self._failed or (
+                    f"the samples are coupled, as the trial of step {step} shows; gradients may have been wrong since "
+                    f"step {last + 1}"
+                )
+        group = Group(None if self._alone else WORLD)
+        failed = self._failed
+        if group.size > 1:
+            failed = None
+            told = [int(self._failed is None)]
+            if due(self._count) and group.lowest(told, "the agreement on a trial of the split") == [0]:
+                failed = self._failed or "the samples are coupled, as the trial of another process shows"
+        if failed is not None:
+            raise ValueError(f'passes="split" is not possible: {failed}. Use passes="loop"')
 
     def factors(self, batch: int) -> Tensor:
         """[N]: 0 for a random half of the samples, between 0.5 and 2 for the others."""
         factors = 0.5 + 1.5 * torch.rand(batch, generator=self._generator)
         factors[torch.randperm(batch, generator=self._generator)[: batch // 2]] = 0
         return factors
-
-    def judge(self, kind: Any, exact: bool) -> None:
-        """Takes the outcome of a trial, a failure on any process being one on all. Raises ValueError for a failure."""
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            outcomes: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(outcomes, exact)
-            exact = all(outcomes)
-        step, last = self._steps[kind], self._passed.get(kind, 0)
-        if not exact:
-            raise ValueError(
-                f'passes="split" is not possible: the samples are coupled, as the trial of step {step} shows; '
-                f'gradients may have been wrong since step {last + 1}. Use passes="loop"'
-            )
-        self._passed[kind] = step
 
 
 class Split:
@@ -294,12 +308,15 @@ class Split:
         return sum(storages.values())
 
     def _try(self, plan: Plan, passes: Passes, seeds: Seeds) -> None:
-        if self._trials is None or not self._structure.findings or self.captured.batch <= 1:
+        if self._trials is None:
             return
         kind = tuple(node.name() for node in self._graph.nodes if node in self._along)
-        if not self._trials.due(kind):
-            return
-        factors = self._trials.factors(self.captured.batch)
+        doubtful = self._structure.findings and self.captured.batch > 1
+        self._trials.step(kind, partial(self._is_exact, self._trials, plan, passes, seeds) if doubtful else None)
+
+    def _is_exact(self, trials: Trials, plan: Plan, passes: Passes, seeds: Seeds) -> bool:
+        """Whether a pass with other factors of the samples gives the recorded gradients times these."""
+        factors = trials.factors(self.captured.batch)
         scaled = []
         for seed in seeds:
             factor = factors.to(self._target.device)
@@ -313,7 +330,7 @@ class Split:
             none = by_sample(part, stride, self.captured.batch)[(factors == 0).to(whole.device)]
             fits = ((part - expected).abs() <= tolerance).all() & (none == 0).all()
             exact = exact and bool(fits | ~whole.isfinite().all())
-        self._trials.judge(kind, exact)
+        return exact
 
     def attach(self, loss: Tensor) -> Tensor:
         """`loss` [] or [N], computed from `logits`, with the network's parameters as its inputs."""

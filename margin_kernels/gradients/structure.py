@@ -539,7 +539,7 @@ def _cell(at: _At) -> int:
 
 
 def _backward_hook(at: _At) -> int:
-    """What PyTorch puts around a module with backward hooks: each input is an output."""
+    """What PyTorch puts around a module with backward hooks, and FSDP2 before one: each input is an output."""
     if at.number != at.output:
         raise _Unknown("it hands on another of its inputs")
     return _same_place(at)
@@ -805,6 +805,7 @@ _EXACT: dict[str, Rule] = {
     "AsStridedBackward0": _restrided,
     "AsStridedBackward1": _restrided,
     "BackwardHookFunctionBackward": _backward_hook,
+    "RegisterPostBackwardFunctionBackward": _backward_hook,  # of fully_shard, around each of its modules
     "RepeatBackward0": _repeat,
     "UnfoldBackward0": _unfold,
     "ViewAsComplexBackward0": _complex,

@@ -53,6 +53,7 @@ LINEAR = {
     "MkldnnMaxPool2DBackward0",
     "NativeDropoutBackward0",
     "PermuteBackward0",
+    "RegisterPostBackwardFunctionBackward",
     "ReluBackward0",
     "SelectBackward0",
     "SliceBackward0",

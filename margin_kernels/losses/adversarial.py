@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from ..gradients.loop import pair_gradient
 from ..reference.dual_norm import dual_exponent
 from ..replay import ReplayedModel
 from ..second_derivative import check_second_derivative, is_missing, sentence
-from .base import NOTHING, MarginLoss, count, exponent, flag, non_negative, one_of, positive
+from .base import NOTHING, MarginLoss, count, exponent, flag, group_exists, non_negative, one_of, positive
 
 AGGREGATIONS = ("avg", "min")
 SHRINKAGES = ("lin", "exp", "inv")
@@ -90,6 +90,10 @@ class AdversarialMarginLoss(MarginLoss):
             backward pass, exact where Delta is the shortest way to the boundary.
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
+        process_group: None: the loss of this process's batch. "world", a ProcessGroup or a DeviceMesh of one dimension:
+            each process has a part of one batch, of any size and also none; the mean over the processes of the loss,
+            which DistributedDataParallel and fully_shard differentiate, is that of the whole batch, and "min" selects
+            from it.
 
     While Delta is computed batch norm uses running statistics, dropout holds its masks, and autocast is off. "unrolled"
     needs layers that PyTorch can differentiate twice, and says which one it cannot.
@@ -127,6 +131,7 @@ class AdversarialMarginLoss(MarginLoss):
         "gradient": one_of(*GRADIENTS),
         "p": exponent,
         "backend": one_of("auto", *BACKENDS),
+        "process_group": group_exists,
     }
 
     candidates = former("candidates", "top_k", less=1)
@@ -146,6 +151,7 @@ class AdversarialMarginLoss(MarginLoss):
         gradient: str = "unrolled",
         p: float | str = 2,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.keep(locals())
@@ -168,6 +174,7 @@ class AdversarialMarginLoss(MarginLoss):
         x: Tensor,
         replayed: ReplayedModel | None = None,
         source: Tensor | None = None,
+        whole_batch: bool = False,
     ) -> AdversarialMargins:
         """The loss and all that it measured on the way.
 
@@ -176,6 +183,7 @@ class AdversarialMarginLoss(MarginLoss):
         every pass.
         source: the tensor at which the graph of the logits begins, if it is known: the first DeepFool step is taken on
         that graph.
+        whole_batch: every sample takes part in every pass, and their number depends on no value.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             raise ValueError(f"x must be a floating-point tensor [N, *], got {described(x)}")
@@ -210,8 +218,8 @@ class AdversarialMarginLoss(MarginLoss):
                 self.top_k,
                 logits=differentiable(logits) if same else None,
                 source=source if shared else None,
-                whole_batch=replay.draws,
-                together=not convolves(model),
+                whole_batch=replay.draws or whole_batch,
+                together=not whole_batch and not convolves(model),
                 backend=self.backend,
             )
             result = found.result
@@ -220,10 +228,16 @@ class AdversarialMarginLoss(MarginLoss):
             distance = result.distance if scale is None else result.distance / scale
             # An image that is 0 has no relative distance.
             usable = result.success if scale is None else result.success & (scale > 0)
-            selected = self._selected(distance, correct, usable, target, logits.shape[1])
-            rows = self._rows(selected, logits.shape[1], replay.draws)
-            terms = self._terms(replay, wide, found, target, scale, rows)
-        loss = nll.mean() + torch.where(selected[rows], terms, 0).sum() / max(len(x), 1)
+            selected = self._selected_of_all(distance, correct, usable, target, logits.shape[1])
+            everyone = replay.draws or whole_batch
+            rows = self._rows(selected, logits.shape[1], everyone)
+            terms = self._terms(replay, wide, found, target, scale, rows, everyone)
+        regularizer = torch.where(selected[rows], terms, 0).sum()
+        group = self.group()
+        if group.size == 1:
+            loss = nll.mean() + regularizer / max(len(x), 1)
+        else:
+            loss = group.whole(nll.sum() + regularizer, len(x))
         return AdversarialMargins(
             loss, nll.detach(), distance, result.success, correct, selected, result.iterations, result.label
         )
@@ -231,6 +245,16 @@ class AdversarialMarginLoss(MarginLoss):
     def _norm(self, x: Tensor) -> Tensor:
         """||x[n]||_p, [N]."""
         return functional.dual_norm([x], dual_exponent(self.p), batch_dims=1, backend=self.backend)[:, 0]
+
+    def _selected_of_all(self, m: Tensor, correct: Tensor, success: Tensor, target: Tensor, classes: int) -> Tensor:
+        """`_selected` from the batch of all processes, [N] of this one's samples."""
+        group = self.group()
+        if self.aggregation == "avg" or group.size == 1:
+            return self._selected(m, correct, success, target, classes)
+        columns = [m.double(), correct.double(), success.double(), target.double()]
+        rows, first = group.gathered(torch.stack(columns, 1), 'the selection of samples by aggregation="min"')
+        m, correct, success, target = rows[:, 0], rows[:, 1] > 0, rows[:, 2] > 0, rows[:, 3].long()
+        return self._selected(m, correct, success, target, classes)[first : first + len(columns[0])]
 
     def _selected(self, m: Tensor, correct: Tensor, success: Tensor, target: Tensor, classes: int) -> Tensor:
         """Which samples take part, [N] bool."""
@@ -240,29 +264,38 @@ class AdversarialMarginLoss(MarginLoss):
         nearest = _first_of_each_class(m, correct & success, target, classes, most)
         return nearest | _first_of_each_class(-m, ~correct & success, target, classes, most)
 
-    def _rows(self, selected: Tensor, classes: int, draws: bool) -> Tensor:
+    def _rows(self, selected: Tensor, classes: int, all_of_them: bool) -> Tensor:
         """Indices [S] of samples that are repeated with a graph: all selected ones, and others where to leave them out
-        would mean to wait for the device, or to draw other dropout masks."""
+        would mean to wait for the device, to draw other dropout masks, or to take other passes than other processes."""
         everyone = torch.arange(len(selected), device=selected.device)
-        if draws:
+        if all_of_them:
             return everyone
         if host_sees(selected):
             return everyone[selected]
         if self.aggregation == "avg":
             return everyone
+        if self.group().size > 1:  # all that the whole batch selects may be here
+            return everyone
         slots = 2 * min(classes, max(1, int(MIN_SHARE * len(selected))))
         return selected.float().topk(min(slots, len(selected))).indices
 
     def _terms(
-        self, replay: ReplayedModel, x: Tensor, found: Search, target: Tensor, scale: Tensor | None, rows: Tensor
+        self,
+        replay: ReplayedModel,
+        x: Tensor,
+        found: Search,
+        target: Tensor,
+        scale: Tensor | None,
+        rows: Tensor,
+        everyone: bool,
     ) -> Tensor:
-        """The terms of samples rows [S], with a graph."""
+        """The terms of samples rows [S], with a graph; everyone: in as many passes for every batch."""
         correct = (found.prediction == target)[rows]
-        if len(rows) == 0 or len(found.upper) == 0 or self.weight == 0:
+        if (len(rows) == 0 and not everyone) or len(found.upper) == 0 or self.weight == 0:
             return x.new_zeros(len(rows))
         if torch.is_grad_enabled():
             measure = self._envelope if self.gradient == "envelope" else self._unrolled
-            m = measure(replay, x, found, target, rows)
+            m = measure(replay, x, found, target, rows, everyone)
         else:
             m = found.result.distance[rows]
         if scale is not None:
@@ -284,16 +317,18 @@ class AdversarialMarginLoss(MarginLoss):
         largest = math.log(TERM_LIMIT + self.weight)  # of t + ln(weight), where t = ln(50 / weight + 1)
         return (t + math.log(self.weight)).clamp_max(largest).exp().clamp_max(TERM_LIMIT)
 
-    def _unrolled(self, replay: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
+    def _unrolled(
+        self, replay: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor, everyone: bool
+    ) -> Tensor:
         """||Delta||_p [S], the steps of the search repeated with a graph toward the boundaries that it chose."""
         x, iterations = x[rows], found.result.iterations[rows]
-        leaving = host_sees(x) and not replay.draws
+        leaving = host_sees(x) and not everyone
         delta = torch.zeros_like(x)
-        everyone = torch.arange(len(rows), device=rows.device)
+        all_of_them = torch.arange(len(rows), device=rows.device)
         for i in range(len(found.upper)):
             active = iterations > i
-            moving = everyone[active] if leaving else everyone
-            if len(moving) == 0:
+            moving = all_of_them[active] if leaving else all_of_them
+            if len(moving) == 0 and not everyone:
                 break
             point = x[moving] + delta[moving]
             if not point.requires_grad:
@@ -321,7 +356,9 @@ class AdversarialMarginLoss(MarginLoss):
             check_second_derivative(w, point, instead)
         return w
 
-    def _envelope(self, replay: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor) -> Tensor:
+    def _envelope(
+        self, replay: ReplayedModel, x: Tensor, found: Search, target: Tensor, rows: Tensor, everyone: bool
+    ) -> Tensor:
         """||Delta||_p [S] with the gradient (g - const) / ||grad_x g||_q at x + Delta, g = z_upper - z_lower > 0 on the
         side of x."""
         result, target = found.result, target[rows]

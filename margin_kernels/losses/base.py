@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..gradients.request import Request, explicit
+from ..process_group import Group
+from ..process_group import check as group_exists
 
 COMPETITORS = " (and at most the number of classes - 1)"
 REDUCTIONS = ("mean", "sum", "none")
@@ -131,6 +134,23 @@ def exponent(name: str, value: Any) -> float:
     return norm_exponent(value)
 
 
+class _SameInCopies:
+    """Holds an object that copies of a loss share."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> _SameInCopies:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.value is not None and not isinstance(self.value, str):
+            raise TypeError(
+                f'process_group must be None or "world" in a loss that is saved, got {type(self.value).__name__}'
+            )
+        return type(self), (self.value,)
+
+
 class MarginLoss(nn.Module):
     """What every loss of this library is: options that a step reads anew, and the loss of one forward pass.
 
@@ -171,6 +191,8 @@ class MarginLoss(nn.Module):
         cls.Options = dataclasses.make_dataclass(f"{cls.__name__}Options", fields, frozen=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "process_group":
+            name, value = "_group", _SameInCopies(group_exists(name, value))
         check = self.checks.get(name)
         super().__setattr__(name, value if check is None else check(name, value))
 
@@ -178,6 +200,27 @@ class MarginLoss(nn.Module):
         """Sets every option from the arguments of __init__, its `locals()`."""
         for name in self.checks:
             setattr(self, name, given[name])
+
+    @property
+    def process_group(self) -> Any:
+        """The processes that have parts of one batch."""
+        return self._group.value
+
+    def group(self) -> Group:
+        """The same, to exchange numbers with: in training steps, which all processes take together."""
+        return Group(self.process_group if torch.is_grad_enabled() else None)
+
+    def reduced(self, values: Tensor, share: Tensor | None = None) -> Tensor:
+        """values [N] as `reduction` says: as they are, their sum, or their sum over that of `share` [N], 1 each where
+        None is given; with a process_group over the samples of all its processes, for processes that average."""
+        if self.reduction == "none":
+            return values
+        group = self.group()
+        if self.reduction == "sum":
+            return values.sum() * group.size
+        if share is None and group.size == 1:
+            return values.mean()
+        return group.whole(values.sum(), len(values) if share is None else share.sum())
 
     def options(self) -> Any:
         """The options with their current values; two losses are the same function where these are equal."""
@@ -198,7 +241,8 @@ class MarginLoss(nn.Module):
             value = options[name]
             fixed = isinstance(value, str) or (not isinstance(value, list) and value in (None, 0, 1))
             options[name] = value if fixed else "live"
-        return type(self), repr(sorted(options.items()))
+        group = self.process_group
+        return type(self), repr(sorted(options.items())), group if isinstance(group, str) else id(group)
 
     @contextmanager
     def recorded(self, numbers: Tensor) -> Iterator[None]:

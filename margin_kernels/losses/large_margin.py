@@ -14,6 +14,7 @@ from .. import functional
 from ..backends import BACKENDS
 from ..gradients.choose import choose
 from ..gradients.request import Captured, Request
+from ..process_group import WORLD, Group
 from ..reference.margin_hinge import AGGREGATIONS
 from . import base
 from .base import TapLoss, optional
@@ -33,8 +34,9 @@ WITH_SOFT = {"top_k": 1, "aggregation": "max", "space": "logit", "auxiliary": "c
 class Medians(Protocol):
     """The running medians that gamma="auto" goes by."""
 
-    def step(self, distance: Tensor, usable: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
-        """Takes distances [N,k,L] where usable; the medians [L], and whether the margin has its weight, [] bool."""
+    def step(self, distance: Tensor, usable: Tensor, warmup: int, group: Group) -> tuple[Tensor, Tensor]:
+        """Takes distances [N,k,L] where usable, of this process; the medians [L], and whether the margin has its
+        weight, [] bool."""
 
 
 class LargeMarginLoss(TapLoss):
@@ -83,7 +85,11 @@ class LargeMarginLoss(TapLoss):
         label_smoothing: of the cross-entropy, in [0, 1], as torch.nn.CrossEntropyLoss, over the finite classes.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
         min_norm: a term whose own D, before layer_scale, is at most this has no direction (zero head, dead units): it
-             is left out, with slope 0, and counted in `degenerate`. None: 100 eps, at most 1e-4.
+            is left out, with slope 0, and counted in `degenerate`. None: 100 eps, at most 1e-4.
+        process_group: None: the loss of this process's batch. "world", a ProcessGroup or a DeviceMesh of one dimension:
+            each process has a part of one batch, of any size and also none; the mean over the processes of the loss,
+            which DistributedDataParallel and fully_shard differentiate, is that of the whole batch.
+            gamma="auto" measures over all processes in any case.
 
     Every option may be set between steps (a schedule of gamma). Raises:
         ValueError, TypeError: naming the argument, its value, and what is allowed.
@@ -117,6 +123,7 @@ class LargeMarginLoss(TapLoss):
         "label_smoothing": base.fraction,
         "gamma_factor": base.positive,
         "warmup": lambda name, value: int(base.non_negative(name, base.integer(name, value))),
+        "process_group": base.group_exists,
     }
 
     def __init__(
@@ -144,6 +151,7 @@ class LargeMarginLoss(TapLoss):
         label_smoothing: float = 0.0,
         gamma_factor: float = 1.0,
         warmup: int = 50,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.keep(locals())
@@ -210,7 +218,8 @@ class LargeMarginLoss(TapLoss):
                 )
             with torch.no_grad():
                 usable = (norm > least) & found.valid.view(-1, 1, 1)
-                median, on = medians.step(-gap.unsqueeze(2) / (self.eps + norm), usable, self.warmup)
+                together = Group(self.process_group or WORLD)
+                median, on = medians.step(-gap.unsqueeze(2) / (self.eps + norm), usable, self.warmup, together)
                 gamma, cap = gamma * median, cap * median
                 weights = weights / gamma / (weights.sum() if reduction == "mean" else 1)
             reduction = "sum"
@@ -271,10 +280,7 @@ class LargeMarginLoss(TapLoss):
 
         def over_samples(values: Tensor, weighed: bool = False) -> Tensor:
             values = torch.where(valid, values, 0)
-            values = values if weight is None or weighed else values * share
-            if self.reduction == "mean":
-                return values.sum() / share.sum()
-            return functional.reduced(values, self.reduction)
+            return self.reduced(values if weight is None or weighed else values * share, share)
 
         loss = loss if self.margin_weight == 1 else loss * margin
         if self.cross_entropy_weight == 0:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .. import checks, functional
 from ..backends import BACKENDS
+from ..deprecation import former, renamed
 from ..reference.one_to_n import BOUNDS, logsumexp, one_to_n
-from ..tracing import tracing
-from .base import NOTHING, REDUCTIONS, MarginLoss, flag, one_of, positive
+from .base import NOTHING, REDUCTIONS, MarginLoss, flag, group_exists, one_of, positive
 
 
 def _linear(name: str, value: Any) -> nn.Linear | None:
@@ -45,16 +45,17 @@ class OneToNLoss(MarginLoss):
         delta: half the margin, in units of the logits, finite, > 0.
         bound: "symmetric": scores bounded to [-delta, delta]; "positive": negatives bounded from 0.
         cross_entropy: adds the sample's own softmax denominator.
-        across_processes: negatives are those of all processes of the default group of torch.distributed, not of each
-            process's own batch: one exchange of C numbers in forward and one in backward, no logits. The mean of the
-            processes' losses, which DistributedDataParallel differentiates, is then the loss of the joint batch where
-            they have equal parts of it. For training steps, which all processes take together; without gradients, and
-            before init_process_group, the batch is the process's own. Computed by PyTorch's operations.
         weight_norm: None, or the model's final nn.Linear: each logit is divided by the l2 norm of its row of the
             weight (||W_c|| = 1 of the derivation), with gradient. A row of zeros gives NaN. The layer stays the
             model's: this module owns no parameters.
         reduction: "mean", "sum" or "none" over samples.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
+        process_group: None: the loss of this process's batch. "world", a ProcessGroup or a DeviceMesh of one dimension:
+            each process has a part of one batch, of any size and also none; the mean over the processes of the loss,
+            which DistributedDataParallel and fully_shard differentiate, is that of the whole batch.
+            The negatives are those of all processes: one exchange of C numbers in forward and one in backward, no
+            logits, computed by PyTorch's operations. For training steps, which all processes take together; without
+            gradients, and before init_process_group, the batch is the process's own.
 
     Raises:
         ValueError, TypeError: naming the argument, its value, and what is allowed.
@@ -73,9 +74,12 @@ class OneToNLoss(MarginLoss):
         "weight_norm": _linear,
         "reduction": one_of(*REDUCTIONS),
         "backend": one_of("auto", *BACKENDS),
-        "across_processes": flag,
+        "process_group": group_exists,
     }
 
+    across_processes = former("across_processes", "process_group")
+
+    @renamed("across_processes", "process_group")
     def __init__(
         self,
         delta: float = 1.0,
@@ -84,7 +88,7 @@ class OneToNLoss(MarginLoss):
         weight_norm: nn.Linear | None = None,
         reduction: str = "mean",
         backend: str = "auto",
-        across_processes: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.keep(locals())
@@ -103,12 +107,12 @@ class OneToNLoss(MarginLoss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss, [] or [N], of logits [N,C] and target [N] int64."""
-        return functional.reduced(self._per_sample(logits, target), self.reduction)
+        return self.reduced(self._per_sample(logits, target))
 
     def statistics(self, logits: Tensor, target: Tensor) -> OneToNMargins:
         """The loss of logits [N,C] and target [N] int64, and statistics of each sample."""
         per_sample = self._per_sample(logits, target)
-        loss = functional.reduced(per_sample, self.reduction)
+        loss = self.reduced(per_sample)
         return OneToNMargins(loss, **self._statistics(logits, target, per_sample))
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -121,10 +125,15 @@ class OneToNLoss(MarginLoss):
 
     def _per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         scores = self._scores(logits)
-        if self.across_processes and torch.is_grad_enabled() and _several_processes():
+        group = self.group()
+        if group.size > 1:
             checks.check_one_to_n(scores, target, self.delta, self.bound)
+
+            def joined(column: Tensor) -> Tensor:
+                return logsumexp(group.columns(column))
+
             with torch.autocast(logits.device.type, enabled=False):
-                return one_to_n(scores, target, self.delta, self.bound, self.cross_entropy, _joined)
+                return one_to_n(scores, target, self.delta, self.bound, self.cross_entropy, joined)
         return functional.one_to_n(
             scores, target, self.delta, self.bound, self.cross_entropy, "none", backend=self.backend
         )
@@ -142,31 +151,3 @@ class OneToNLoss(MarginLoss):
         with torch.autocast(logits.device.type, enabled=False):
             norm = functional.dual_norm([head.weight], 2, batch_dims=1, backend=self.backend).squeeze(1)
             return (logits if logits.dtype == torch.float64 else logits.float()) / norm
-
-
-def _several_processes() -> bool:
-    if tracing():
-        raise ValueError("across_processes=True cannot be compiled: it exchanges numbers with other processes")
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-def _joined(column: Tensor) -> Tensor:
-    """logsumexp over the processes of what each has, [C] -> [C]; -inf where all have -inf."""
-    return logsumexp(_Gathered.apply(column))
-
-
-class _Gathered(torch.autograd.Function):
-    """column [C] of each process -> [processes, C]; the gradient is the sum over the processes."""
-
-    @staticmethod
-    def forward(ctx: Any, column: Tensor) -> Tensor:
-        columns = [torch.empty_like(column) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(columns, column.contiguous())
-        return torch.stack(columns)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total)
-        return total[distributed.get_rank()]

@@ -13,7 +13,19 @@ from ..backends import BACKENDS
 from ..deprecation import former, renamed
 from ..gradients.choose import choose
 from ..gradients.request import Captured, Request
-from .base import COMPETITORS, NOTHING, REDUCTIONS, TapLoss, count, exponent, non_negative, number, one_of, optional
+from .base import (
+    COMPETITORS,
+    NOTHING,
+    REDUCTIONS,
+    TapLoss,
+    count,
+    exponent,
+    group_exists,
+    non_negative,
+    number,
+    one_of,
+    optional,
+)
 
 CLASSIFICATIONS = ("hinge", "cross_entropy")
 # How the norm is differentiated, as the passes that do it.
@@ -67,6 +79,9 @@ class MarginSensitivityLoss(TapLoss):
             MarginTask by default a tangent where that is exact.
         reduction: "mean", "sum" or "none" over samples.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
+        process_group: None: the loss of this process's batch. "world", a ProcessGroup or a DeviceMesh of one dimension:
+            each process has a part of one batch, of any size and also none; the mean over the processes of the loss,
+            which DistributedDataParallel and fully_shard differentiate, is that of the whole batch.
 
     Raises:
         ValueError, TypeError: naming the argument, its value, and what is allowed; more than one tap; a tangent that
@@ -88,6 +103,7 @@ class MarginSensitivityLoss(TapLoss):
         "gradient": one_of(*GRADIENTS),
         "reduction": one_of(*REDUCTIONS),
         "backend": one_of("auto", *BACKENDS),
+        "process_group": group_exists,
     }
 
     candidates = former("candidates", "top_k")
@@ -103,6 +119,7 @@ class MarginSensitivityLoss(TapLoss):
         gradient: str = "auto",
         reduction: str = "mean",
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         self.keep(locals())
@@ -154,7 +171,7 @@ class MarginSensitivityLoss(TapLoss):
                 competitors = competitors.gather(1, widest)
             norm, competitor = gradients.norms(label, competitors)[:, 0, 0], competitors.squeeze(1)
         classification = self._classification(gap, nll)
-        loss = functional.reduced(classification + self.weight * norm.pow(self.power), self.reduction)
+        loss = self.reduced(classification + self.weight * norm.pow(self.power))
         loss = gradients.attach(loss)
         return SensitivityMargins(loss, classification.detach(), nll.detach(), gap.detach(), norm.detach(), competitor)
 

@@ -13,8 +13,9 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from ..process_group import Group
 from ..tracing import recording
 
 # Weight of a batch's median in the running one, but for the first batches, whose mean it is.
@@ -29,8 +30,8 @@ class AutoGamma(nn.Module):
     """The running medians [L] of one task's distances, in its state dict.
 
     They follow the batches for `warmup` steps in which the network is right about a fifth of the samples, and the
-    margin has no weight; then they are fixed and the margin has its weight. With several processes they are means over
-    the processes. In eval mode they stay. Nothing waits for the device.
+    margin has no weight; then they are fixed and the margin has its weight. With several processes they are those of
+    the joint batch. In eval mode they stay. Nothing waits for the device, but several processes for each other.
 
     median [L];  right [L], running share of samples with d > 0;  seen: batches so far;  steps: those that count;  fixed
 
@@ -58,9 +59,9 @@ class AutoGamma(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._known_fixed = False
 
-    def step(self, distance: Tensor, usable: Tensor, warmup: int) -> tuple[Tensor, Tensor]:
+    def step(self, distance: Tensor, usable: Tensor, warmup: int, group: Group) -> tuple[Tensor, Tensor]:
         """The medians [L], 1 where they are not fixed yet, and whether they are, [] bool, with the distances [N,k,L] of
-        one more batch, those that are `usable`."""
+        one more batch, those that are `usable`, of this process of `group`."""
         if not self._told and not recording():
             self._told = True
             warnings.warn(
@@ -69,31 +70,26 @@ class AutoGamma(nn.Module):
                 stacklevel=5,
             )
         if self.training and not self._known_fixed:
-            self._follow(distance, usable, warmup)
+            self._follow(distance, usable, warmup, group)
         if self.median.device != distance.device:
             raise ValueError(
                 f"task must be on {distance.device}, as its batches are, got {self.median.device}: use task.to()"
             )
         return torch.where(self.fixed, self.median, 1.0).to(distance.dtype), self.fixed.clone()
 
-    def _follow(self, distance: Tensor, usable: Tensor, warmup: int) -> None:
-        found = nearest(distance, usable)
+    def _follow(self, distance: Tensor, usable: Tensor, warmup: int, group: Group) -> None:
+        if group.size > 1 and recording():
+            raise ValueError(
+                'gamma="auto" must be fixed before a step is compiled where several processes train: take the '
+                "lists of suggest_gamma, or compile after the warm-up"
+            )
+        found, _ = group.gathered(nearest(distance, usable), 'the gathering of distances for gamma="auto"')
         batch = positive_median(found).to(self.median.dtype)
         present = ~found.isnan()
         right = ((found > 0).sum(0) / present.sum(0).clamp(min=1)).to(batch.dtype)
         # What a batch says of the median, where it is right about a sample, and of the share, where it has one.
         told = torch.stack([batch.isfinite(), present.any(0)]).to(batch.dtype)
         values = torch.stack([batch.nan_to_num(), right]) * told
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            if recording():
-                raise ValueError(
-                    'gamma="auto" must be fixed before a step is compiled where several processes train: take the '
-                    "lists of suggest_gamma, or compile after the warm-up"
-                )
-            shared = torch.stack([values, told])
-            distributed.all_reduce(shared)
-            values, told = shared.unbind(0)
-            values, told = values / told.clamp(min=1), (told > 0).to(told.dtype)
         rate = torch.clamp(1.0 / (self.seen + 1), min=RATE) * ~self.fixed
         # The first median is taken as it is, however late it comes.
         step = torch.where((self.median == 0) & ~self.fixed, 1.0, rate) * told[0]

@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from ..gradients.autograd_graph import same_edge, sequence_now, without_hooks
 from ..gradients.request import HEAD_INPUT, Captured, Head, Tap
 from ..tracing import is_plain
+from .sharded import plain_type
 
 INPUT, OUTPUT = "input", "output"
 
@@ -154,6 +155,11 @@ class Taps:
         self.modules = tuple(dict.fromkeys(name.base for name in self._parsed.values()))
         # The modules that the first forward showed to be head and pooling; None before it.
         self._ends: tuple[str, ...] | None = None
+
+    @property
+    def head(self) -> str:
+        """The name of the module that the first forward showed to be the final layer."""
+        return self._ends[0] if self._ends else ""
 
     def capture(self, model: nn.Module, x: Any) -> Captured:
         """Run model(x) with gradients and return logits [N,C], taps and head.
@@ -333,7 +339,7 @@ _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
 def _end_candidates(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if type(module) in (nn.Linear, *_POOLS)]
+    return [name for name, module in model.named_modules() if plain_type(module) in (nn.Linear, *_POOLS)]
 
 
 class _Ends:
@@ -353,7 +359,7 @@ class _Ends:
         x = args[0] if len(args) == 1 else None
         if not isinstance(x, Tensor) or not x.requires_grad or not output.requires_grad or "forward" in vars(module):
             return
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear) and plain_type(module) is nn.Linear:
             if x.dim() == 2 and is_plain(module.weight):
                 self._linear.append((name, module.weight, x, get_gradient_edge(x), get_gradient_edge(output)))
         elif output.dim() > 2 and output.shape[2:].numel() == 1 and x.dim() == output.dim():

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..batchnorm import training_batchnorms
 from ..gradients.plan import FLOAT16_SCALE
 from ..losses.base import MarginLoss
+from ..process_group import alone
 from ..random_state import RandomState
 from ..tracing import recorded
 
@@ -182,7 +183,7 @@ def _rehearse(task: Task, x: Any, y: Tensor) -> None:
     buffers and the random numbers as they were. Raises ValueError for what has no compiled form."""
     random = RandomState.now(x)
     buffers = [(buffer, buffer.clone()) for buffer in task.buffers()]
-    with random.replayed():
+    with random.replayed(), alone():  # other processes may have compiled theirs
         loss = task.uncompiled(x, y)["loss"]
         drew = random.changed()
     with torch.no_grad():

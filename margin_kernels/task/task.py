@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..gradients.loop import cut_sources
 from ..gradients.plan import make_plan
 from ..gradients.request import Captured
 from ..gradients.split import Split, Trials
+from ..process_group import WORLD, Group
 from ..random_state import RandomState
 from ..replay import ReplayedModel
 from ..tracing import tracing
@@ -26,6 +27,8 @@ from .auto_gamma import AutoGamma
 from .capture import Taps, in_graph
 from .exclusive import check_unchanged, exclusive
 from .explain import Explanation
+from .sharded import Sharded, is_sharded
+from .sharded import check_model as check_sharding
 
 BATCHNORM = ("batch", "frozen")
 # What a loss is given besides logits and targets: the taps of the forward pass, nothing, or the model and its input.
@@ -41,7 +44,7 @@ OPS_OF = {
 # Modules that make several processes train one model -> what to do with a task instead.
 WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel(task)",
-    "FullyShardedDataParallel": "torch.distributed.fsdp.fully_shard(task), or DistributedDataParallel(task)",
+    "FullyShardedDataParallel": "margin_kernels.distributed.fully_shard_task(task), or DistributedDataParallel(task)",
 }
 
 
@@ -123,6 +126,8 @@ class MarginTask(nn.Module):
         self._explained: Explanation | None = None
         self._warned = False
         self._compiled: Any = None
+        # The class of the task when it was last looked at, which fully_shard changes, and what its steps do then.
+        self._shards: tuple[type, Sharded | None] | None = None
 
     @property
     def batch_dim(self) -> dict[str, int] | None:
@@ -148,27 +153,43 @@ class MarginTask(nn.Module):
             logits = self.model(x)
             return {"output": logits, **self.loss.logit_statistics(logits, y)}
         if self._compiled is not None and not tracing():
+            if is_sharded(self):
+                raise ValueError(
+                    "a sharded task cannot be compiled: use DistributedDataParallel(task), or do not compile"
+                )
             return self._compiled(self, x, y)
         return self.uncompiled(x, y)
 
     def uncompiled(self, x: Any, y: Tensor) -> dict[str, Tensor]:
         """`forward` with gradients, as it is without `compile`."""
+        sharded = None
         if not tracing():
             check_unchanged(self.model)
+            sharded = self._sharded()
+        if sharded is not None:
+            sharded.begin()
         if self.loss.needs == "logits":
             logits = self.model(x)
+            self._check_together(logits, y, sharded)
             measured = self.loss.statistics(logits, y)
         elif self.loss.needs == "model":
-            with exclusive(self.model):
+            # As many forwards on every process.
+            alike = {} if sharded is None else {"whole_batch": True}
+            with exclusive(self.model), nullcontext() if sharded is None else sharded.passes(True, False):
                 replayed = ReplayedModel(self.model, x)
                 source, sources = in_graph(x)
                 logits = replayed.first(source)
-                measured = self.loss.statistics(logits, y, self.model, x, replayed, source)
+                self._check_together(logits, y, sharded)
+                measured = self.loss.statistics(logits, y, self.model, x, replayed, source, **alike)
                 cut_sources(measured.loss, Captured(logits, [], sources=sources))
         else:
             logits, captured = self._forward(x)
             how = {"medians": self.auto_gamma} if self.auto_gamma is not None else {}
-            measured = self.loss.statistics(logits, y, captured, self.passes, trials=self._trials, **how)
+            with nullcontext() if sharded is None else self._sharded_passes(sharded, captured):
+                self._check_together(logits, y, sharded)
+                measured = self.loss.statistics(logits, y, captured, self.passes, trials=self._trials, **how)
+        if sharded is not None:
+            sharded.attach(measured.loss)
         return {"output": logits, **measured._asdict()}
 
     def compile(self, **options: Any) -> None:
@@ -197,6 +218,8 @@ class MarginTask(nn.Module):
         """Which strategy a step on this batch takes, its reason, why the others are refused, its cost in passes, the
         backend of every op and the memory that the strategy records. Runs one forward pass and the passes of the loss;
         gradients, buffers and random numbers stay as they are."""
+        if is_sharded(self):
+            raise ValueError("explain takes a task that is not sharded: ask before fully_shard_task")
         random = RandomState.now(x)
         buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
         try:
@@ -220,7 +243,7 @@ class MarginTask(nn.Module):
         passes = self.loss.passes(self.passes)
         request = self.loss.request(1 if logits.dim() == 1 else logits.shape[-1])
         found = reasons(request, captured, logits)
-        gradients = choose(passes, request, captured, logits, self._trials)
+        gradients = choose(passes, request, captured, logits, Trials(alone=True))
         why = {key: reason for key, reason in found.items() if reason is not None and key != gradients.name}
         plan = make_plan(captured, request)
         count = self.loss.count(logits) if plan.taps else 0
@@ -263,7 +286,7 @@ class MarginTask(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without compiled code, which is made again, and without what was tried out on this model."""
         state = dict(super().__getstate__())
-        state["_trials"] = Trials()
+        state["_trials"], state["_shards"] = Trials(), None
         if self._compiled is not None:
             state["_compiled"] = type(self._compiled)(self._compiled.options)
         return state
@@ -280,6 +303,32 @@ class MarginTask(nn.Module):
                 self._check_coupling(training)
             captured = self._taps.capture(self.model, x)
             return captured.logits, captured
+
+    def _sharded(self) -> Sharded | None:
+        """What a step does for fully_shard, where the task is sharded."""
+        if self._shards is None or self._shards[0] is not type(self):
+            if is_sharded(self):
+                self._shards = type(self), Sharded(self)
+            else:
+                check_sharding(self.model)
+                self._shards = type(self), None
+        return self._shards[1]
+
+    def _sharded_passes(self, sharded: Sharded, captured: Captured) -> AbstractContextManager[None]:
+        captured.agree = sharded.agree
+        head = None if captured.head is None else f"model.{self._taps.head}".rstrip(".")
+        return sharded.passes(self.loss.second_order, True, head)
+
+    def _check_together(self, logits: Tensor, y: Tensor, sharded: Sharded | None) -> None:
+        """The errors that a loss has with these targets, before other processes wait for this one. Values are read on
+        the CPU alone, so that a GPU has none."""
+        groups = [] if sharded is None else sharded.groups
+        if not groups and not tracing():
+            groups = [Group(self.loss.process_group or (None if self.auto_gamma is None else WORLD))]
+        if y.device.type == "cpu" and any(group.size > 1 for group in groups):
+            for group in groups:
+                with torch.no_grad():
+                    group.checked(lambda: self.loss.logit_statistics(logits.detach(), y))
 
     def _check_coupling(self, training: list[_BatchNorm]) -> None:
         if self.loss.second_order and any(isinstance(module, nn.SyncBatchNorm) for module in training):
@@ -301,6 +350,7 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
         raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
+    check_sharding(model)
     for name, module in model.named_modules():
         where = f"its module {name!r}" if name else "it"
         wrapper = type(module).__name__

@@ -1,0 +1,279 @@
+"""Tasks sharded by FSDP2 take the same steps as one process with the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.many_processes import (
+    ROWS,
+    TAKEN,
+    Net,
+    batch,
+    compare,
+    expected,
+    losses,
+    parts,
+    steps,
+    task_of,
+    whole,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import margin_kernels as mk
+from margin_kernels.distributed import fully_shard_task
+from margin_kernels.task.sharded import Sharded
+
+Found = tuple[list[Tensor], list[float]]
+EQUAL = {size: [ROWS // size] * size for size in (1, 2, 3, 4)}
+UNITS: dict[str, Any] = {"units": ("blocks.*",)}
+WAYS: dict[str, dict[str, Any]] = {
+    "root alone": {},
+    "units": UNITS,
+    "head and stem too": {"units": ("blocks.*", "head", "stem")},
+    "not resharded": {"units": ("blocks.*", "head"), "reshard_after_forward": False},
+}
+ONE_OF_A_KIND = (
+    "hard",
+    "hard and cross-entropy",
+    "soft",
+    "second order, loop",
+    "sensitivity, tangent",
+    "adversarial, avg",
+)
+
+
+def sharded(rank: int, size: int, name: str, options: dict[str, Any], counts: Any = None, **more: Any) -> Found:
+    task = fully_shard_task(task_of(name, **more), **options)
+    return steps(task, parts(counts or EQUAL[size], rank))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in losses() for way in WAYS if name in ONE_OF_A_KIND or way == "head and stem too"],
+)
+def test_steps_are_those_of_one_process(processes, name: str, way: str) -> None:
+    compare(processes(2).run(sharded, name, WAYS[way]), expected(name))
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_on_three_processes_whose_shards_differ(processes, name: str) -> None:
+    compare(processes(3).run(sharded, name, WAYS["head and stem too"]), expected(name))
+
+
+def strategies(rank: int, size: int, options: dict[str, Any], counts: list[int]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    agree = Sharded.agree
+    for name in TAKEN:
+
+        def noted(self: Sharded, strategy: str, name: str = name) -> bool:
+            found[name] = strategy if agree(self, strategy) else "loop"
+            return found[name] == strategy
+
+        Sharded.agree = noted
+        try:
+            task = fully_shard_task(task_of(name), **options)
+            x, y = batch()
+            rows = parts(counts, rank)
+            task(x[rows], y[rows])["loss"].backward()
+        finally:
+            Sharded.agree = agree
+    return found
+
+
+def test_the_proof_goes_through_sharded_modules(processes) -> None:
+    assert processes(2).run(strategies, WAYS["head and stem too"], [6, 6]) == [TAKEN] * 2
+
+
+def test_all_processes_take_the_loop_where_one_must(processes) -> None:
+    assert processes(2).run(strategies, UNITS, [12, 0]) == [dict.fromkeys(TAKEN, "loop")] * 2
+
+
+@pytest.mark.parametrize("counts", [[7, 4, 1], [8, 0, 4]])
+@pytest.mark.parametrize("name", losses("world"))
+def test_parts_of_any_size_with_a_process_group(processes, name: str, counts: list[int]) -> None:
+    if name == "hard, split" and 0 in counts:
+        found = processes(3).outcomes(unequal, name, counts)
+        assert 'passes="split" is not possible: the batch is empty' in found[1][1]
+        assert all("another process ended this step with an error" in found[rank][1] for rank in (0, 2))
+        return
+    compare(processes(3).run(unequal, name, counts), expected(name))
+
+
+def unequal(rank: int, size: int, name: str, counts: list[int]) -> Found:
+    return sharded(rank, size, name, UNITS, counts, group="world")
+
+
+def replicated(rank: int, size: int, name: str) -> Found:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return sharded(rank, size, name, {**UNITS, "mesh": mesh})
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_hybrid_sharding(processes, name: str) -> None:
+    compare(processes(4).run(replicated, name), expected(name))
+
+
+def recomputed(rank: int, size: int, name: str) -> Found:
+    return sharded(rank, size, name, UNITS, recomputed=True)
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_activation_checkpointing(processes, name: str) -> None:
+    compare(processes(2).run(recomputed, name), expected(name))
+
+
+def clipped(rank: int, size: int, name: str) -> Found:
+    task = fully_shard_task(task_of(name), **UNITS)
+    return steps(task, parts(EQUAL[size], rank), before=clip)
+
+
+def clip(task: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(task.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("name", ["soft", "second order, loop"])
+def test_clipping(processes, name: str) -> None:
+    compare(processes(2).run(clipped, name), expected(name, before=clip))
+
+
+def accumulated(rank: int, size: int, name: str, how: str) -> list[Tensor]:
+    """Gradients of two halves of this process's part, added up."""
+    task = fully_shard_task(task_of(name), **UNITS)
+    x, y = batch()
+    first = 6 * rank
+    halves = [slice(first, first + 3), slice(first + 3, first + 6)]
+    if how == "two forwards, one backward":
+        (sum(task(x[half], y[half])["loss"] for half in halves) / 2).backward()
+    elif how == "two forwards, two backwards":
+        for loss in [task(x[half], y[half])["loss"] / 2 for half in halves]:
+            loss.backward()
+    else:
+        for number, half in enumerate(halves):
+            task.set_requires_gradient_sync(number == 1)
+            (task(x[half], y[half])["loss"] / 2).backward()
+    return [whole(parameter.grad) for parameter in task.parameters()]
+
+
+@pytest.mark.parametrize("how", ["without sync", "two forwards, one backward", "two forwards, two backwards"])
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_accumulation(processes, name: str, how: str) -> None:
+    task = task_of(name)
+    task(*batch())["loss"].backward()
+    for found in processes(2).run(accumulated, name, how):
+        for a, parameter in zip(found, task.parameters(), strict=True):
+            torch.testing.assert_close(a, parameter.grad, rtol=1e-12, atol=1e-12)
+
+
+def half_precision(rank: int, size: int, name: str) -> list[Tensor]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    task = fully_shard_task(task_of(name).float(), **UNITS, mp_policy=policy)
+    x, y = batch()
+    rows = parts(EQUAL[size], rank)
+    task(x[rows].float(), y[rows])["loss"].backward()
+    return [whole(parameter.grad) for parameter in task.parameters()]
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_mixed_precision(processes, name: str) -> None:
+    """As near to float64 as the same model in bfloat16 on one process, within a factor."""
+    exact, half = task_of(name), task_of(name).bfloat16()
+    x, y = batch()
+    exact(x, y)["loss"].backward()
+    half(x.bfloat16(), y)["loss"].backward()
+    found = processes(2).run(half_precision, name)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for a, p, q in zip(found[0], exact.parameters(), half.parameters(), strict=True):
+        assert (a - p.grad).norm() <= 3 * (q.grad - p.grad).norm() + 0.02 * p.grad.norm(), name
+
+
+def forgotten(rank: int, size: int, name: str) -> Found:
+    """A forward whose backward never comes, before each step."""
+    task = fully_shard_task(task_of(name), **UNITS)
+    rows = parts(EQUAL[size], rank)
+
+    class Before(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            task(x, y)
+            return task(x, y)
+
+    both = Before()
+    both.task = task
+    return steps(both, rows)
+
+
+@pytest.mark.parametrize("name", ["soft", "second order, loop", "adversarial, avg"])
+def test_a_forward_without_backward(processes, name: str) -> None:
+    compare(processes(2).run(forgotten, name), expected(name))
+
+
+def wrong_on_one(rank: int, size: int, name: str) -> str:
+    task = fully_shard_task(task_of(name), **UNITS)
+    x, y = batch()
+    rows = parts(EQUAL[size], rank)
+    y = y.clone()
+    if rank == 1:
+        y[rows] = 7
+    try:
+        task(x[rows], y[rows])
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", ["hard", "soft", "sensitivity, tangent", "adversarial, avg", "1-to-N"])
+def test_an_error_of_one_process_is_one_of_all(processes, name: str) -> None:
+    first, second = processes(2).run(wrong_on_one, name)
+    assert "in [0, 5), got 7" in second
+    assert "another process ended this step with an error" in first
+
+
+def refused(rank: int, size: int) -> dict[str, str]:
+    def words(call: Any) -> str:
+        try:
+            call()
+        except (ValueError, TypeError) as error:
+            return str(error)
+        return "nothing"
+
+    loss = mk.LargeMarginLoss(1.0)
+    inner = mk.MarginTask(Net(), loss)
+    fully_shard(inner.model)
+    task = fully_shard_task(mk.MarginTask(Net(), loss))
+    compiled = fully_shard_task(mk.MarginTask(Net(), loss))
+    compiled.compile(backend="eager")
+    x, y = batch()
+    block = Net()
+    fully_shard(block.blocks[0])
+    return {
+        "model": words(lambda: mk.MarginTask(fully_shard(Net()), loss)),
+        "block": words(lambda: mk.MarginTask(block, loss)),
+        "later": words(lambda: inner(x, y)),
+        "twice": words(lambda: fully_shard_task(task)),
+        "net": words(lambda: fully_shard_task(Net())),
+        "unit": words(lambda: fully_shard_task(mk.MarginTask(Net(), loss), "block.0")),
+        "tap": words(lambda: fully_shard_task(mk.MarginTask(Net(), loss), "input")),
+        "compiled": words(lambda: compiled(x, y)),
+        "explain": words(lambda: task.explain(x, y)),
+        "wrapped": words(lambda: mk.MarginTask(DistributedDataParallel(Net()), loss)),
+    }
+
+
+def test_what_cannot_be_exact_is_refused(processes) -> None:
+    first, second = processes(2).run(refused)
+    assert first == second
+    remedy = "make the task from the plain model and shard the task, margin_kernels.distributed.fully_shard_task(task)"
+    assert first["model"] == f"model must not be sharded by fully_shard, but it is: {remedy}"
+    assert "but its module 'blocks.0' is" in first["block"] and remedy in first["block"]
+    assert remedy in first["later"]
+    assert first["twice"] == "task must not be sharded yet: fully_shard was applied to it"
+    assert first["net"] == "task must be a MarginTask, got Net"
+    assert "names no module of Net; close names: blocks.0" in first["unit"]
+    assert first["tap"] == "units must name modules of the model, got 'input'"
+    assert "a sharded task cannot be compiled" in first["compiled"]
+    assert "explain takes a task that is not sharded" in first["explain"]
+    assert "wrap the task" in first["wrapped"]
