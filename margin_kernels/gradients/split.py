@@ -89,7 +89,7 @@ class Trials:
                     f"the samples are coupled, as the trial of step {step} shows; gradients may have been wrong since "
                     f"step {last + 1}"
                 )
-        group = Group(None if self._alone else WORLD)
+        group = Group(None if self._alone or recording() else WORLD)
         failed = self._failed
         if group.size > 1:
             failed = None

@@ -89,7 +89,8 @@ class MarginTask(nn.Module):
         ValueError: unknown layers or options, a compiled model, DataParallel; in forward, taps that cannot be measured,
             passes="split" where it is not possible, with the reason.
 
-    The state dict holds the model under "model.". Hooks exist during a forward only.
+    The state dict holds the model under "model."; load_state_dict also takes that of the plain model, which
+    task.model.state_dict() gives. Hooks exist during a forward only.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class MarginTask(nn.Module):
         self._compiled: Any = None
         # The class of the task when it was last looked at, which fully_shard changes, and what its steps do then.
         self._shards: tuple[type, Sharded | None] | None = None
+        self.register_load_state_dict_pre_hook(_from_plain_model)
 
     @property
     def batch_dim(self) -> dict[str, int] | None:
@@ -343,6 +345,20 @@ class MarginTask(nn.Module):
                 'those of single samples; batchnorm="frozen" measures them with running statistics in a second forward',
                 stacklevel=4,
             )
+
+
+def _from_plain_model(task: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Makes the keys of a plain model those of a task; the medians of gamma="auto" then stay as they are."""
+    assert isinstance(task, MarginTask)
+    plain = [prefix + name for name in task.model.state_dict()]
+    own = {name: f"{prefix}model.{name.removeprefix(prefix)}" for name in plain}
+    # A model whose own names begin with "model." has both: then most decide.
+    if sum(name in state for name in own) <= sum(name in state for name in own.values()):
+        return
+    found = {own[name]: state.pop(name) for name in plain if name in state}
+    if task.auto_gamma is not None:
+        found |= {f"{prefix}auto_gamma.{name}": value for name, value in task.auto_gamma.state_dict().items()}
+    state.update(found)
 
 
 def _check_model(model: nn.Module) -> None:
