@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, distributed
@@ -67,21 +67,29 @@ class Group:
         if self.rank < 0:
             raise ValueError("process_group must hold this process")
 
-    def sum(self, value: Tensor, what: str) -> Tensor:
-        """The sum over the processes, a constant for autograd; nothing waits for a device."""
+    def reduce(self, value: Tensor, how: str, what: str) -> Tensor:
+        """The "sum" or "min" over the processes, a constant for autograd; no host waits for a device. what: the name
+        for the user."""
         if self.size == 1:
             return value
         from torch.distributed import _functional_collectives as collectives  # takes a second
 
         with named(what):
-            return collectives.wait_tensor(collectives.all_reduce(value.detach().contiguous(), "sum", self._group))
+            return collectives.wait_tensor(collectives.all_reduce(value.detach().contiguous(), how, self._group))
+
+    def counts(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How many rows of the batch the processes before this one have, and all of them, [] int64 each."""
+        numbers = torch.zeros(self.size, dtype=torch.int64, device=device)
+        numbers[self.rank] = rows
+        numbers = self.reduce(numbers, "sum", "the count of samples")
+        return numbers[: self.rank].sum(), numbers.sum()
 
     def whole(self, total: Tensor, count: Tensor | float) -> Tensor:
         """size * total [] / sum over the processes of `count`, whose mean over the processes is that of the batch."""
         if self.size == 1:
             return total / count
         wide = count if isinstance(count, Tensor) else torch.full((), float(count), device=total.device)
-        return self.size * total / self.sum(wide.to(total.dtype), "the count of samples")
+        return self.size * total / self.reduce(wide.to(total.dtype), "sum", "the count of samples")
 
     def columns(self, column: Tensor) -> Tensor:
         """[*] of each process -> [size, *]; the gradient is the sum over the processes."""
@@ -132,6 +140,42 @@ class Group:
         return torch.device("cpu" if "cpu:gloo" in str(backends) else torch.accelerator.current_accelerator() or "cpu")
 
 
+class Agreement:
+    """The processes of `groups` take one strategy in a step, and an error of one before that is an error of all."""
+
+    # What they tell each other.
+    CODES: ClassVar = {"error": 0, "loop": 1, "split": 2, "tangent": 3}
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = groups
+        self._told = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around what calls `agree`."""
+        self._told = False
+        try:
+            yield
+        except Exception:
+            if not self._told:
+                self._tell("error")
+            raise
+
+    def agree(self, strategy: str) -> bool:
+        """Whether all processes take this strategy. Raises RuntimeError where one has an error."""
+        lowest, least = self._tell(strategy)
+        if lowest == self.CODES["error"]:
+            raise RuntimeError(ANOTHER)
+        return lowest == self.CODES[strategy] == -least
+
+    def _tell(self, strategy: str) -> list[int]:
+        self._told = True
+        codes = [self.CODES[strategy], -self.CODES[strategy]]
+        for group in self.groups:
+            codes = group.lowest(codes, "the agreement on the strategy of a step")
+        return codes
+
+
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, column: Tensor, group: Group) -> Tensor:
@@ -145,7 +189,7 @@ class _Columns(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.sum(grad, "the exchange of the columns' gradients")[ctx.group.rank], None
+        return ctx.group.reduce(grad, "sum", "the exchange of the columns' gradients")[ctx.group.rank], None
 
 
 def check(name: str, value: Any) -> Any:

@@ -27,6 +27,7 @@ from ..deepfool import Search, convolves, differentiable, host_sees, outside_inf
 from ..deepfool_checks import check_search, described
 from ..deprecation import former, renamed
 from ..gradients.loop import pair_gradient
+from ..process_group import Group
 from ..reference.dual_norm import dual_exponent
 from ..replay import ReplayedModel
 from ..second_derivative import check_second_derivative, is_missing, sentence
@@ -228,7 +229,7 @@ class AdversarialMarginLoss(MarginLoss):
             distance = result.distance if scale is None else result.distance / scale
             # An image that is 0 has no relative distance.
             usable = result.success if scale is None else result.success & (scale > 0)
-            selected = self._selected_of_all(distance, correct, usable, target, logits.shape[1])
+            selected = self._selected(distance, correct, usable, target, logits.shape[1])
             everyone = replay.draws or whole_batch
             rows = self._rows(selected, logits.shape[1], everyone)
             terms = self._terms(replay, wide, found, target, scale, rows, everyone)
@@ -246,20 +247,14 @@ class AdversarialMarginLoss(MarginLoss):
         """||x[n]||_p, [N]."""
         return functional.dual_norm([x], dual_exponent(self.p), batch_dims=1, backend=self.backend)[:, 0]
 
-    def _selected_of_all(self, m: Tensor, correct: Tensor, success: Tensor, target: Tensor, classes: int) -> Tensor:
-        """`_selected` from the batch of all processes, [N] of this one's samples."""
-        group = self.group()
-        if self.aggregation == "avg" or group.size == 1:
-            return self._selected(m, correct, success, target, classes)
-        columns = [m.double(), correct.double(), success.double(), target.double()]
-        rows, first = group.gathered(torch.stack(columns, 1), 'the selection of samples by aggregation="min"')
-        m, correct, success, target = rows[:, 0], rows[:, 1] > 0, rows[:, 2] > 0, rows[:, 3].long()
-        return self._selected(m, correct, success, target, classes)[first : first + len(columns[0])]
-
     def _selected(self, m: Tensor, correct: Tensor, success: Tensor, target: Tensor, classes: int) -> Tensor:
         """Which samples take part, [N] bool."""
         if self.aggregation == "avg":
             return success
+        group = self.group()
+        if group.size > 1:
+            nearest = _first_of_all_processes(m, correct & success, target, classes, group)
+            return nearest | _first_of_all_processes(-m, ~correct & success, target, classes, group)
         most = max(1, int(MIN_SHARE * len(m)))
         nearest = _first_of_each_class(m, correct & success, target, classes, most)
         return nearest | _first_of_each_class(-m, ~correct & success, target, classes, most)
@@ -393,3 +388,25 @@ def _first_of_each_class(value: Tensor, among: Tensor, target: Tensor, classes: 
     first = torch.full((classes,), len(target), device=target.device)
     first = first.scatter_reduce(0, target, torch.where(among, rank, len(target)), "amin")
     return among & (rank < most) & (rank == first[target])
+
+
+def _first_of_all_processes(value: Tensor, among: Tensor, target: Tensor, classes: int, group: Group) -> Tensor:
+    """`_first_of_each_class` of the batch that the processes of a group have together, in their order; [N] of this
+    one's samples. Exchanges C numbers three times, whatever part of the batch each has."""
+    value = torch.where(among, value, math.inf).double()
+    before, count = group.counts(len(value), value.device)
+    place = before + torch.arange(len(value), device=value.device)
+    none = torch.iinfo(torch.int64).max
+
+    def least(rows: Tensor, nothing: float) -> Tensor:
+        """The smallest of each class, [C]."""
+        found = torch.full((classes,), nothing, dtype=rows.dtype, device=rows.device)
+        return group.reduce(found.scatter_reduce(0, target, rows, "amin"), "min", "the selection of samples")
+
+    smallest = least(value, math.inf)
+    first = least(torch.where(among & (value == smallest[target]), place, none), none)
+    column = value.unsqueeze(1)
+    ahead = (column < smallest) | ((column == smallest) & (place.unsqueeze(1) < first))
+    rank = group.reduce(ahead.sum(0), "sum", "the selection of samples")
+    most = (MIN_SHARE * count.double()).floor().clamp(min=1)
+    return among & (place == first[target]) & (rank[target] < most)

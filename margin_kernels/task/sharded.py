@@ -19,16 +19,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..process_group import ANOTHER, Group
+from ..process_group import Agreement, Group
 
-# What processes tell each other: an error, or the strategy.
-CODES = {"error": 0, "loop": 1, "split": 2, "tangent": 3}
 REMEDY = "margin_kernels.distributed.fully_shard_task(task)"
 # What `passes` changes in a group of parameters and puts back.
 SETTINGS = ("reshard_after_backward", "post_forward_mesh_info", "reduce_grads", "all_reduce_grads", "_training_state")
@@ -73,10 +71,9 @@ class Sharded:
         self._states = {name: module._get_fsdp_state() for name, module in modules}
         self._root = self._states[""]
         mesh = next(group.mesh_info.mesh for state in self._states.values() for group in _groups(state))
-        self.groups = [Group(mesh.get_group(d)) for d in range(mesh.ndim)]
+        self.agreement = Agreement([Group(mesh.get_group(d)) for d in range(mesh.ndim)])
         self._units: list[Any] = []
         self._kept: list[Any] = []
-        self._agreed = False
 
     def begin(self) -> None:
         """Before a forward: parameters that wait for the backward of an earlier step are gathered anew."""
@@ -112,13 +109,9 @@ class Sharded:
                 group.post_forward_mesh_info = None
         self._units = [group for group in groups if group not in _groups(self._root)]
         self._kept = self._units if keep else []
-        self._agreed = not agreeing
         try:
-            yield
-        except Exception:
-            if not self._agreed:
-                self._lowest("error")
-            raise
+            with self.agreement.step() if agreeing else nullcontext():
+                yield
         finally:
             self._root._training_state, context.iter_forward_root, context.is_last_backward = forward
             for group, settings in zip(groups, saved, strict=True):
@@ -153,22 +146,12 @@ class Sharded:
 
     def agree(self, strategy: str) -> bool:
         """Whether all processes take this strategy. Raises RuntimeError where one has an error."""
-        lowest, least = self._lowest(strategy)
-        if lowest == CODES["error"]:
-            raise RuntimeError(ANOTHER)
-        agreed = lowest == CODES[strategy] == -least
+        agreed = self.agreement.agree(strategy)
         if agreed and strategy != "loop":  # its backward runs parts of the graph, without what FSDP does before them
             self._kept = self._units
             for group in self._units:
                 group.reshard_after_backward = False
         return agreed
-
-    def _lowest(self, strategy: str) -> list[int]:
-        self._agreed = True
-        codes = [CODES[strategy], -CODES[strategy]]
-        for group in self.groups:
-            codes = group.lowest(codes, "the agreement on the strategy of a step")
-        return codes
 
     def _unit_of(self, name: str) -> str:
         parts = name.split(".")

@@ -19,7 +19,7 @@ from ..gradients.loop import cut_sources
 from ..gradients.plan import make_plan
 from ..gradients.request import Captured
 from ..gradients.split import Split, Trials
-from ..process_group import WORLD, Group
+from ..process_group import WORLD, Agreement, Group
 from ..random_state import RandomState
 from ..replay import ReplayedModel
 from ..tracing import tracing
@@ -187,7 +187,7 @@ class MarginTask(nn.Module):
         else:
             logits, captured = self._forward(x)
             how = {"medians": self.auto_gamma} if self.auto_gamma is not None else {}
-            with nullcontext() if sharded is None else self._sharded_passes(sharded, captured):
+            with self._agreeing(sharded, captured):
                 self._check_together(logits, y, sharded)
                 measured = self.loss.statistics(logits, y, captured, self.passes, trials=self._trials, **how)
         if sharded is not None:
@@ -316,7 +316,15 @@ class MarginTask(nn.Module):
                 self._shards = type(self), None
         return self._shards[1]
 
-    def _sharded_passes(self, sharded: Sharded, captured: Captured) -> AbstractContextManager[None]:
+    def _agreeing(self, sharded: Sharded | None, captured: Captured) -> AbstractContextManager[None]:
+        """Around the passes of a step that several processes take alike: what refuses it on one is an error on all."""
+        if sharded is None:
+            group = Group(self.loss.process_group if self.passes == "split" and not tracing() else None)
+            if group.size == 1:
+                return nullcontext()
+            agreement = Agreement([group])
+            captured.agree = agreement.agree
+            return agreement.step()
         captured.agree = sharded.agree
         head = None if captured.head is None else f"model.{self._taps.head}".rstrip(".")
         return sharded.passes(self.loss.second_order, True, head)
@@ -324,7 +332,7 @@ class MarginTask(nn.Module):
     def _check_together(self, logits: Tensor, y: Tensor, sharded: Sharded | None) -> None:
         """The errors that a loss has with these targets, before other processes wait for this one. Values are read on
         the CPU alone, so that a GPU has none."""
-        groups = [] if sharded is None else sharded.groups
+        groups = [] if sharded is None else sharded.agreement.groups
         if not groups and not tracing():
             groups = [Group(self.loss.process_group or (None if self.auto_gamma is None else WORLD))]
         if y.device.type == "cpu" and any(group.size > 1 for group in groups):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -49,48 +47,8 @@ def test_steps_are_those_of_one_process(processes, name: str, way: str) -> None:
     compare(processes(2).run(data_parallel, name, WAYS[way], None, None, ""), expected(name))
 
 
-@pytest.mark.parametrize("counts", [[7, 4, 1], [8, 0, 4]])
-@pytest.mark.parametrize("name", losses("world"))
-def test_parts_of_any_size_with_a_process_group(processes, name: str, counts: list[int]) -> None:
-    if name == "hard, split" and 0 in counts:
-        pytest.skip("the split by name refuses an empty batch, and the other processes wait for its gradients")
-    compare(processes(3).run(data_parallel, name, {}, counts, "world", ""), expected(name))
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_steps(processes, name: str) -> None:
-    compare(processes(2).run(data_parallel, name, {}, [8, 4], "world", "eager"), expected(name))
-
-
-@pytest.mark.parametrize("name", NOT_COMPILED)
-def test_steps_that_are_not_compiled(processes, name: str) -> None:
-    for _, error in processes(2).outcomes(data_parallel, name, {}, None, "world", "eager"):
-        assert re.match(f"ValueError: {NOT_COMPILED[name]}", error), error
-
-
 def test_inductor_compiles_what_processes_exchange(processes) -> None:
     compare(processes(2).run(data_parallel, "1-to-N", {}, [8, 4], "world", "inductor"), expected("1-to-N"))
-
-
-def accumulated(rank: int, size: int, name: str) -> list[Tensor]:
-    wrapped = DistributedDataParallel(task_of(name))
-    x, y = batch()
-    for number in range(2):
-        half = slice(6 * rank + 3 * number, 6 * rank + 3 * number + 3)
-        with wrapped.no_sync() if number == 0 else nullcontext():
-            (wrapped(x[half], y[half])["loss"] / 2).backward()
-    return [parameter.grad for parameter in wrapped.parameters()]
-
-
-@pytest.mark.parametrize(
-    "name", ["hard", "hard and cross-entropy", "soft", "second order, loop", "sensitivity, tangent"]
-)
-def test_accumulation_without_sync(processes, name: str) -> None:
-    task = task_of(name)
-    task(*batch())["loss"].backward()
-    for found in processes(2).run(accumulated, name):
-        for a, parameter in zip(found, task.parameters(), strict=True):
-            torch.testing.assert_close(a, parameter.grad, rtol=1e-12, atol=1e-12)
 
 
 def reductions(rank: int, size: int) -> list[Tensor]:

@@ -13,14 +13,12 @@ from support.many_processes import (
     batch,
     compare,
     expected,
-    losses,
     parts,
     steps,
     task_of,
     whole,
 )
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,14 +48,6 @@ ONE_OF_A_KIND = (
 def sharded(rank: int, size: int, name: str, options: dict[str, Any], counts: Any = None, **more: Any) -> Found:
     task = fully_shard_task(task_of(name, **more), **options)
     return steps(task, parts(counts or EQUAL[size], rank))
-
-
-@pytest.mark.parametrize(
-    ("name", "way"),
-    [(name, way) for name in losses() for way in WAYS if name in ONE_OF_A_KIND or way == "head and stem too"],
-)
-def test_steps_are_those_of_one_process(processes, name: str, way: str) -> None:
-    compare(processes(2).run(sharded, name, WAYS[way]), expected(name))
 
 
 @pytest.mark.parametrize("name", ONE_OF_A_KIND)
@@ -91,40 +81,6 @@ def test_the_proof_goes_through_sharded_modules(processes) -> None:
 
 def test_all_processes_take_the_loop_where_one_must(processes) -> None:
     assert processes(2).run(strategies, UNITS, [12, 0]) == [dict.fromkeys(TAKEN, "loop")] * 2
-
-
-@pytest.mark.parametrize("counts", [[7, 4, 1], [8, 0, 4]])
-@pytest.mark.parametrize("name", losses("world"))
-def test_parts_of_any_size_with_a_process_group(processes, name: str, counts: list[int]) -> None:
-    if name == "hard, split" and 0 in counts:
-        found = processes(3).outcomes(unequal, name, counts)
-        assert 'passes="split" is not possible: the batch is empty' in found[1][1]
-        assert all("another process ended this step with an error" in found[rank][1] for rank in (0, 2))
-        return
-    compare(processes(3).run(unequal, name, counts), expected(name))
-
-
-def unequal(rank: int, size: int, name: str, counts: list[int]) -> Found:
-    return sharded(rank, size, name, UNITS, counts, group="world")
-
-
-def replicated(rank: int, size: int, name: str) -> Found:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return sharded(rank, size, name, {**UNITS, "mesh": mesh})
-
-
-@pytest.mark.parametrize("name", ONE_OF_A_KIND)
-def test_hybrid_sharding(processes, name: str) -> None:
-    compare(processes(4).run(replicated, name), expected(name))
-
-
-def recomputed(rank: int, size: int, name: str) -> Found:
-    return sharded(rank, size, name, UNITS, recomputed=True)
-
-
-@pytest.mark.parametrize("name", ONE_OF_A_KIND)
-def test_activation_checkpointing(processes, name: str) -> None:
-    compare(processes(2).run(recomputed, name), expected(name))
 
 
 def clipped(rank: int, size: int, name: str) -> Found:

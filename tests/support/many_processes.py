@@ -1,8 +1,19 @@
-"""The table of several processes: losses and strategies, and what one process makes of the whole batch."""
+"""The table of several processes: losses by ways to train them, each cell exact or refused.
+
+A cell is exact where the parameters after three steps of SGD with momentum, and the losses, are those of one process
+that has the whole batch, in float64 to 1e-12. tests/distributed/test_table.py runs every cell; docs/processes.md shows
+them.
+
+    PYTHONPATH=tests python -m support.many_processes     writes the table into docs/processes.md
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import margin_kernels as mk
 
+DOCS = Path(__file__).parents[2] / "docs" / "processes.md"
 ROWS, WIDTH, CLASSES, LAYERS = 12, 6, 5, ("input", "blocks.0", "blocks.1", "output")
 
 
@@ -118,20 +130,28 @@ def parts(counts: Sequence[int], rank: int) -> slice:
 
 
 def steps(
-    task: nn.Module, rows: slice, count: int = 3, before: Callable[[nn.Module], Any] | None = None
+    task: nn.Module, *rows: slice, before: Callable[[nn.Module], Any] | None = None
 ) -> tuple[list[Tensor], list[float]]:
-    """The parameters after steps of SGD on a part of the batch, and the losses; `before` each step of the optimizer."""
+    """The parameters after three steps of SGD on a part of the batch, or on several whose gradients are added, and the
+    losses; `before` each step of the optimizer."""
     x, y = batch()
     optimizer = torch.optim.SGD(task.parameters(), lr=0.05, momentum=0.9)
     values = []
-    for _ in range(count):
+    for _ in range(3):
         optimizer.zero_grad()
-        loss = task(x[rows], y[rows])["loss"]
-        loss.backward()
+        value = 0.0
+        for number, part in enumerate(rows):
+            last = number == len(rows) - 1
+            if hasattr(task, "set_requires_gradient_sync"):
+                task.set_requires_gradient_sync(last)
+            with nullcontext() if last or not hasattr(task, "no_sync") else task.no_sync():
+                loss = task(x[part], y[part])["loss"] / len(rows)
+                loss.backward()
+            value += loss.item()
         if before is not None:
             before(task)
         optimizer.step()
-        values.append(loss.item())
+        values.append(value)
     return [whole(parameter).detach().clone() for parameter in task.parameters()], values
 
 
@@ -148,3 +168,83 @@ def compare(found: list[Any], wanted: tuple[list[Tensor], list[float]], toleranc
     mean = torch.tensor([values for _, values in found], dtype=torch.float64).mean(0)
     target = torch.tensor(wanted[1], dtype=torch.float64)
     torch.testing.assert_close(mean, target, rtol=tolerance, atol=tolerance)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A column of the table: how a task is trained on several processes.
+
+    counts: the rows of the batch that each process has.  sharded: by fully_shard_task, else DistributedDataParallel.
+    options: of either.  group: the process_group of losses that are exact for equal parts without one.
+    compiled: by task.compile.  micro: steps of so many parts, whose gradients are added before they are exchanged.
+    recomputed: with activation checkpointing.  mesh: of HSDP.
+    """
+
+    counts: tuple[int, ...] = (6, 6)
+    sharded: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    group: str | None = None
+    compiled: bool = False
+    micro: int = 1
+    recomputed: bool = False
+    mesh: tuple[int, int] | None = None
+
+
+UNITS = {"units": ("blocks.*", "head")}
+WAYS = {
+    "DDP": Way(),
+    "DDP, static graph": Way(options={"static_graph": True}),
+    "DDP, no_sync": Way(micro=2),
+    "DDP, unequal parts": Way((7, 4, 1), group="world"),
+    "DDP, an empty part": Way((8, 0, 4), group="world"),
+    "DDP, compiled": Way((8, 4), group="world", compiled=True),
+    "FSDP2": Way(sharded=True, options=UNITS),
+    "FSDP2, root alone": Way((4, 4, 4), sharded=True),
+    "FSDP2, not resharded": Way(sharded=True, options={**UNITS, "reshard_after_forward": False}),
+    "FSDP2, no sync": Way(sharded=True, options=UNITS, micro=2),
+    "FSDP2, an empty part": Way((8, 0, 4), sharded=True, options=UNITS, group="world"),
+    "FSDP2, checkpointing": Way(sharded=True, options=UNITS, recomputed=True),
+    "HSDP": Way((3, 3, 3, 3), sharded=True, options=UNITS, mesh=(2, 2)),
+}
+EMPTY = 'passes="split" is not possible: the batch is empty'
+FIXED = 'gamma="auto" must be fixed before a step is compiled where several processes train'
+# Cells that are not exact -> the beginning of the error.
+REFUSED = {
+    ("hard, split", "DDP, an empty part"): EMPTY,
+    ("hard, split", "FSDP2, an empty part"): EMPTY,
+    ("auto", "DDP, compiled"): FIXED,
+}
+# Terms over a batch, which is here a part of one: what one process makes of the same parts in turn is compared.
+OVER_THE_BATCH = ("weighed classes", "ignored rows", "auto", "adversarial, min", "adversarial, envelope",
+                  "adversarial, first order", "1-to-N", "1-to-N, positive")  # fmt: skip
+
+
+def cells() -> list[tuple[str, str]]:
+    """Every row with every column."""
+    return [(row, way) for row in losses() for way in WAYS]
+
+
+def table() -> str:
+    """The table as Markdown, with the errors below."""
+    notes = list(dict.fromkeys(REFUSED.values()))
+    lines = ["| loss | " + " | ".join(WAYS) + " |", "| --- " * (len(WAYS) + 1) + "|"]
+    for row in losses():
+        found = [
+            f"refused ({notes.index(REFUSED[row, way]) + 1})" if (row, way) in REFUSED else "exact" for way in WAYS
+        ]
+        lines.append(f"| {row} | " + " | ".join(found) + " |")
+    return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
+
+
+def filled(page: str) -> str:
+    """A page with the table in its place."""
+    return re.sub(
+        r"(<!-- table processes -->\n).*?(<!-- /table -->)",
+        lambda m: f"{m[1]}\n{table()}\n\n{m[2]}",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    DOCS.write_text(filled(DOCS.read_text()))
