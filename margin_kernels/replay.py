@@ -260,13 +260,18 @@ def _collect(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
 
 
 def _same(container: Any, copy: Any) -> bool:
-    """Whether a container holds the objects of its copy, in their order."""
+    """Whether a container holds the objects of its copy, in their order; parameters are nobody's to put back: FSDP
+    changes those of a module in its forward, and the list of them that an LSTM keeps."""
     if len(container) != len(copy):
         return False
     if isinstance(container, dict):
         pairs = zip(container.items(), copy.items(), strict=True)
-        return all(key == other and value is was for (key, value), (other, was) in pairs)
-    return all(value is was for value, was in zip(container, copy, strict=True))
+        return all(key == other and _one(value, was) for (key, value), (other, was) in pairs)
+    return all(map(_one, container, copy))
+
+
+def _one(value: Any, was: Any) -> bool:
+    return value is was or (isinstance(value, nn.Parameter) and isinstance(was, nn.Parameter))
 
 
 def _silence(model: nn.Module, silent: set[int]) -> list[tuple[dict[str, Any], str, Any]]:

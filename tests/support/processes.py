@@ -16,10 +16,10 @@ from torch import distributed, multiprocessing
 COLLECTIVE, CALL = 60, 240
 
 
-def _serve(rank: int, size: int, file: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, file: str, pipe: Any, seconds: float) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=timedelta(seconds=COLLECTIVE)
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=timedelta(seconds=seconds)
     )
     while True:
         try:
@@ -39,10 +39,10 @@ def _serve(rank: int, size: int, file: str, pipe: Any) -> None:
 
 
 class Processes:
-    """`size` processes with a default gloo group, each with one thread."""
+    """`size` processes with a default gloo group, each with one thread; seconds: the time-out of a collective."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, seconds: float = COLLECTIVE) -> None:
+        self.size, self._seconds = size, seconds
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
 
@@ -51,7 +51,7 @@ class Processes:
         store = tempfile.mktemp(prefix="gloo")
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, store, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, store, there, self._seconds), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -62,7 +62,8 @@ class Processes:
 
         A function that fails on some processes only may leave collectives behind: the processes are then replaced.
         """
-        if not self._processes:
+        if not self._processes or not all(process.is_alive() for process in self._processes):
+            self.stop()
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
