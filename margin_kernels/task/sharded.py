@@ -118,11 +118,12 @@ class Sharded:
                 for name, value in settings.items():
                     setattr(group, name, value)
 
-    def attach(self, loss: Tensor) -> None:
-        """After the passes: the backward of `loss` finds the parameters that it reads, from its begin to its end."""
+    def attach(self, loss: Tensor) -> Tensor:
+        """The loss after the passes, whose backward finds the parameters that it reads, from its begin to its end."""
         kept = self._kept
+        loss = loss if loss._base is None else loss.clone()  # FSDP warns of views
         if not kept or not loss.requires_grad:
-            return
+            return loss
 
         def begun(grad: Tensor) -> None:
             shards = [group.reshard_after_backward for group in kept]
@@ -143,6 +144,7 @@ class Sharded:
             torch.autograd.Variable._execution_engine.queue_callback(ended)
 
         loss.register_hook(begun)
+        return loss
 
     def agree(self, strategy: str) -> bool:
         """Whether all processes take this strategy. Raises RuntimeError where one has an error."""

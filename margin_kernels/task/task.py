@@ -191,7 +191,7 @@ class MarginTask(nn.Module):
                 self._check_together(logits, y, sharded)
                 measured = self.loss.statistics(logits, y, captured, self.passes, trials=self._trials, **how)
         if sharded is not None:
-            sharded.attach(measured.loss)
+            measured = measured._replace(loss=sharded.attach(measured.loss))
         return {"output": logits, **measured._asdict()}
 
     def compile(self, **options: Any) -> None:

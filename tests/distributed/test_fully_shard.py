@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -147,6 +148,20 @@ def test_mixed_precision(processes, name: str) -> None:
         assert (a - p.grad).norm() <= 3 * (q.grad - p.grad).norm() + 0.02 * p.grad.norm(), name
 
 
+def warned(rank: int, size: int, name: str) -> list[str]:
+    task = fully_shard_task(task_of(name), **UNITS)
+    x, y = batch()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        task(x, y)["loss"].backward()
+    return [str(warning.message) for warning in found]
+
+
+@pytest.mark.parametrize("name", ["hard", "sensitivity, tangent", "adversarial, avg"])
+def test_a_step_warns_of_nothing(processes, name: str) -> None:
+    assert processes(2).run(warned, name) == [[], []]
+
+
 def forgotten(rank: int, size: int, name: str) -> Found:
     """A forward whose backward never comes, before each step."""
     task = fully_shard_task(task_of(name), **UNITS)
@@ -233,3 +248,38 @@ def test_what_cannot_be_exact_is_refused(processes) -> None:
     assert "a sharded task cannot be compiled" in first["compiled"]
     assert "explain takes a task that is not sharded" in first["explain"]
     assert "wrap the task" in first["wrapped"]
+
+
+def gathered(rank: int, size: int, name: str) -> dict[str, int]:
+    """How often each group of parameters is gathered in a step."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    task = fully_shard_task(task_of(name), **UNITS)
+    x, y = batch()
+    rows = parts(EQUAL[size], rank)
+    count: dict[str, int] = {}
+    gather = _fsdp_param_group.foreach_all_gather
+
+    def counted(params: Any, *args: Any, **kwargs: Any) -> Any:
+        name = params[0]._param_fqn.removeprefix("model.").partition(".i")[0]
+        count[name] = count.get(name, 0) + 1
+        return gather(params, *args, **kwargs)
+
+    task(x[rows], y[rows])["loss"].backward()
+    _fsdp_param_group.foreach_all_gather = counted
+    try:
+        task(x[rows], y[rows])["loss"].backward()
+    finally:
+        _fsdp_param_group.foreach_all_gather = gather
+    return count
+
+
+# As docs/processes.md says. "all competitors" has 4 passes.
+GATHERED = {"hard, loop": 3, "all competitors": 6, "soft": 2, "second order, loop": 2, "sensitivity, tangent": 2}
+
+
+@pytest.mark.parametrize("name", [*GATHERED, "adversarial, avg", "1-to-N"])
+def test_how_often_parameters_are_gathered(processes, name: str) -> None:
+    times = GATHERED.get(name, 2 if name == "1-to-N" else 1)
+    for found in processes(2).run(gathered, name):
+        assert found == {"stem.weight": 1, "blocks.0": times, "blocks.1": times}
