@@ -72,8 +72,20 @@ class Sharded:
         self._root = self._states[""]
         mesh = next(group.mesh_info.mesh for state in self._states.values() for group in _groups(state))
         self.agreement = Agreement([Group(mesh.get_group(d)) for d in range(mesh.ndim)])
+        self._versions: list[list[int]] = []
+        task.register_forward_pre_hook(self._refresh, prepend=True)
         self._units: list[Any] = []
         self._kept: list[Any] = []
+
+    def _refresh(self, task: nn.Module, args: Any) -> None:
+        """Before FSDP's own hook: a forward whose backward never came has left parameters gathered, and FSDP would take
+        them as they are, whatever an optimizer or a checkpoint has made of the shards since."""
+        groups = [group for state in self._states.values() for group in _groups(state)]
+        now = [[param.sharded_param._version for param in group.fsdp_params] for group in groups]
+        for group, versions, before in zip(groups, now, self._versions or now, strict=True):
+            if group.is_unsharded and versions != before:
+                group.reshard()
+        self._versions = now
 
     def begin(self) -> None:
         """Before a forward: parameters that wait for the backward of an earlier step are gathered anew."""

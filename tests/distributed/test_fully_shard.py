@@ -162,24 +162,34 @@ def test_a_step_warns_of_nothing(processes, name: str) -> None:
     assert processes(2).run(warned, name) == [[], []]
 
 
-def forgotten(rank: int, size: int, name: str) -> Found:
-    """A forward whose backward never comes, before each step."""
+def forgotten(rank: int, size: int, name: str, when: str) -> Found:
+    """A forward whose backward never comes, in each step."""
     task = fully_shard_task(task_of(name), **UNITS)
     rows = parts(EQUAL[size], rank)
+    x, y = batch()
 
-    class Before(nn.Module):
+    def forward(task: nn.Module) -> None:
+        with torch.set_grad_enabled(when != "under no_grad, after the backward"):
+            task(x[rows], y[rows])
+
+    if when != "before the step":
+        return steps(task, rows, before=forward)
+
+    class Both(nn.Module):
         def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
             task(x, y)
             return task(x, y)
 
-    both = Before()
+    both = Both()
     both.task = task
     return steps(both, rows)
 
 
+@pytest.mark.parametrize("when", ["before the step", "after the backward", "under no_grad, after the backward"])
 @pytest.mark.parametrize("name", ["soft", "second order, loop", "adversarial, avg"])
-def test_a_forward_without_backward(processes, name: str) -> None:
-    compare(processes(2).run(forgotten, name), expected(name))
+def test_a_forward_without_backward(processes, name: str, when: str) -> None:
+    """FSDP2 itself takes the parameters of before the optimizer's step where such a forward came after the backward."""
+    compare(processes(2).run(forgotten, name, when), expected(name))
 
 
 def wrong_on_one(rank: int, size: int, name: str) -> str:

@@ -152,6 +152,7 @@ def steps(
             before(task)
         optimizer.step()
         values.append(value)
+    task.state_dict()  # shards what a forward without backward has left gathered
     return [whole(parameter).detach().clone() for parameter in task.parameters()], values
 
 
