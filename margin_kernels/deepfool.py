@@ -38,6 +38,7 @@ from .gradients.autograd_graph import without_hooks
 from .gradients.loop import pair_gradient, passes_to
 from .random_state import RandomState
 from .replay import ReplayedModel, untouched
+from .sharding import check_plain, crossed, whole, whole_logits
 from .tracing import tracing
 
 LOG = logging.getLogger(__name__)
@@ -120,11 +121,13 @@ def deepfool(
     """
     exponent = check_search(p, max_iter, overshoot, top_k)
     check_arguments(model, x, target, overshoot_mode, bounds, step_limit)
+    check_plain(x)
+    target = whole(target)
     with outside_inference_mode(), untouched(model):
         x = differentiable(x)
         random = RandomState.now(x)
         with torch.no_grad():
-            logits = model(x)
+            logits = whole(model(x))
         check_logits(logits, x, target)
         coupled = warn_of_training_mode(model, random.changed())
         warn_of_probabilities(logits)
@@ -189,14 +192,14 @@ def search(
     lowers: list[Tensor] = []
     if logits is None:
         with torch.no_grad():
-            logits = model(x)
+            logits = whole(model(x))
         check_logits(logits, x, None)
     state = _State.start(logits, x, target, top_k)
     for step in range(max_iter + 1):
         last = step == max_iter
         if step and (host_reads or last):
             with torch.no_grad():
-                state.look(rows, model(_taken(moved, rows)))
+                state.look(rows, whole(model(_taken(moved, rows))))
         if host_reads or (step and not last and step % CUDA_CHECK_EVERY == 0 and not whole_batch):
             rows = rows[state.active[rows]]
         if last or (step and len(rows) == 0 and not whole_batch):
@@ -211,7 +214,7 @@ def search(
                 else:
                     leaf = _taken(moved, group).detach().requires_grad_()
                     with without_hooks(model.model if isinstance(model, ReplayedModel) else model):
-                        output = model(leaf)
+                        output = whole_logits(model(leaf))
                 if not host_reads:
                     state.look(group, output.detach())
                 above, below = state.boundaries(group, host_reads and not shared)
@@ -364,7 +367,7 @@ def _gradients(output: Tensor, gap: Tensor, leaf: Tensor, upper: Tensor, lower: 
     """d gap[n, j] / d leaf[n], [n, m, *]: in m backward passes, or `together` in one of m cotangents, as far as the
     functions of the graph can be batched."""
     count = gap.shape[1]
-    if together and count > 1:
+    if together and count > 1 and not crossed(output):  # no collective runs in a batched pass
         one_hot = torch.eye(count, dtype=gap.dtype, device=gap.device).unsqueeze(1).expand(count, *gap.shape)
         try:
             with torch.autocast(leaf.device.type, enabled=False):

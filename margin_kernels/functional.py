@@ -5,6 +5,8 @@ Inputs may be float64, float32, bfloat16 or float16 with any strides; gaps, norm
 where they are read: on the CPU one outside [0, C) is an error that names it, on a GPU it gives NaN, and a device-side
 assert only in a debug build (MARGIN_KERNELS_DEBUG=1 at installation).
 `backend` is "auto", "cuda", "cpu", "triton" or "reference" (see margin_kernels.backends).
+DTensors are gathered, whatever their placements: the result is a plain tensor, the same on every process, and gradients
+are sharded as the arguments are (see margin_kernels.sharding). A plain tensor beside them stands for the whole, too.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from torch import Tensor
 from . import checks
 from .backends import choose
 from .checks import Layerwise
+from .sharding import gathered
 
 __all__ = [
     "Competitors",
@@ -91,6 +94,7 @@ def competitors(
         ValueError, TypeError: wrong shapes, dtypes, devices or k; on the CPU also a target outside [0, C).
         BackendError: a backend named by the caller cannot run.
     """
+    logits, target = gathered(logits, target)
     name, op = choose("competitors", (logits,), backend)
     if name not in _COMPILED:
         checks.check_competitors(logits, target, k, ignore_index)
@@ -138,6 +142,7 @@ def dual_norm(gradients: Sequence[Tensor], p: float | str = 2, batch_dims: int =
     if len(gradients) == 0:
         raise ValueError("gradients must hold at least one tensor, got an empty list")
     p = checks.exponent(p)
+    gradients = gathered(*gradients)
     name, op = choose("dual_norm", gradients, backend)
     if name not in _COMPILED:
         checks.check_dual_norm(gradients, p, batch_dims)
@@ -167,6 +172,7 @@ def row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float | str = 2
     Source: Elsayed et al., Large Margin Deep Networks for Classification, NeurIPS 2018, eq. 7, for the last layer.
     """
     p = checks.exponent(p)
+    rows, index, target = gathered(rows, index, target)
     name, op = choose("row_distance", (rows,), backend)
     if name not in _COMPILED:
         checks.check_row_distance(rows, index, target, p)
@@ -258,6 +264,7 @@ def hinge_of(
 ) -> tuple[Tensor, Tensor]:
     """The op itself: loss [N] and distances [N, k, L]. gamma, cap, weight, min_norm [L], whose values the caller has
     checked, in the wider dtype of gap and norm."""
+    gap, norm, gamma, cap, weight, min_norm = gathered(gap, norm, gamma, cap, weight, min_norm)
     name, op = choose("margin_hinge", (gap, norm), backend)
     if name not in _COMPILED:
         checks.check_margin_hinge(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction)
@@ -305,6 +312,7 @@ def one_to_n(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be one of mean, sum, none, got {reduction}")
+    logits, target = gathered(logits, target)
     name, op = choose("one_to_n", (logits,), backend)
     if name in _COMPILED:
         loss, _, _ = op(logits, target, delta, bound, cross_entropy)
@@ -344,6 +352,7 @@ def deepfool_step(
     Source: Moosavi-Dezfooli, Fawzi, Frossard, DeepFool, CVPR 2016, eq. 8; Yan et al. 2019 (TPAMI) for any p.
     """
     p = checks.exponent(p)
+    gap, gradients, active = gathered(gap, gradients, active)
     name, op = choose("deepfool_step", (gap, gradients), backend)
     if name in _COMPILED:
         step, distance, choice, _ = op(gap, gradients, active, p)

@@ -38,6 +38,7 @@ from .gradients.structure import by_sample
 from .losses import base
 from .random_state import RandomState
 from .reference.dual_norm import dual_exponent
+from .sharding import gathered, whole
 from .task.capture import INPUT, OUTPUT, Taps
 
 # What g differs from s (p - e_y), summed over the rivals and relative to the label's entry: up to `KNOWN` a margin
@@ -528,12 +529,13 @@ class _Pass:
     def _norm(self, g: Tensor, stride: int) -> Tensor:
         assert self.found is not None
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            rows = by_sample(g, stride, len(self.found))
+            rows = by_sample(whole(g), stride, len(self.found))
             return functional.dual_norm([rows if rows.dim() > 1 else rows.unsqueeze(1)], self.p, batch_dims=1)[:, 0]
 
 
 def _read(g: Tensor, z: Tensor, p: float, given: Tensor | None = None) -> Tensor:
     """[N,7] of what the gradient g [N,C] of logits z [N,C] shows, with the labels [N] where they are given."""
+    g, z, given = gathered(g, z, given)
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     rounding = max(ROUNDING[g.dtype], ROUNDING[z.dtype])
     norm = functional.dual_norm([g], p, batch_dims=1)[:, 0]

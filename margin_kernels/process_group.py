@@ -67,6 +67,11 @@ class Group:
         if self.rank < 0:
             raise ValueError("process_group must hold this process")
 
+    @property
+    def ranks(self) -> list[int]:
+        """The processes, by their numbers among all."""
+        return [] if self._group is None else distributed.get_process_group_ranks(self._group)
+
     def reduce(self, value: Tensor, how: str, what: str) -> Tensor:
         """The "sum" or "min" over the processes, a constant for autograd; no host waits for a device. what: the name
         for the user."""

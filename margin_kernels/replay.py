@@ -41,6 +41,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from .random_state import RandomState
+from .sharding import whole_logits
 
 FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
@@ -171,12 +172,12 @@ class ReplayedModel:
         if self.hooked:
             looked_on: dict[int, bool] = {}
             with _watched(self.model, looked_on):
-                logits = self.model(x)
+                logits = whole_logits(self.model(x))
             self._silent = {key for key, alone in looked_on.items() if alone}
             if self._silent and isinstance(logits, Tensor):
                 self._graph = _inner_nodes(logits)
         else:
-            logits = self.model(x)
+            logits = whole_logits(self.model(x))
         self.draws = self._random.changed()
         self._after = ModelState(self.model, values=False)
         return logits
@@ -221,9 +222,9 @@ class ReplayedModel:
         x = x if self.dtype is None else x.to(self.dtype)
         self._before.restore(fresh=True)
         if not self.draws:
-            return self.model(x)
+            return whole_logits(self.model(x))
         with self._random.replayed():
-            return self.model(x)
+            return whole_logits(self.model(x))
 
     def _let_all_hooks_run(self) -> None:
         self._put_hooks_back()

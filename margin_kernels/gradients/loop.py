@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from .. import functional
 from ..backends import EXTENSION
 from ..second_derivative import check_second_derivative, is_missing, sentence
+from ..sharding import check_order, gathered
 from ..tracing import tracing
 from .autograd_graph import Graph
 from .plan import Cotangents, Plan, Seeds, Source, make_plan, pass_scale, pass_start
@@ -216,6 +217,7 @@ class Passes:
         assert self._graph is not None
         if second_order:
             self._check_attention()
+            check_order(self._tapped_path())
         try:
             with self._graph.silenced():
                 gradients = torch.autograd.grad(
@@ -235,7 +237,7 @@ class Passes:
                 if gradient is not None:
                     check_second_derivative(gradient, edge, INSTEAD)
         found: list[Tensor] = []
-        for tap, thin, gradient in zip(self.taps, self._thin, gradients[: len(self.taps)], strict=True):
+        for tap, thin, gradient in zip(self.taps, self._thin, gathered(*gradients[: len(self.taps)]), strict=True):
             if gradient is None:
                 raise ValueError(f"tap {tap.name!r} is outside the graph of the logits: they do not depend on it")
             found.append(gradient if thin is None else thin.input_gradient(gradient))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .. import sharding
 from .autograd_graph import Graph, same_edge
 from .structure import Structure, Where
 
@@ -97,6 +98,10 @@ class Captured:
     remedy: str = 'MarginTask(..., batch_dim={{"{name}": d}})'
     agree: Callable[[str], bool] | None = None
     _structures: dict[tuple[str, ...], Structure] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.logits.requires_grad and sharding.possible():
+            sharding.check_parts(self.graph, [(tap.name, tap.edge) for tap in self.taps])
 
     @property
     def batch(self) -> int:

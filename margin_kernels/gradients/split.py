@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..process_group import WORLD, Group
+from ..sharding import crosses
 from ..tracing import is_plain, recording
 from . import autograd_graph
 from .autograd_graph import LEAF, Edge, like_output, made_before, shape_of
@@ -221,6 +222,8 @@ class Split:
                     f"a parameter is a {type(node.variable).__name__}: it is sharded or wrapped, and its gradient "
                     "needs the ordinary backward"
                 )
+        if crosses(self._graph.nodes):
+            raise NotExact("an activation is a DTensor, whose gradient needs the ordinary backward")
         if not self._inputs:
             raise NotExact("no parameter requires a gradient")
         # Beside other terms of the user's the nodes behind the taps run twice, once for each: as good as once where the

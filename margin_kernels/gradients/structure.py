@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..sharding import BORDERS
 from .autograd_graph import Edge, Graph, saved, saved_dim, saved_dims, shape_of, shapes_of
 
 # User's autograd Functions that were declared row-local, by the name of their node.
@@ -802,6 +803,7 @@ _EXACT: dict[str, Rule] = {
     "MkldnnRnnLayerBackward0": _recurrent,
     "CudnnRnnBackward0": _recurrent_cudnn,
     **dict.fromkeys(("ThnnFusedLstmCellBackward0", "ThnnFusedGruCellBackward0"), _cell),
+    **dict.fromkeys(BORDERS, _same_place),
     "AsStridedBackward0": _restrided,
     "AsStridedBackward1": _restrided,
     "BackwardHookFunctionBackward": _backward_hook,

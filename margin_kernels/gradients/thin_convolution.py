@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from ..backends import EXTENSION, is_functorch_wrapped
-from ..tracing import recording, tracing
+from ..tracing import is_plain, recording, tracing
 from .autograd_graph import Graph
 from .request import Tap
 
@@ -79,7 +79,7 @@ def thin_convolution(graph: Graph, tap: Tap, batch: int) -> ThinConvolution | No
     if node._saved_groups != 1 or node._saved_transposed or tuple(node._saved_stride) != (1, 1):
         return None
     weight = node._saved_weight
-    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64) or not is_plain(weight):
         return None
     outputs, inputs, height, width = weight.shape
     thin = outputs >= FEW * inputs or (EXTENSION is not None and inputs <= THIN)

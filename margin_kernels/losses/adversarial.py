@@ -31,6 +31,7 @@ from ..process_group import Group
 from ..reference.dual_norm import dual_exponent
 from ..replay import ReplayedModel
 from ..second_derivative import check_second_derivative, is_missing, sentence
+from ..sharding import check_order, check_plain, nodes_of, whole
 from .base import NOTHING, MarginLoss, count, exponent, flag, group_exists, non_negative, one_of, positive
 
 AGGREGATIONS = ("avg", "min")
@@ -160,7 +161,7 @@ class AdversarialMarginLoss(MarginLoss):
 
     def forward(self, logits: Tensor, target: Tensor, model: nn.Module, x: Tensor) -> Tensor:
         """The loss [] of logits [N,C] = model(x) and target [N] int64; model and x [N,*] to measure distances with."""
-        return self.statistics(logits, target, model, x).loss
+        return self.statistics(self.whole(logits), whole(target), model, x).loss
 
     def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What the logits alone show, detached: gap, competitor [N,1] and nll [N]."""
@@ -188,6 +189,9 @@ class AdversarialMarginLoss(MarginLoss):
         """
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
             raise ValueError(f"x must be a floating-point tensor [N, *], got {described(x)}")
+        check_plain(x)
+        if self.gradient == "unrolled" and self.weight > 0:  # before a sample crosses its boundary and needs it
+            check_order(nodes_of(logits))
         nll = functional.competitors(logits, target, 1, NOTHING, backend=self.backend).nll
         # On a GPU a target outside [0, C) makes nll NaN; clamped, it is also safe to index with.
         target = differentiable(target.clamp(0, logits.shape[1] - 1))

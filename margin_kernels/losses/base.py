@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..gradients.request import Request, explicit
 from ..process_group import Group
 from ..process_group import check as group_exists
+from ..sharding import check_holders, whole, whole_logits
 
 COMPETITORS = " (and at most the number of classes - 1)"
 REDUCTIONS = ("mean", "sum", "none")
@@ -210,6 +211,13 @@ class MarginLoss(nn.Module):
         """The same, to exchange numbers with: in training steps, which all processes take together."""
         return Group(self.process_group if torch.is_grad_enabled() else None)
 
+    def whole(self, logits: Tensor) -> Tensor:
+        """The logits of a model that several processes share as one tensor, see `sharding`. Raises ValueError where
+        they cannot be had, and where these processes are in `process_group`."""
+        logits = whole_logits(logits)
+        check_holders(logits, self.group())
+        return logits
+
     def reduced(self, values: Tensor, share: Tensor | None = None) -> Tensor:
         """values [N] as `reduction` says: as they are, their sum, or their sum over that of `share` [N], 1 each where
         None is given; with a process_group over the samples of all its processes, for processes that average."""
@@ -293,6 +301,7 @@ class TapLoss(MarginLoss):
         activations are the h_l of the same forward: they require grad and are in the graph of the logits. batch_dim
         names their batch dimension where that graph does not show it.
         """
+        logits, target = self.whole(logits), whole(target)
         loss: Tensor = self.statistics(logits, target, explicit(logits, activations, batch_dim)).loss
         return loss
 

@@ -107,7 +107,7 @@ class OneToNLoss(MarginLoss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss, [] or [N], of logits [N,C] and target [N] int64."""
-        return self.reduced(self._per_sample(logits, target))
+        return self.reduced(self._per_sample(self.whole(logits), target))
 
     def statistics(self, logits: Tensor, target: Tensor) -> OneToNMargins:
         """The loss of logits [N,C] and target [N] int64, and statistics of each sample."""

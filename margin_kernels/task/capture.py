@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..gradients.autograd_graph import same_edge, sequence_now, without_hooks
 from ..gradients.request import HEAD_INPUT, Captured, Head, Tap
+from ..sharding import whole
 from ..tracing import is_plain
 from .sharded import plain_type
 
@@ -177,7 +178,7 @@ class Taps:
             # Now, for a model that changes its input in place moves the tensor along the graph.
             entry = Tap(INPUT, get_gradient_edge(x), x.shape)
         with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, x):
-            logits = model(x)
+            logits = whole(model(x))
         if not isinstance(logits, Tensor):
             raise ValueError(f"model must return its logits as one tensor [N,C], got {type(logits).__name__}")
         if not logits.requires_grad:

@@ -31,6 +31,7 @@ from ..gradients.plan import FLOAT16_SCALE
 from ..losses.base import MarginLoss
 from ..process_group import alone
 from ..random_state import RandomState
+from ..sharding import crossed
 from ..tracing import recorded
 
 # Kinds of steps that are recorded before a warning says that each costs a compilation.
@@ -184,11 +185,14 @@ def _rehearse(task: Task, x: Any, y: Tensor) -> None:
     random = RandomState.now(x)
     buffers = [(buffer, buffer.clone()) for buffer in task.buffers()]
     with random.replayed(), alone():  # other processes may have compiled theirs
-        loss = task.uncompiled(x, y)["loss"]
+        found = task.uncompiled(x, y)
+        loss, shared = found["loss"], crossed(found["output"])
         drew = random.changed()
     with torch.no_grad():
         for buffer, saved in buffers:
             buffer.copy_(saved)
+    if shared:
+        raise ValueError("a compiled task has no tensors that several processes share (DTensor): do not compile it")
     if loss.dim() > 0:
         raise ValueError('a compiled task gives the gradients of one number: reduction="none" has a loss per sample')
     replays = task.loss.needs == "model" or (task.batchnorm == "frozen" and training_batchnorms(task.model))

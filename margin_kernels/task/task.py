@@ -22,6 +22,7 @@ from ..gradients.split import Split, Trials
 from ..process_group import WORLD, Agreement, Group
 from ..random_state import RandomState
 from ..replay import ReplayedModel
+from ..sharding import check_holders, logits_without_graph, whole, whole_logits
 from ..tracing import tracing
 from .auto_gamma import AutoGamma
 from .capture import Taps, in_graph
@@ -126,6 +127,7 @@ class MarginTask(nn.Module):
         self._trials = Trials()
         self._explained: Explanation | None = None
         self._warned = False
+        self._checked = False  # whether logits without a graph are known to be whole
         self._compiled: Any = None
         # The class of the task when it was last looked at, which fully_shard changes, and what its steps do then.
         self._shards: tuple[type, Sharded | None] | None = None
@@ -152,7 +154,8 @@ class MarginTask(nn.Module):
         if getattr(self, "_is_replica", False):
             raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
         if not torch.is_grad_enabled():
-            logits = self.model(x)
+            logits = whole(self.model(x)) if self._checked else logits_without_graph(self.model, x)
+            y, self._checked = whole(y), True
             return {"output": logits, **self.loss.logit_statistics(logits, y)}
         if self._compiled is not None and not tracing():
             if is_sharded(self):
@@ -170,8 +173,9 @@ class MarginTask(nn.Module):
             sharded = self._sharded()
         if sharded is not None:
             sharded.begin()
+        y = whole(y)
         if self.loss.needs == "logits":
-            logits = self.model(x)
+            logits = whole_logits(self.model(x))
             self._check_together(logits, y, sharded)
             measured = self.loss.statistics(logits, y)
         elif self.loss.needs == "model":
@@ -300,7 +304,7 @@ class MarginTask(nn.Module):
             if training and self.batchnorm == "frozen":
                 with running_statistics(training), RandomState.now(x).replayed():
                     captured = self._taps.capture(self.model, x)
-                return self.model(x), captured
+                return whole_logits(self.model(x)), captured
             if training:
                 self._check_coupling(training)
             captured = self._taps.capture(self.model, x)
@@ -332,6 +336,7 @@ class MarginTask(nn.Module):
     def _check_together(self, logits: Tensor, y: Tensor, sharded: Sharded | None) -> None:
         """The errors that a loss has with these targets, before other processes wait for this one. Values are read on
         the CPU alone, so that a GPU has none."""
+        check_holders(logits, self.loss.group())
         groups = [] if sharded is None else sharded.agreement.groups
         if not groups and not tracing():
             groups = [Group(self.loss.process_group or (None if self.auto_gamma is None else WORLD))]
