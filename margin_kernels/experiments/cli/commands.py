@@ -44,9 +44,9 @@ from ..results import (
     versions,
     write_json,
 )
-from ..training import Meter, Output, Trainer, errors, resolve_device, time_steps
+from ..training import ALONE, TIMEOUT, Meter, Output, Processes, Trainer, errors, join, resolve_device, time_steps
 from .check import check
-from .parser import Parser, check_text
+from .parser import Parser, check_text, timeout
 
 USAGE = """usage: margin-kernels COMMAND [options]
 
@@ -60,7 +60,8 @@ USAGE = """usage: margin-kernels COMMAND [options]
   explain    how the gradients of a shipped network are obtained, why, and what a step costs
   info       versions, machine, backends, shipped configs
 
-margin-kernels COMMAND --help says more.
+margin-kernels COMMAND --help says more. Several processes train one network:
+torchrun --nproc-per-node 2 -m margin_kernels.experiments train ...
 """
 
 
@@ -74,20 +75,36 @@ def main(arguments: list[str] | None = None) -> int:
         errors.write_any_text()
     if alone and command in TRAINING:
         keep_freed_memory()
+    processes = ALONE
     try:
+        processes = join(timeout(rest))  # before anything may fail on one of them
         check_text(rest)
-        status = run_command(command, rest)
+        status = run_command(command, rest, processes)
         if alone:
             sys.stdout.flush()
-        return status
+    except SystemExit as asked:  # after --help
+        if not processes.several:
+            raise
+        status = int(asked.code or 0)
     except (Exception, KeyboardInterrupt) as error:
-        status = errors.report(f"margin-kernels {command}", error)
+        if processes.several:
+            errors.keep_status()
+        status = errors.report(f"margin-kernels {command}", error, processes)
         if alone:
             errors.end_output()
-        return status
+    processes.leave()
+    if alone and processes.several:
+        processes.end(status)
+    return status
 
 
-def run_command(command: str, rest: list[str]) -> int:
+def run_command(command: str, rest: list[str], processes: Processes = ALONE) -> int:
+    if processes.several and command != "train":
+        raise ValueError(
+            f"one process must run this command, got {processes.size} (WORLD_SIZE): only train takes several"
+        )
+    if command == "train":
+        return train(rest, processes)
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -97,7 +114,7 @@ def run_command(command: str, rest: list[str]) -> int:
     return COMMANDS[command](rest)
 
 
-def train(arguments: list[str]) -> int:
+def train(arguments: list[str], processes: Processes = ALONE) -> int:
     parser = ArgumentParser(prog="margin-kernels train", exit_on_error=False, description="Trains one network.")
     config.add_arguments(parser)
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent (same as --data.dir)")
@@ -106,36 +123,57 @@ def train(arguments: list[str]) -> int:
         "--resume", action="store_true", help="continue from the folder's checkpoint; --training.epochs may be more"
     )
     parser.add_argument("--overwrite", action="store_true", help="throw away the run that the folder holds")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        help="seconds that one of several processes waits for the others, which torchrun has started",
+    )
     namespace = config.parse_with(parser, arguments)
     settings = config.from_namespace(namespace)
+    if namespace.timeout not in bounds.WAIT:
+        raise ValueError(f"--timeout must be {bounds.WAIT.words(namespace.timeout)}, got {namespace.timeout}")
     if namespace.data_dir is not None:
         settings = replace(settings, data=replace(settings.data, dir=namespace.data_dir))
     folder = Path(namespace.out or Path("runs") / settings.name)
     if namespace.resume and namespace.overwrite:
         raise ValueError("--resume and --overwrite must not be given together")
-    if namespace.resume and not folder.is_dir():
-        raise models.CheckpointError(f"{folder}: nothing to resume; start without --resume.")
     console = Output()
-    with locked(folder, "another run or an evaluation of it"), ExitStack() as stack:
-        settle(folder)
-        holds = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
-        if holds and not (namespace.resume or namespace.overwrite):
-            raise ValueError(
-                f"{folder} already holds a run; continue it with --resume, throw it away with --overwrite, or choose "
-                "another --out"
-            )
-        trainer = Trainer(settings, data.of(settings.data), folder)
-        if namespace.resume:
-            trainer.resume()
-            console.print(f"resuming after epoch {trainer.epoch}")
-        else:
+    with ExitStack() as stack:  # of process 0, which alone holds the folder
+
+        def hold() -> None:
+            if namespace.resume and not folder.is_dir():
+                raise models.CheckpointError(f"{folder}: nothing to resume; start without --resume.")
+            stack.enter_context(locked(folder, "another run or an evaluation of it"))
+            settle(folder)
+            holds = any((folder / name).exists() for name in ("checkpoint.pt", "model.safetensors"))
+            if holds and not (namespace.resume or namespace.overwrite):
+                raise ValueError(
+                    f"{folder} already holds a run; continue it with --resume, throw it away with --overwrite, or "
+                    "choose another --out"
+                )
+
+        def replace_run() -> None:
             stack.enter_context(replacing(folder))
+
+        processes.first(f"the check of {folder}", hold)
+        dataset = processes.together("the reading of the data", lambda: data.of(settings.data))
+        trainer = Trainer(settings, dataset, folder, processes)
+        if processes.several:
+            console.print(f"{processes.size} processes{trainer.differs()}")
+        if namespace.resume:
+            before = trainer.resume()
+            by = "" if before == processes.size else f", which {before} process{'es' * (before > 1)} wrote"
+            console.print(f"resuming after epoch {trainer.epoch}{by}")
+        else:
+            processes.first(f"the check of {folder}", replace_run)
         start = time.perf_counter()
         steps = trainer.steps_per_epoch * (settings.training.epochs - trainer.epoch)
         with Meter(steps, settings.name, console) as meter:
 
             def say(line: str) -> None:
-                settle(folder)  # with this epoch's checkpoint the run that it replaces goes
+                if processes.writes:
+                    settle(folder)  # with this epoch's checkpoint the run that it replaces goes
                 meter.say(line)
 
             trainer.run(tick=meter.advance, say=say)

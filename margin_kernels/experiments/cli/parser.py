@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..config.bounds import TEXT, Range, is_text
+from ..config.bounds import TEXT, WAIT, Range, is_text
+from ..training import TIMEOUT
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +30,18 @@ class Parser(argparse.ArgumentParser):
             if value is not None and value not in allowed:
                 raise ValueError(f"{flag} must be {allowed.words(value)}, got {value}")
         return found
+
+
+def timeout(arguments: list[str]) -> float:
+    """What --timeout says among the arguments of a command: processes meet before they read these. The default where
+    it makes no sense, which the command itself then tells."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--timeout", type=float)
+    try:
+        found, _ = parser.parse_known_args(arguments)
+    except (argparse.ArgumentError, SystemExit):
+        return TIMEOUT
+    return found.timeout if found.timeout is not None and found.timeout in WAIT else TIMEOUT
 
 
 def check_text(arguments: list[str]) -> None:

@@ -53,6 +53,7 @@ PROCESSES = Range(1, max(256, os.cpu_count() or 1))
 LONGEST = 1000  # values in a list
 TIMES = Range(1, 1e6)  # of what is done again and again: more never ends
 RADIUS = Range(0, 1e30)  # of images in float32
+WAIT = Range(1, 1e6)  # seconds
 SEED = Range(0, 2**63 - 1)  # what torch's generators take
 # Of every integer that is not named here MANY holds; every other number must be finite.
 RANGES = {

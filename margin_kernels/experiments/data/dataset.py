@@ -70,9 +70,13 @@ class Split:
             total += images.sum(0, dtype=torch.float64)
         return (total / len(self)).float()
 
+    def part(self, which: slice) -> Split:
+        """The samples of a slice."""
+        return replace(self, images=self.images[which], labels=self.labels[which])
+
     def head(self, count: int | None) -> Split:
         """The first `count` samples (all for None)."""
-        return self if count is None else replace(self, images=self.images[:count], labels=self.labels[:count])
+        return self if count is None else self.part(slice(count))
 
 
 @dataclass(frozen=True)
@@ -167,18 +171,20 @@ def flip_labels(labels: Tensor, noise: float, num_classes: int, generator: torch
     return flipped
 
 
-def augmented(x: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+def augmented(x: Tensor, kind: str, generator: torch.Generator, start: int = 0, whole: int | None = None) -> Tensor:
     """x [N, C, H, W] as `kind` says: "none"; "crop", each image shifted by up to 4 pixels either way, with zeros
-    behind; "crop_flip", which also mirrors half of them. Drawn from `generator`, a CPU one."""
+    behind; "crop_flip", which also mirrors half of them. Drawn from `generator`, a CPU one, for all of a batch of
+    `whole` images (default: N) of which x are those from `start` on."""
     if kind == "none":
         return x
     if kind not in AUGMENTATIONS:
         raise ValueError(f"training.augment must be one of {', '.join(AUGMENTATIONS)}, got {kind!r}")
     n, _, height, width = x.shape
-    down, right = torch.randint(0, 2 * SHIFT + 1, (2, n, 1), generator=generator)
+    whole = n if whole is None else whole
+    down, right = torch.randint(0, 2 * SHIFT + 1, (2, whole, 1), generator=generator)[:, start : start + n]
     rows, columns = down + torch.arange(height), right + torch.arange(width)
     if kind == "crop_flip":
-        mirrored = torch.rand(n, 1, generator=generator) < 0.5
+        mirrored = torch.rand(whole, 1, generator=generator)[start : start + n] < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(x, (SHIFT,) * 4)
     image = torch.arange(n)[:, None, None]

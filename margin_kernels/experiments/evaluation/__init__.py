@@ -5,7 +5,7 @@ from margin_kernels.modes import eval_mode
 from . import attacks, histogram
 from .attacks import ifgsm, logit_gap
 from .distance import signed_distance, tap_names
-from .measure import METHODS, SIDES, accuracy, check_images, evaluate
+from .measure import METHODS, SIDES, accuracy, check_images, evaluate, hits
 
 __all__ = [
     "METHODS",
@@ -16,6 +16,7 @@ __all__ = [
     "eval_mode",
     "evaluate",
     "histogram",
+    "hits",
     "ifgsm",
     "logit_gap",
     "signed_distance",

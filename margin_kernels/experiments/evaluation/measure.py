@@ -251,8 +251,13 @@ def boundary_norms(
 
 def accuracy(model: nn.Module, split: Split, device: torch.device | str = "cpu", batch_size: int = 1000) -> float:
     """Share of `split` whose largest logit is the label, in eval mode."""
-    hits = 0
+    return hits(model, split, device, batch_size) / len(split)
+
+
+def hits(model: nn.Module, split: Split, device: torch.device | str = "cpu", batch_size: int = 1000) -> int:
+    """Number of samples of `split` whose largest logit is the label, in eval mode."""
+    found = 0
     with attacks.eval_mode(model), torch.no_grad():
         for x, y in split.batches(batch_size, device):
-            hits += int((model(x).argmax(1) == y).sum())
-    return hits / len(split)
+            found += int((model(x).argmax(1) == y).sum())
+    return found

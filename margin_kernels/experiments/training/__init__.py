@@ -2,19 +2,26 @@
 
 from . import errors
 from .checkpoint import load_state
+from .optimiser import build_optimiser, learning_rate
+from .processes import ALONE, TIMEOUT, Processes, ProcessesError, join
 from .progress import Meter, Output
 from .timing import time_steps
-from .trainer import EXPECTED, RESUMABLE, Trainer, TrainingError, build_optimiser, learning_rate, resolve_device
+from .trainer import EXPECTED, RESUMABLE, Trainer, TrainingError, resolve_device
 
 __all__ = [
+    "ALONE",
     "EXPECTED",
     "RESUMABLE",
+    "TIMEOUT",
     "Meter",
     "Output",
+    "Processes",
+    "ProcessesError",
     "Trainer",
     "TrainingError",
     "build_optimiser",
     "errors",
+    "join",
     "learning_rate",
     "load_state",
     "resolve_device",

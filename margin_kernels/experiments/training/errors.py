@@ -6,6 +6,8 @@
 | OSError, MemoryError, torch's "out of memory" | file and cause, and what to do | 1 |
 | KeyboardInterrupt, SIGTERM, SIGHUP | how to go on | 130, 143, 129 |
 | any other | it is a fault of this program; the traceback follows, for the report | 70 |
+
+Of several processes the one that fails first says so, and its status is that of all.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from types import FrameType
 
 import torch
 
+from .processes import ALONE, ElsewhereError, Processes, ProcessesError
 from .trainer import EXPECTED
 
 INTERRUPTED = 128  # and the number of the signal
@@ -105,13 +108,29 @@ def status(stopped: KeyboardInterrupt) -> int:
     return INTERRUPTED + (stopped.number if isinstance(stopped, Stopped) else signal.SIGINT)
 
 
-def report(what: str, error: BaseException) -> int:
+def keep_status() -> None:
+    """The status of this process is settled: torchrun ends the others when one has failed."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def report(what: str, error: BaseException, processes: Processes = ALONE) -> int:
     """Prints what went wrong in `what` to the error stream; returns the exit status."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, ElsewhereError):
+        return error.status
+    interrupted = isinstance(error, KeyboardInterrupt)
+    text = None if interrupted else sentence(error)
+    own = status(error) if isinstance(error, KeyboardInterrupt) else FAULT if text is None else 1
+    said = processes.claim(own)
+    if said is not None:
+        return said
+    if interrupted:
         resumed = "; `--resume` continues from the last epoch" if what.endswith(" train") else ""
-        print(f"{what}: interrupted{resumed}", file=sys.stderr)
-        return status(error)
-    text = sentence(error)
+        where = f" in {processes.doing}" if processes.several else ""
+        print(f"{what}: interrupted{where}{resumed}", file=sys.stderr)
+        return own
+    if isinstance(error, ProcessesError) and (silent := processes.silent()):
+        text = f"{text} ({silent})"
     if text is None:
         traceback.print_exception(error)
         print(
@@ -119,6 +138,6 @@ def report(what: str, error: BaseException) -> int:
             "`python -m margin_kernels.info`",
             file=sys.stderr,
         )
-        return FAULT
+        return own
     print(f"{what}: {text}", file=sys.stderr)
-    return 1
+    return own

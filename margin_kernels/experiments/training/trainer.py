@@ -4,6 +4,9 @@ Each epoch: all training images once in an order drawn from a seeded generator, 
 signed distance to the decision boundary at every tap on a fixed part of the validation split (measured for every
 loss, also those that do not use it). After each epoch the state is written atomically; `Trainer.resume` continues
 from it, on the CPU bit for bit.
+
+Several processes (processes.py) take parts of the batches of the one process, and their records are those of all
+samples. Each has random numbers and batch norm's statistics of its own.
 """
 
 from __future__ import annotations
@@ -25,9 +28,11 @@ from margin_kernels.task.suggest_gamma import nearest_distances
 from .. import models, objectives
 from ..config import Config, LossConfig, check, complete, exponent, to_dict, to_yaml
 from ..data import Dataset, augmented
-from ..evaluation import accuracy, signed_distance, tap_names
+from ..evaluation import hits, signed_distance, tap_names
 from ..results import Run, differing, flatten, machine, shape, versions, write_csv, write_json, write_text
 from .checkpoint import check_optimiser, load_state, save_state
+from .optimiser import build_optimiser, fresh_optimiser, learning_rate
+from .processes import ALONE, Processes, ProcessesError
 
 MEDIAN_SAMPLES = 1000  # training images by which loss.gamma_unit "median" goes
 # What may differ between a run and its resumption without changing what is computed up to the epoch reached.
@@ -40,39 +45,7 @@ class TrainingError(RuntimeError):
 
 # Mistakes of the caller: their message is the whole answer, a traceback would hide it. ConfigError, DataError and
 # CheckpointError are ValueErrors.
-EXPECTED = (TrainingError, ValueError)
-
-
-def learning_rate(config: Config, epoch: float) -> float:
-    """Learning rate at `epoch` (fractions count: cosine and warm-up move with every step)."""
-    schedule, total = config.schedule, config.training.epochs
-    rate = config.optimiser.lr
-    if schedule.warmup > 0 and epoch < schedule.warmup:
-        return rate * epoch / schedule.warmup
-    if schedule.name == "cosine":
-        done = (epoch - schedule.warmup) / max(total - schedule.warmup, 1e-9)
-        return rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    if schedule.name == "step":
-        return rate * schedule.factor ** sum(epoch >= milestone for milestone in schedule.milestones)
-    if schedule.name == "exponential":
-        return rate * schedule.factor ** math.floor(epoch)
-    return rate
-
-
-def build_optimiser(config: Config, parameters: Any) -> torch.optim.Optimizer:
-    """One kernel for all of a step where PyTorch has one: on the CPU Adam then takes a fifth of the time."""
-    settings = config.optimiser
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay, fused=True
-        )
-    if settings.name == "rmsprop":
-        return torch.optim.RMSprop(
-            parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    if settings.name == "adam":
-        return torch.optim.Adam(parameters, settings.lr, weight_decay=settings.weight_decay, fused=True)
-    raise ValueError(f"optimiser.name must be one of sgd, adam, rmsprop, got {settings.name!r}")
+EXPECTED = (TrainingError, ProcessesError, ValueError)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -93,13 +66,32 @@ def resolve_device(name: str) -> torch.device:
 
 
 class Trainer:
-    """One run: Trainer(config, dataset, folder).run(); `folder` None keeps nothing on disk."""
+    """One run: Trainer(config, dataset, folder).run(); `folder` None keeps nothing on disk. Several `processes` each
+    call the same methods."""
 
-    def __init__(self, config: Config, dataset: Dataset, folder: Path | None = None) -> None:
-        self.config, self.dataset, self.folder = config, dataset, folder
+    def __init__(
+        self, config: Config, dataset: Dataset, folder: Path | None = None, processes: Processes = ALONE
+    ) -> None:
+        self.config, self.dataset, self.folder, self.processes = config, dataset, folder, processes
         settings = config.training
         check(config)
-        self.device = resolve_device(settings.device)
+        processes.together("the start", self._build)
+        self.optimiser = build_optimiser(config, self.model.parameters())
+        self.scaler = torch.amp.GradScaler("cuda", enabled=settings.precision == "fp16")
+        self.order = torch.Generator().manual_seed(settings.seed)
+        self.epoch = 0
+        self.history: list[dict[str, Any]] = []
+        self.measured: dict[str, Any] = {}  # gamma and layer_weights in medians
+        self.loss: LossConfig | None = None
+        self._prepare()
+        self.writer: Any = None
+        processes.first("the start", self._tensorboard)
+        processes.seed(settings.seed)
+
+    def _build(self) -> None:
+        """The device, and the network with its first weights."""
+        config, dataset, settings = self.config, self.dataset, self.config.training
+        self.device = self.processes.check_device(resolve_device(settings.device))
         if settings.precision == "fp16" and self.device.type != "cuda":
             raise ValueError("training.precision must be bf16 or fp32 on the CPU, got fp16, which needs a CUDA device")
         if settings.threads is not None:
@@ -138,15 +130,6 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stubs
         if config.model.initial is not None:
             self._start_from(Path(config.model.initial))
-        self.optimiser = build_optimiser(config, self.model.parameters())
-        self.scaler = torch.amp.GradScaler("cuda", enabled=settings.precision == "fp16")
-        self.order = torch.Generator().manual_seed(settings.seed)
-        self.epoch = 0
-        self.history: list[dict[str, Any]] = []
-        self.measured: dict[str, Any] = {}  # gamma and layer_weights in medians
-        self.loss: LossConfig | None = None
-        self._prepare()
-        self.writer = self._tensorboard()
 
     def _prepare(self) -> None:
         """The task of the epoch that comes: cross-entropy at first where that is asked for, then the loss."""
@@ -156,15 +139,24 @@ class Trainer:
         elif loss.kind == "large_margin" and loss.gamma_unit == "median":
             if loss.gamma == "auto":
                 raise ValueError("loss.gamma_unit must be absolute with loss.gamma auto, which measures by itself")
-            self.measured = self.measured or self._measured()
+            self.measured = self.measured or self.processes.first("the measurement of gamma", self._measured)
             loss = replace(loss, **self.measured, gamma_unit="absolute")
         if loss == self.loss:
             return
         task = objectives.build(self.model, loss, self.hidden, self.dataset.train.bounds)
+        if self.processes.several:
+            objectives.check_parts(task, loss, self._sizes(), self.processes.size)
         self.loss, self.task = loss, task.to(self.device)  # the medians of gamma auto too
         self.step_module: Any = self.task
         if self.config.training.compile:
             self._compile(loss)
+        self.step_module = self.processes.wrapped(self.step_module, self.device)
+
+    def _sizes(self) -> set[int]:
+        """How many samples a mean of the loss is over: those of a batch, or of a part of one; the last is shorter."""
+        settings, count = self.config.training, len(self.dataset.train)
+        batches = {min(settings.batch_size, count), count % settings.batch_size} - {0}
+        return {len(part) for batch in batches for part in torch.arange(batch).chunk(settings.accumulate)}
 
     def _measured(self) -> dict[str, Any]:
         loss = self.config.loss
@@ -227,8 +219,7 @@ class Trainer:
         """Trains up to epoch `until` (default: all) and returns one record per epoch; `tick` is told of every step and
         `say` of every epoch."""
         last = self.config.training.epochs if until is None else min(until, self.config.training.epochs)
-        if self.folder is not None:
-            write_text(self.folder / "config.yaml", to_yaml(self.config))
+        self.processes.first("the writing of config.yaml", self._begin)
         while self.epoch < last and not self.stopped:
             self._prepare()
             record = self._epoch(tick)
@@ -237,12 +228,20 @@ class Trainer:
             self.history.append(record)
             self._keep(record)
             say(describe(record, self.config.training.epochs))
+        if self.folder is not None:
+            self._check_weights()
+        self.processes.first("the writing of the network", self._end)
+        return self.history
+
+    def _begin(self) -> None:
+        if self.folder is not None:
+            write_text(self.folder / "config.yaml", to_yaml(self.config))
+
+    def _end(self) -> None:
         if self.writer is not None:
             self.writer.flush()
         if self.folder is not None:
-            self._check_weights()
             models.save_model(self.folder, self.model, self.description)
-        return self.history
 
     def _batches(self) -> Iterator[Tensor]:
         """The samples of each step of an epoch: every pass in an order of its own, its last batch the shorter one."""
@@ -259,10 +258,12 @@ class Trainer:
             rate = learning_rate(self.config, self.epoch + step / self.steps_per_epoch)
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
-            loss, hits = self.step(index, step)
+            with self.processes.phase(f"step {step + 1} of epoch {self.epoch + 1}"):
+                loss, right = self.step(index, step)
             loss_sum += loss
-            correct += hits
+            correct += right
             tick(1)
+        self.processes.share_buffers(self.model)
         seconds = time.perf_counter() - start
         count = len(self.dataset.train) * self.config.training.repeat
         record: dict[str, Any] = {
@@ -270,33 +271,45 @@ class Trainer:
             "lr": rate,
             "train_loss": float(loss_sum) / count,
             "train_accuracy": float(correct) / count,
-            "validation_accuracy": accuracy(self.model, self.dataset.validation, self.device),
+            "validation_accuracy": math.nan,
             "seconds": seconds,
             "ms_per_step": 1000 * seconds / self.steps_per_epoch,
         }
-        if self.config.training.distance_samples:
-            record["distance"] = self.mean_distance()
+        with self.processes.phase(f"the validation after epoch {self.epoch + 1}"):
+            record["validation_accuracy"] = self.validation_accuracy()
+            if self.config.training.distance_samples:
+                record["distance"] = self.mean_distance()
         return record
 
     def step(self, index: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
-        """One optimiser step on the samples `index`: (loss summed over them, number classified correctly)."""
+        """One optimiser step on the samples `index`, a part of them on each process: (loss summed over all of them,
+        number classified correctly)."""
         settings = self.config.training
         self.optimiser.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), device=self.device)
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision)
-        for part in index.chunk(settings.accumulate):
-            x, y = self.dataset.train.batch(part, self.device)
-            x = augmented(x, settings.augment, self.order)
+        processes, parts = self.processes, index.chunk(settings.accumulate)
+        for number_of_part, part in enumerate(parts, 1):
+            own = processes.part(len(part))
+            count = own.stop - own.start
+            if count == 0:
+                own = slice(0, 1)  # of weight 0: every process takes part in every step
+            x, y = self.dataset.train.batch(part[own], self.device)
+            x = augmented(x, settings.augment, self.order, own.start, len(part))
             if settings.channels_last:
                 x = x.to(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, half, enabled=half is not None):
-                out = self.step_module(x, y)
-            # the task's loss is a mean over its part: weigh parts by their size, so that a shorter last one counts
-            # as its samples do
-            self.scaler.scale(out["loss"] * (len(part) / len(index))).backward()
-            loss_sum += out["loss"].detach() * len(part)
-            correct += (out["output"].argmax(1) == y).sum()
+            with processes.exchanged(self.step_module, number_of_part == len(parts)):
+                with torch.autocast(self.device.type, half, enabled=half is not None):
+                    out = self.step_module(x, y)
+                # the task's loss is a mean over its samples: weigh them by their number, so that a shorter last part
+                # counts as its samples do
+                self.scaler.scale(out["loss"] * (count * processes.size / len(index))).backward()
+            if count:
+                loss_sum += out["loss"].detach() * count
+                correct += (out["output"].argmax(1) == y).sum()
+        if processes.several:
+            loss_sum, correct = processes.sum(torch.stack([loss_sum, correct])).unbind(0)
         if not math.isfinite(float(loss_sum)):
             raise TrainingError(
                 self._diverged(f"the loss is {float(loss_sum)} at epoch {self.epoch + 1}, step {number + 1}")
@@ -332,23 +345,36 @@ class Trainer:
             "lower --loss.gamma, or train in fp32 where a half precision was used."
         )
 
+    def validation_accuracy(self) -> float:
+        """Share of the validation images that are classified correctly; each process counts a part of them."""
+        split = self.dataset.validation
+        own = split.part(self.processes.part(len(split)))
+        return sum(self.processes.gathered(hits(self.model, own, self.device))) / len(split)
+
     def mean_distance(self) -> dict[str, float]:
-        """Mean signed distance per tap on the first `distance_samples` validation images."""
-        settings = self.config.training
+        """Mean signed distance per tap on the first `distance_samples` validation images, of which each process
+        measures a part."""
+        settings, taps = self.config.training, tap_names(self.hidden)
         p = exponent(settings.distance_p)
-        part = self.dataset.validation.head(settings.distance_samples)
-        mean = signed_distance(self.model, part, self.hidden, p, device=self.device).mean(0)
-        return dict(zip(tap_names(self.hidden), mean.tolist(), strict=True))
+        split = self.dataset.validation.head(settings.distance_samples)
+        own = split.part(self.processes.part(len(split)))
+        found = signed_distance(self.model, own, self.hidden, p, device=self.device) if len(own) else None
+        rows = [part for part in self.processes.gathered(found) if part is not None]
+        return dict(zip(taps, torch.cat(rows).mean(0).tolist(), strict=True))
 
     def _keep(self, record: dict[str, Any]) -> None:
+        state = None if self.folder is None else self.state()
+        self.processes.first(f"the writing of epoch {record['epoch']}", lambda: self._write(record, state))
+
+    def _write(self, record: dict[str, Any], state: dict[str, Any] | None) -> None:
         if self.writer is not None:
             for key, value in row(record).items():
                 self.writer.add_scalar(key.replace(".", "/"), value, record["epoch"])
-        if self.folder is None:
+        if self.folder is None or state is None:
             return
         write_csv(self.folder / "metrics.csv", [row(item) for item in self.history])
         write_json(self.folder / "run.json", self.summary().to_dict())
-        save_state(self.folder, self.state())
+        save_state(self.folder, state)
 
     def summary(self) -> Run:
         """Everything about the run but its weights."""
@@ -357,7 +383,7 @@ class Trainer:
             network=self.description,
             parameters=sum(p.numel() for p in self.model.parameters()),
             versions=versions(),
-            machine=machine(self.device),
+            machine=machine(self.device) | ({"processes": self.processes.size} if self.processes.several else {}),
             history=self.history,
             measured=self.measured or self._gamma_found(),
         )
@@ -370,7 +396,15 @@ class Trainer:
         return {"gamma": [float(f"{self.config.loss.gamma_factor * value:.4g}") for value in found.median.tolist()]}
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs to go on as if nothing had happened."""
+        """What `resume` needs to go on as if nothing had happened: "others" holds the random numbers of the processes
+        but the first."""
+        cuda = self.device.type == "cuda"
+        own = {"random": torch.get_rng_state(), "cuda_random": []}
+        if cuda:
+            several = self.processes.several
+            own["cuda_random"] = [torch.cuda.get_rng_state(self.device)] if several else torch.cuda.get_rng_state_all()
+        with self.processes.phase("the gathering of the random states"):
+            first, *others = self.processes.gathered(own)
         return {
             "config": to_dict(self.config),
             "epoch": self.epoch,
@@ -381,16 +415,49 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "order": self.order.get_state(),
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            **first,
+            **({"others": others} if others else {}),
         }
 
-    def resume(self) -> None:
+    def differs(self) -> str:
+        """In what several processes are not one, in words: "" where they are."""
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        coupled = "batch norm over the part of a batch that each has, saved with the statistics of process 0"
+        ways = [*([coupled] if norms else []), *([f"{self.drawn} of their own"] if self.drawn else [])]
+        return f": {', '.join(ways)}" if ways else ""
+
+    @property
+    def drawn(self) -> str | None:
+        """What each process draws by itself in training, in words."""
+        config = self.config
+        if config.model.dropout > 0:
+            return "dropout masks"
+        if config.loss.kind == "vat":
+            return "directions of vat"
+        attacked = config.loss.kind == "fgsm_training" and config.loss.adversarial_training.steps > 1
+        return "starts of the attack" if attacked else None
+
+    def resume(self) -> int:
         """Continues from the folder's checkpoint; the config must be the one it was written with, but for where it
-        runs."""
-        if self.folder is None:
+        runs. Returns the number of processes that wrote it."""
+        folder = self.folder
+        if folder is None:
             raise ValueError("resume needs the folder of the run")
-        state = load_state(self.folder)
+        state = self.processes.first("the reading of the checkpoint", lambda: load_state(folder))
+        self.processes.together("the reading of the checkpoint", lambda: self._take(state))
+        self._prepare()
+        if self._auto_gamma is not None and self.epoch > self.config.loss.cross_entropy_epochs:
+            try:
+                self._auto_gamma.load_state_dict(state["auto_gamma"])
+            except Exception as error:
+                raise models.CheckpointError(
+                    f"{folder / 'checkpoint.pt'}: it lacks the medians of gamma auto ({type(error).__name__}); "
+                    "start anew with --overwrite."
+                ) from error
+        return 1 + len(state.get("others", []))
+
+    def _take(self, state: dict[str, Any]) -> None:
+        assert self.folder is not None
         try:
             self._restore(state)
         except models.CheckpointError:
@@ -400,15 +467,6 @@ class Trainer:
                 f"{self.folder / 'checkpoint.pt'}: not a checkpoint of this run ({type(error).__name__}: {error}); "
                 "start anew with --overwrite."
             ) from error
-        self._prepare()
-        if self._auto_gamma is not None and self.epoch > self.config.loss.cross_entropy_epochs:
-            try:
-                self._auto_gamma.load_state_dict(state["auto_gamma"])
-            except Exception as error:
-                raise models.CheckpointError(
-                    f"{self.folder / 'checkpoint.pt'}: it lacks the medians of gamma auto ({type(error).__name__}); "
-                    "start anew with --overwrite."
-                ) from error
 
     def _restore(self, state: dict[str, Any]) -> None:
         resumable = set(RESUMABLE)
@@ -423,12 +481,10 @@ class Trainer:
         models.check_weights(state["model"], self.model.state_dict())
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        check_optimiser(self.optimiser, self._fresh_optimiser())
+        check_optimiser(self.optimiser, fresh_optimiser(self.config, self.device))
         self.scaler.load_state_dict(state["scaler"])
         self.order.set_state(state["order"])
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda" and state["cuda_random"]:
-            torch.cuda.set_rng_state_all(state["cuda_random"])
+        self._restore_random([state, *state.get("others", [])])
         self.epoch, self.history = state["epoch"], state["history"]
         shape.check(self.history, [shape.EPOCH], "history")
         if type(self.epoch) is not int or self.epoch != len(self.history):
@@ -438,24 +494,34 @@ class Trainer:
         if not set(self.measured) <= {"gamma", "layer_weights"}:
             raise ValueError(f"measured must be gamma and layer_weights, got {', '.join(self.measured)}")
 
-    def _fresh_optimiser(self) -> torch.optim.Optimizer:
-        """One of the same kind that has taken a step."""
-        weight = nn.Parameter(torch.zeros(1, device=self.device))
-        weight.grad = torch.zeros_like(weight)
-        optimiser = build_optimiser(self.config, [weight])
-        optimiser.step()
-        return optimiser
+    def _restore_random(self, states: list[dict[str, Any]]) -> None:
+        """The random numbers of this process, of `states` that stand for one process each."""
+        if len(states) != self.processes.size:
+            if self.drawn is None:
+                return
+            raise models.CheckpointError(
+                f"{self.folder}: the checkpoint is of {len(states)} processes, which draw {self.drawn} of their own; "
+                f"resume with --nproc-per-node {len(states)} instead of {self.processes.size}, or start anew with "
+                "--overwrite."
+            )
+        own = states[self.processes.rank]
+        torch.set_rng_state(own["random"])
+        if self.device.type == "cuda" and own["cuda_random"]:
+            if self.processes.several:
+                torch.cuda.set_rng_state(own["cuda_random"][0], self.device)
+            else:
+                torch.cuda.set_rng_state_all(own["cuda_random"])
 
-    def _tensorboard(self) -> Any:
+    def _tensorboard(self) -> None:
         if not self.config.training.tensorboard or self.folder is None:
-            return None
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
                 "training.tensorboard is set, but tensorboard is not installed: pip install tensorboard"
             ) from error
-        return SummaryWriter(str(self.folder / "tensorboard"))
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
 
 
 def row(record: dict[str, Any]) -> dict[str, float]:
