@@ -5,7 +5,8 @@
 #   make lint     ruff, mypy, clang-format  make cpptest  the C++ library and its tests
 #   make test-triton  the Triton kernels without a GPU: interpreted by the op tests, compiled for sm_90
 #   make test-all     test, test-triton, cpptest
-#   make nightly      what a change rarely breaks: cpptest under ASan and UBSan, 2,000 drawn networks, a toy op compiled, growth
+#   make nightly      what a change rarely breaks: cpptest under ASan and UBSan, 2,000 drawn networks, a toy op compiled, growth,
+#                     every cell of the table of several processes
 #   make release      source archive and wheel in dist/, each installed in an empty environment and tried
 #
 # PYTHON  the interpreter for .venv          TORCH  what to install as torch, e.g. TORCH="torch==2.12.*"
@@ -49,7 +50,7 @@ test-triton: install
 test-all: test test-triton cpptest
 
 nightly: test-fuzz
-	MARGIN_KERNELS_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/house/test_contributing.py tests/task/test_growth.py
+	MARGIN_KERNELS_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/house/test_contributing.py tests/task/test_growth.py tests/distributed
 	$(MAKE) cpptest SANITIZE=ON
 
 bench: install

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import NIGHTLY
 
 from margin_kernels import OneToNLoss, sharding
 from margin_kernels import functional as F
 
-SIZES = (2, 3)
+SIZES = (2, pytest.param(3, marks=NIGHTLY))
 PLACEMENTS = ("Shard(0)", "Shard(1)", "Replicate()", "Partial()")
 TOLERANCE = 1e-12
 

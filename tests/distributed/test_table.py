@@ -13,11 +13,13 @@ from support.many_processes import (
     compare,
     expected,
     filled,
+    often,
     parts,
     steps,
     table,
     task_of,
 )
+from support.processes import NIGHTLY
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -47,7 +49,13 @@ def rows_of(rank: int, column: str) -> list[slice]:
     return [slice(rows.start + i * each, rows.start + (i + 1) * each) for i in range(way.micro)]
 
 
-@pytest.mark.parametrize(("name", "column"), sorted(cells(), key=lambda cell: len(WAYS[cell[1]].counts)))
+# By the number of processes, which are started once for each.
+CELLS = sorted(cells(), key=lambda cell: len(WAYS[cell[1]].counts))
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [pytest.param(*cell, marks=() if often(*cell) else NIGHTLY) for cell in CELLS]
+)
 def test_a_cell(processes, name: str, column: str) -> None:
     way = WAYS[column]
     group = processes(len(way.counts))

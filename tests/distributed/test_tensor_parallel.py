@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.processes import NIGHTLY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -274,7 +275,8 @@ CELLS_OF_THREE = [c for c in CELLS if c[2] in ("soft", "sensitivity") and c[3] =
 
 
 def named(cells: list[tuple[Any, ...]], size: int) -> list[Any]:
-    return [pytest.param(size, *c, id=f"{size}-{c[0]}-{'+'.join(c[1])}-{c[2]}-{c[3]}") for c in cells]
+    marks = NIGHTLY if size == 3 else ()
+    return [pytest.param(size, *c, marks=marks, id=f"{size}-{c[0]}-{'+'.join(c[1])}-{c[2]}-{c[3]}") for c in cells]
 
 
 @pytest.mark.parametrize(

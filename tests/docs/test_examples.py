@@ -13,7 +13,7 @@ LONGEST = 60  # lines
 
 
 def test_there_are_examples_and_each_is_short():
-    assert [path.name for path in EXAMPLES] == ["ddp_train.py"]
+    assert [path.name for path in EXAMPLES] == ["ddp_train.py", "fsdp_train.py"]
     assert all(len(path.read_text().splitlines()) < LONGEST for path in EXAMPLES)
 
 

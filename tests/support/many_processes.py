@@ -220,6 +220,16 @@ OVER_THE_BATCH = ("weighed classes", "ignored rows", "auto", "adversarial, min",
                   "adversarial, first order", "1-to-N", "1-to-N, positive")  # fmt: skip
 
 
+# What `make test` runs: all rows of these columns, and all columns of these rows.
+COLUMNS = ("DDP, unequal parts", "FSDP2", "FSDP2, an empty part")
+ROWS_OF_ALL = ("hard", "soft", "second order, loop", "sensitivity, tangent", "adversarial, min", "1-to-N")
+
+
+def often(row: str, way: str) -> bool:
+    """Whether a cell runs at every change; the others repeat it in another combination."""
+    return way in COLUMNS or row in ROWS_OF_ALL or (row, way) in REFUSED
+
+
 def cells() -> list[tuple[str, str]]:
     """Every row with every column."""
     return [(row, way) for row in losses() for way in WAYS]

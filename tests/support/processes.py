@@ -9,9 +9,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed, multiprocessing
 
+# Cells that repeat what others show in another combination: `make nightly` runs them all.
+NIGHTLY = pytest.mark.skipif(os.environ.get("MARGIN_KERNELS_NIGHTLY") != "1", reason="make nightly runs it")
 # Seconds that a collective and the whole call of `run` may take.
 COLLECTIVE, CALL = 60, 240
 

@@ -243,32 +243,13 @@ OBJECTIVES: dict[str, Callable[[nn.Module, LossConfig, tuple[str, ...]], nn.Modu
 }
 
 
-def check_parts(task: nn.Module, config: LossConfig, sizes: set[int], processes: int) -> None:
-    """Prepares the task for parts of a batch, one on each of several processes: the mean of their losses, weighed by
-    the number of samples, is then the loss of the whole batch. `sizes`: of the batches. Raises ValueError where a term
-    over the whole batch rules that out."""
-    instead = "or train in one process"
-    if config.kind == "large_margin" and config.gamma == "auto":
-        raise ValueError(
-            f"loss.gamma must not be auto for {processes} processes, whose medians are not those of the whole batch: "
-            "take loss.gamma_unit median, the gamma that run.json of a run in one process has under `measured`, "
-            f"{instead}"
-        )
-    if config.kind == "adversarial_margin" and config.adversarial.aggregation == "min":
-        raise ValueError(
-            f"loss.adversarial.aggregation must be avg for {processes} processes, got min, which takes the smallest "
-            f"margins of the whole batch: take avg, {instead}"
-        )
-    if config.kind == "one_to_n":
-        uneven = sorted(size for size in sizes if size % processes)
-        if uneven:
-            raise ValueError(
-                f"loss.kind one_to_n needs equal parts of every batch on {processes} processes, got batches of "
-                f"{', '.join(map(str, uneven))} images: choose training.batch_size and data.train_fraction so that all "
-                f"can be divided, {instead}"
-            )
-        assert isinstance(task, mk.MarginTask)
-        task.loss.across_processes = True
+def of_the_whole_batch(task: nn.Module) -> bool:
+    """Prepares a task for parts of a batch, one on each of several processes, of any size and also none. Whether its
+    loss is then that of the whole batch, when the processes average; else it is the mean over the part."""
+    if isinstance(task, mk.MarginTask):
+        task.loss.process_group = "world"
+        return True
+    return False
 
 
 def build(

@@ -5,7 +5,8 @@
 Every process draws the whole batch of the single process, [n], and takes a contiguous part of it, [n_r], n = sum n_r.
 DistributedDataParallel averages gradients over the P processes, so a process weighs the mean loss of its part by
 P n_r / n: the average is then the gradient of the mean over the whole batch. An empty part is one sample of weight 0:
-every process takes part in every collective.
+every process takes part in every collective. The losses of the library do the same by themselves (`process_group`), for
+an empty part too.
 
 Process 0 alone writes; what it does for all goes through `first`, which tells the others how it ended. The process that
 fails first says why, and settles the exit status of all. A collective that does not end is an error that names what the

@@ -81,6 +81,7 @@ class Trainer:
         self.order = torch.Generator().manual_seed(settings.seed)
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
+        self.whole = False  # whether the loss is that of the batch of all processes
         self.measured: dict[str, Any] = {}  # gamma and layer_weights in medians
         self.loss: LossConfig | None = None
         self._prepare()
@@ -144,19 +145,12 @@ class Trainer:
         if loss == self.loss:
             return
         task = objectives.build(self.model, loss, self.hidden, self.dataset.train.bounds)
-        if self.processes.several:
-            objectives.check_parts(task, loss, self._sizes(), self.processes.size)
+        self.whole = self.processes.several and objectives.of_the_whole_batch(task)
         self.loss, self.task = loss, task.to(self.device)  # the medians of gamma auto too
         self.step_module: Any = self.task
         if self.config.training.compile:
             self._compile(loss)
         self.step_module = self.processes.wrapped(self.step_module, self.device)
-
-    def _sizes(self) -> set[int]:
-        """How many samples a mean of the loss is over: those of a batch, or of a part of one; the last is shorter."""
-        settings, count = self.config.training, len(self.dataset.train)
-        batches = {min(settings.batch_size, count), count % settings.batch_size} - {0}
-        return {len(part) for batch in batches for part in torch.arange(batch).chunk(settings.accumulate)}
 
     def _measured(self) -> dict[str, Any]:
         loss = self.config.loss
@@ -293,7 +287,7 @@ class Trainer:
         for number_of_part, part in enumerate(parts, 1):
             own = processes.part(len(part))
             count = own.stop - own.start
-            if count == 0:
+            if count == 0 and not self.whole:
                 own = slice(0, 1)  # of weight 0: every process takes part in every step
             x, y = self.dataset.train.batch(part[own], self.device)
             x = augmented(x, settings.augment, self.order, own.start, len(part))
@@ -304,9 +298,10 @@ class Trainer:
                     out = self.step_module(x, y)
                 # the task's loss is a mean over its samples: weigh them by their number, so that a shorter last part
                 # counts as its samples do
-                self.scaler.scale(out["loss"] * (count * processes.size / len(index))).backward()
-            if count:
-                loss_sum += out["loss"].detach() * count
+                mean_over = len(part) if self.whole else count * processes.size
+                self.scaler.scale(out["loss"] * (mean_over / len(index))).backward()
+            if count or self.whole:
+                loss_sum += out["loss"].detach() * mean_over / processes.size
                 correct += (out["output"].argmax(1) == y).sum()
         if processes.several:
             loss_sum, correct = processes.sum(torch.stack([loss_sum, correct])).unbind(0)
