@@ -47,6 +47,10 @@ def check_arguments(
     if not callable(model):
         raise TypeError(f"model must be a module or a function, got {type(model).__name__}")
     if isinstance(model, nn.Module):
+        if any(type(module).__name__.startswith("FSDP") for module in model.modules()):
+            raise ValueError(
+                "model must not be sharded: load its state dict into a plain model, as docs/processes.md says"
+            )
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor):
                 raise ValueError(f"model must have had a forward pass, got the uninitialised parameter {name!r}")

@@ -41,19 +41,22 @@ def fully_shard_task(
         mesh: a DeviceMesh: one dimension to shard over, or two, (replicate, shard). None: all processes.
         mp_policy: torch.distributed.fsdp.MixedPrecisionPolicy, of every unit. None: the dtype of the parameters.
         reshard_after_forward: as fully_shard has it, for the units.
-        options: further arguments of fully_shard (shard_placement_fn, offload_policy, ignored_params).
+        options: further arguments of fully_shard (shard_placement_fn, offload_policy).
 
     Returns:
         The task.
 
     Raises:
         TypeError: for anything but a MarginTask.
-        ValueError: a task that is sharded already, a unit that the model has not.
+        ValueError: a task that is sharded already, a unit that the model has not, ignored_params, whose gradients
+            nobody would average.
     """
     if not isinstance(task, MarginTask):
         raise TypeError(f"task must be a MarginTask, got {type(task).__name__}")
     if is_sharded(task):
         raise ValueError("task must not be sharded yet: fully_shard was applied to it")
+    if options.get("ignored_params"):
+        raise ValueError("ignored_params must be empty: FSDP2 does not average their gradients; freeze them instead")
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes seconds
 
     names = resolve(task.model, units) if units else ()
@@ -69,6 +72,7 @@ def fully_shard_task(
         fully_shard(module, **shared)
     shared.pop("reshard_after_forward", None)
     fully_shard(task, **shared)
+    task.prepare_sharded()
     return task
 
 

@@ -36,6 +36,11 @@ def alone() -> Iterator[None]:
         _alone.reset(token)
 
 
+def rehearsing() -> bool:
+    """Whether this is inside `alone`."""
+    return _alone.get()
+
+
 @contextmanager
 def named(what: str) -> Iterator[None]:
     """Says in the error of a collective which one it was."""

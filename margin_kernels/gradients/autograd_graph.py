@@ -194,6 +194,12 @@ class Graph:
             yield
             return
         assert EXTENSION is not None
+        for i, callables, _ in EXTENSION.node_hooks(self.root):
+            if i in hooked and any(map(_of_distributed, callables)):
+                raise ValueError(
+                    f"a hook on {self.nodes[i].name()}, the output of a module that fully_shard shards by itself, "
+                    "would run in every pass: put it on a layer inside, or do not shard that module by itself"
+                )
         hooks = EXTENSION.SilencedHooks(self.root, hooked)
         try:
             yield

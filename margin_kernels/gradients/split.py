@@ -311,11 +311,11 @@ class Split:
         return sum(storages.values())
 
     def _try(self, plan: Plan, passes: Passes, seeds: Seeds) -> None:
-        if self._trials is None:
+        if self._trials is None or not self._structure.findings:
             return
         kind = tuple(node.name() for node in self._graph.nodes if node in self._along)
-        doubtful = self._structure.findings and self.captured.batch > 1
-        self._trials.step(kind, partial(self._is_exact, self._trials, plan, passes, seeds) if doubtful else None)
+        several = self.captured.batch > 1
+        self._trials.step(kind, partial(self._is_exact, self._trials, plan, passes, seeds) if several else None)
 
     def _is_exact(self, trials: Trials, plan: Plan, passes: Passes, seeds: Seeds) -> bool:
         """Whether a pass with other factors of the samples gives the recorded gradients times these."""

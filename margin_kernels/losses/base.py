@@ -179,6 +179,8 @@ class MarginLoss(nn.Module):
     live: ClassVar[tuple[str, ...]] = ()
     # The numbers of a step that is being recorded, as a tensor; None: as the options say.
     _live: Tensor | None = None
+    # The process_group, of losses that have the option.
+    _group: _SameInCopies = _SameInCopies(None)
 
     if TYPE_CHECKING:  # the options, which __init__ sets by their names
 

@@ -252,6 +252,10 @@ class LargeMarginLoss(TapLoss):
 
     def gaps(self, logits: Tensor, target: Tensor) -> functional.Competitors:
         """competitor and gap [N,k] in the loss's space, nll [N] of logits [N,C]: all that needs no activations."""
+        if self.class_weight is not None and logits.dim() == 2 and len(self.class_weight) != logits.shape[1]:
+            raise ValueError(
+                f"class_weight must hold one weight for each of {logits.shape[1]} classes, got {len(self.class_weight)}"
+            )
         smoothed = self.label_smoothing > 0 and self.class_weight is None
         found = functional.competitors(logits, target, self.top_k, self.ignore_index, smoothed, self.backend)
         if self.competitors == "soft":
@@ -270,11 +274,6 @@ class LargeMarginLoss(TapLoss):
         valid, weight = found.valid, None
         share = valid.to(loss.dtype)
         if self.class_weight is not None:
-            if len(self.class_weight) != logits.shape[1]:
-                raise ValueError(
-                    f"class_weight must hold one weight for each of {logits.shape[1]} classes, got "
-                    f"{len(self.class_weight)}"
-                )
             weight = torch.tensor(self.class_weight, dtype=loss.dtype).to(loss.device, non_blocking=True)
             share = torch.where(valid, weight[label], 0)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..process_group import Group
+from ..process_group import Group, rehearsing
 from ..tracing import recording
 
 # Weight of a batch's median in the running one, but for the first batches, whose mean it is.
@@ -69,6 +69,8 @@ class AutoGamma(nn.Module):
                 f"in {warmup} steps",
                 stacklevel=5,
             )
+        if rehearsing() and not self._known_fixed:  # before a step is compiled, which cannot ask
+            self._known_fixed = bool(self.fixed)
         if self.training and not self._known_fixed:
             self._follow(distance, usable, warmup, group)
         if self.median.device != distance.device:
@@ -98,7 +100,7 @@ class AutoGamma(nn.Module):
         self.seen.add_(~self.fixed & told.any())
         self.steps.add_(~self.fixed & (self.right >= RIGHT).all() & (self.median > 0).all())
         self.fixed.copy_(self.steps > warmup)
-        if not recording():
+        if not recording() and not rehearsing():
             self._asked += 1
             if self._asked % ASK_EVERY == 0:
                 self._known_fixed = bool(self.fixed)

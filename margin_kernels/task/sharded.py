@@ -117,7 +117,7 @@ class Sharded:
             group.reduce_grads = group.all_reduce_grads = False
             if keep or group in staying:
                 group.reshard_after_backward = False
-            if keep:
+            if keep and not agreeing:  # forwards come inside
                 group.post_forward_mesh_info = None
         self._units = [group for group in groups if group not in _groups(self._root)]
         self._kept = self._units if keep else []

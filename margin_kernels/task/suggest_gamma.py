@@ -12,6 +12,7 @@ from torch import Tensor
 from ..losses.base import positive
 from ..losses.large_margin import LargeMarginLoss
 from ..modes import eval_mode
+from ..process_group import Group, alone
 from .auto_gamma import nearest, positive_median
 from .task import MarginTask
 
@@ -55,14 +56,16 @@ def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], fac
 
 def nearest_distances(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """d[n,l] to the nearest competitor [N,L] of the samples in batches x [N,*], y [N], as the loss of a task measures
-    it, in eval mode; NaN where there is none."""
+    it, in eval mode; NaN where there is none. With a process_group those of all its processes, each of which calls this
+    with batches of its own."""
     if not isinstance(getattr(task, "loss", None), LargeMarginLoss):
         raise TypeError(f"task must be a MarginTask with LargeMarginLoss, got {type(task).__name__}")
     loss = copy.copy(task.loss)
     loss.gamma, loss.layer_weights, loss.second_order = 1.0, None, False
     probe = MarginTask(task.model, loss, task.layers, "loop", task.batchnorm, task.batch_dim)
-    with eval_mode(task.model), torch.enable_grad():
+    with eval_mode(task.model), torch.enable_grad(), alone():
         found = [nearest(out["distance"], ~out["degenerate"]) for out in (probe(x, y) for x, y in loader)]
     if not found:
         raise ValueError("loader must hold at least one batch, got none")
-    return torch.cat(found)
+    group = Group(task.loss.process_group)
+    return group.gathered(torch.cat(found), "the gathering of distances for suggest_gamma")[0]

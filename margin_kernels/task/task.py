@@ -170,7 +170,7 @@ class MarginTask(nn.Module):
         sharded = None
         if not tracing():
             check_unchanged(self.model)
-            sharded = self._sharded()
+            sharded = self.prepare_sharded()
         if sharded is not None:
             sharded.begin()
         y = whole(y)
@@ -189,7 +189,11 @@ class MarginTask(nn.Module):
                 measured = self.loss.statistics(logits, y, self.model, x, replayed, source, **alike)
                 cut_sources(measured.loss, Captured(logits, [], sources=sources))
         else:
-            logits, captured = self._forward(x)
+            try:
+                logits, captured = self._forward(x)
+            except Exception as error:
+                self._tell(error, y, sharded)
+                raise
             how = {"medians": self.auto_gamma} if self.auto_gamma is not None else {}
             with self._agreeing(sharded, captured):
                 self._check_together(logits, y, sharded)
@@ -310,8 +314,8 @@ class MarginTask(nn.Module):
             captured = self._taps.capture(self.model, x)
             return captured.logits, captured
 
-    def _sharded(self) -> Sharded | None:
-        """What a step does for fully_shard, where the task is sharded."""
+    def prepare_sharded(self) -> Sharded | None:
+        """What a step does for fully_shard, where the task is sharded; made when it is, or in the first forward."""
         if self._shards is None or self._shards[0] is not type(self):
             if is_sharded(self):
                 self._shards = type(self), Sharded(self)
@@ -334,16 +338,33 @@ class MarginTask(nn.Module):
         return sharded.passes(self.loss.second_order, True, head)
 
     def _check_together(self, logits: Tensor, y: Tensor, sharded: Sharded | None) -> None:
-        """The errors that a loss has with these targets, before other processes wait for this one. Values are read on
-        the CPU alone, so that a GPU has none."""
+        """The errors that a loss has with its options and these targets, before other processes wait for this one.
+        Values are read on the CPU alone, so that a GPU has none."""
+
+        def check() -> None:
+            with torch.no_grad():
+                self.loss.numbers(len(self.layers))
+                self.loss.logit_statistics(logits.detach(), y)
+
         check_holders(logits, self.loss.group())
+        for group in self._waiting(y, sharded):
+            group.checked(check)
+
+    def _tell(self, error: Exception, y: Tensor, sharded: Sharded | None) -> None:
+        """An error of the forward pass, where the other processes are at `_check_together`."""
+
+        def failed() -> None:
+            raise error
+
+        for group in self._waiting(y, sharded):
+            group.checked(failed)
+
+    def _waiting(self, y: Tensor, sharded: Sharded | None) -> list[Group]:
+        """The processes that wait for this one's check of a batch."""
         groups = [] if sharded is None else sharded.agreement.groups
         if not groups and not tracing():
             groups = [Group(self.loss.process_group or (None if self.auto_gamma is None else WORLD))]
-        if y.device.type == "cpu" and any(group.size > 1 for group in groups):
-            for group in groups:
-                with torch.no_grad():
-                    group.checked(lambda: self.loss.logit_statistics(logits.detach(), y))
+        return groups if y.device.type == "cpu" and any(group.size > 1 for group in groups) else []
 
     def _check_coupling(self, training: list[_BatchNorm]) -> None:
         if self.loss.second_order and any(isinstance(module, nn.SyncBatchNorm) for module in training):

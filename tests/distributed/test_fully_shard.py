@@ -14,6 +14,7 @@ from support.many_processes import (
     batch,
     compare,
     expected,
+    optimizer_of,
     parts,
     steps,
     task_of,
@@ -293,3 +294,75 @@ def test_how_often_parameters_are_gathered(processes, name: str) -> None:
     times = GATHERED.get(name, 2 if name == "1-to-N" else 1)
     for found in processes(2).run(gathered, name):
         assert found == {"stem.weight": 1, "blocks.0": times, "blocks.1": times}
+
+
+def lone_first_forward(rank: int, size: int, name: str) -> Found:
+    """Before any backward a forward, and then other parameters."""
+    task = fully_shard_task(task_of(name), **UNITS)
+    rows = parts(EQUAL[size], rank)
+    x, y = batch()
+    optimizer = optimizer_of(task)
+    task(x[rows], y[rows])
+    for group in optimizer.param_groups:
+        with torch.no_grad():
+            for parameter in group["params"]:
+                parameter.mul_(0.5)
+    return steps(task, rows, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", ["hard, loop", "soft", "second order, loop"])
+def test_parameters_that_change_after_the_very_first_forward(processes, name: str) -> None:
+    task = task_of(name)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.mul_(0.5)
+    compare(processes(2).run(lone_first_forward, name), steps(task, slice(None)))
+
+
+@pytest.mark.parametrize("name", ["second order, loop", "sensitivity, tangent", "hard, loop"])
+def test_parameters_sharded_over_some_processes_after_the_forward(processes, name: str) -> None:
+    options = {**UNITS, "reshard_after_forward": 2}
+    compare(processes(4).run(sharded, name, options), expected(name))
+
+
+def kept_gathered(rank: int, size: int, name: str) -> Found:
+    task = fully_shard_task(task_of(name), **UNITS)
+    task.set_reshard_after_backward(False)
+    return steps(task, parts(EQUAL[size], rank))
+
+
+@pytest.mark.parametrize("name", ["hard, loop", "second order, loop"])
+def test_parameters_that_stay_gathered_after_a_backward(processes, name: str) -> None:
+    compare(processes(2).run(kept_gathered, name), expected(name))
+
+
+def listen(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.register_hook(lambda gradient: None)
+
+
+def one_is_wrong(rank: int, size: int, what: str) -> str:
+    task = fully_shard_task(task_of("soft"), **UNITS)
+    if rank == 1 and what == "gamma":
+        task.loss.gamma = [1.0, 2.0]
+    if rank == 1 and what == "class_weight":
+        task.loss.class_weight = [1.0, 2.0]
+    if what == "hook":
+        task.model.blocks[0].register_forward_hook(listen)
+    x, y = batch()
+    try:
+        task(x, y)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("what", ["gamma", "class_weight"])
+def test_options_that_differ_end_all_processes(processes, what: str) -> None:
+    first, second = processes(2).run(one_is_wrong, what)
+    assert second.startswith(f"{what} must")
+    assert "another process ended this step with an error" in first
+
+
+def test_a_hook_where_fsdp_has_its_own_is_refused(processes) -> None:
+    for words in processes(2).run(one_is_wrong, "hook"):
+        assert "the output of a module that fully_shard shards by itself, would run in every pass" in words

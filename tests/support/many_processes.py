@@ -129,13 +129,20 @@ def parts(counts: Sequence[int], rank: int) -> slice:
     return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
 
 
+def optimizer_of(task: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(task.parameters(), lr=0.05, momentum=0.9)
+
+
 def steps(
-    task: nn.Module, *rows: slice, before: Callable[[nn.Module], Any] | None = None
+    task: nn.Module,
+    *rows: slice | Tensor,
+    before: Callable[[nn.Module], Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> tuple[list[Tensor], list[float]]:
     """The parameters after three steps of SGD on a part of the batch, or on several whose gradients are added, and the
     losses; `before` each step of the optimizer."""
     x, y = batch()
-    optimizer = torch.optim.SGD(task.parameters(), lr=0.05, momentum=0.9)
+    optimizer = optimizer or optimizer_of(task)
     values = []
     for _ in range(3):
         optimizer.zero_grad()
