@@ -95,4 +95,4 @@ def processes() -> Iterator[Callable[[int], Any]]:
     groups: dict[int, Processes] = {}
     yield lambda size: groups.setdefault(size, Processes(size))
     for group in groups.values():
-        group.stop()
+        group.stop(20)
