@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .batchnorm import training_batchnorms
+from .sharding import is_sharded
 from .tracing import tracing
 
 
@@ -47,7 +48,7 @@ def check_arguments(
     if not callable(model):
         raise TypeError(f"model must be a module or a function, got {type(model).__name__}")
     if isinstance(model, nn.Module):
-        if any(type(module).__name__.startswith("FSDP") for module in model.modules()):
+        if any(map(is_sharded, model.modules())):
             raise ValueError(
                 "model must not be sharded: load its state dict into a plain model, as docs/processes.md says"
             )

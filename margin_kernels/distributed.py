@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from .sharding import is_sharded
 from .task import MarginTask
 from .task.capture import resolve
-from .task.sharded import is_sharded
 
 
 def fully_shard_task(

@@ -106,11 +106,11 @@ class Group:
         found: Tensor = _Columns.apply(column, self)
         return found
 
-    def gathered(self, rows: Tensor, what: str) -> tuple[Tensor, int]:
-        """The rows [N,*] of all processes, whatever N each has, and the number of the first of this one; a constant for
-        autograd. Reads the numbers of rows on the host. Raises ValueError in a compiled step."""
+    def gathered(self, rows: Tensor, what: str) -> Tensor:
+        """The rows [N,*] of all processes, whatever N each has; a constant for autograd. Reads the numbers of rows on
+        the host. Raises ValueError in a compiled step."""
         if self.size == 1:
-            return rows, 0
+            return rows
         if tracing():
             raise ValueError(f"{what} cannot be compiled with several processes: their parts may have other sizes")
         rows = rows.detach().contiguous()
@@ -122,8 +122,7 @@ class Group:
             padded[: len(rows)] = rows
             parts = [torch.empty_like(padded) for _ in numbers]
             distributed.all_gather(parts, padded, group=self._group)
-        found = torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
-        return found, sum(numbers[: self.rank])
+        return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
 
     def checked(self, check: Callable[[], Any]) -> None:
         """Runs a check. Its error on one process is an error on all: none is left waiting for another."""

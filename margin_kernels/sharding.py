@@ -84,6 +84,12 @@ def is_dtensor(tensor: Any) -> bool:
     return DTENSOR in modules and isinstance(tensor, modules[DTENSOR].DTensor)
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether torch.distributed.fsdp.fully_shard was applied to a module itself."""
+    fsdp = modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def possible() -> bool:
     """Whether a graph may hold tensors of several processes."""
     return DTENSOR in modules and distributed.is_initialized() and not tracing()

@@ -85,7 +85,7 @@ class AutoGamma(nn.Module):
                 'gamma="auto" must be fixed before a step is compiled where several processes train: take the '
                 "lists of suggest_gamma, or compile after the warm-up"
             )
-        found, _ = group.gathered(nearest(distance, usable), 'the gathering of distances for gamma="auto"')
+        found = group.gathered(nearest(distance, usable), 'the gathering of distances for gamma="auto"')
         batch = positive_median(found).to(self.median.dtype)
         present = ~found.isnan()
         right = ((found > 0).sum(0) / present.sum(0).clamp(min=1)).to(batch.dtype)

@@ -26,16 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from ..process_group import Agreement, Group
+from ..sharding import is_sharded
 
 REMEDY = "margin_kernels.distributed.fully_shard_task(task)"
 # What `passes` changes in a group of parameters and puts back.
 SETTINGS = ("reshard_after_backward", "post_forward_mesh_info", "reduce_grads", "all_reduce_grads", "_training_state")
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether fully_shard was applied to a module itself."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def plain_type(module: nn.Module) -> type:
@@ -70,19 +65,19 @@ class Sharded:
         modules: list[tuple[str, Any]] = [(name, module) for name, module in task.named_modules() if is_sharded(module)]
         self._states = {name: module._get_fsdp_state() for name, module in modules}
         self._root = self._states[""]
-        mesh = next(group.mesh_info.mesh for state in self._states.values() for group in _groups(state))
+        self._groups = [group for state in self._states.values() for group in _groups(state)]
+        self._units = [group for group in self._groups if group not in _groups(self._root)]
+        mesh = self._groups[0].mesh_info.mesh
         self.agreement = Agreement([Group(mesh.get_group(d)) for d in range(mesh.ndim)])
         self._versions: list[list[int]] = []
         task.register_forward_pre_hook(self._refresh, prepend=True)
-        self._units: list[Any] = []
         self._kept: list[Any] = []
 
     def _refresh(self, task: nn.Module, args: Any) -> None:
         """Before FSDP's own hook: a forward whose backward never came has left parameters gathered, and FSDP would take
         them as they are, whatever an optimizer or a checkpoint has made of the shards since."""
-        groups = [group for state in self._states.values() for group in _groups(state)]
-        now = [[param.sharded_param._version for param in group.fsdp_params] for group in groups]
-        for group, versions, before in zip(groups, now, self._versions or now, strict=True):
+        now = [[param.sharded_param._version for param in group.fsdp_params] for group in self._groups]
+        for group, versions, before in zip(self._groups, now, self._versions or now, strict=True):
             if group.is_unsharded and versions != before:
                 group.reshard()
         self._versions = now
@@ -101,8 +96,7 @@ class Sharded:
         inside, by every process.  head: the name in the task of the final layer, whose weight is read outside its
         forward; gathered now.
         """
-        groups = [group for state in self._states.values() for group in _groups(state)]
-        saved = [{name: getattr(group, name) for name in SETTINGS} for group in groups]
+        saved = [{name: getattr(group, name) for name in SETTINGS} for group in self._groups]
         context = self._root._state_ctx
         forward = self._root._training_state, context.iter_forward_root, context.is_last_backward
         staying = list(_groups(self._root))
@@ -113,20 +107,19 @@ class Sharded:
                 group.unshard()
                 group.wait_for_unshard()
         context.is_last_backward = False
-        for group in groups:
+        for group in self._groups:
             group.reduce_grads = group.all_reduce_grads = False
             if keep or group in staying:
                 group.reshard_after_backward = False
             if keep and not agreeing:  # forwards come inside
                 group.post_forward_mesh_info = None
-        self._units = [group for group in groups if group not in _groups(self._root)]
         self._kept = self._units if keep else []
         try:
             with self.agreement.step() if agreeing else nullcontext():
                 yield
         finally:
             self._root._training_state, context.iter_forward_root, context.is_last_backward = forward
-            for group, settings in zip(groups, saved, strict=True):
+            for group, settings in zip(self._groups, saved, strict=True):
                 for name, value in settings.items():
                     setattr(group, name, value)
 

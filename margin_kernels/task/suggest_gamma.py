@@ -68,4 +68,4 @@ def nearest_distances(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]])
     if not found:
         raise ValueError("loader must hold at least one batch, got none")
     group = Group(task.loss.process_group)
-    return group.gathered(torch.cat(found), "the gathering of distances for suggest_gamma")[0]
+    return group.gathered(torch.cat(found), "the gathering of distances for suggest_gamma")

@@ -22,13 +22,13 @@ from ..gradients.split import Split, Trials
 from ..process_group import WORLD, Agreement, Group
 from ..random_state import RandomState
 from ..replay import ReplayedModel
-from ..sharding import check_holders, logits_without_graph, whole, whole_logits
+from ..sharding import check_holders, is_sharded, logits_without_graph, whole, whole_logits
 from ..tracing import tracing
 from .auto_gamma import AutoGamma
 from .capture import Taps, in_graph
 from .exclusive import check_unchanged, exclusive
 from .explain import Explanation
-from .sharded import Sharded, is_sharded
+from .sharded import Sharded
 from .sharded import check_model as check_sharding
 
 BATCHNORM = ("batch", "frozen")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.many_processes import ROWS, Net, batch, parts, task_of, whole
+from support.many_processes import ROWS, Net, batch, optimizer_of, parts, task_of, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -16,10 +16,6 @@ from margin_kernels.distributed import fully_shard_task
 
 UNITS = ("blocks.*", "head")
 NAMES = ["soft", "second order, loop"]
-
-
-def optimizer_of(task: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(task.parameters(), lr=0.05, momentum=0.9)
 
 
 def train(task: nn.Module, optimizer: torch.optim.Optimizer, rows: slice, steps: int) -> None:

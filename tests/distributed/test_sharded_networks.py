@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support.many_processes import whole
+from support.networks import Tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,22 +30,6 @@ class Attention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp(x)
-
-
-class Transformer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, 8, 2, 2)
-        self.token = nn.Parameter(torch.zeros(1, 1, 8))
-        self.blocks = nn.ModuleList(Attention() for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.patches(x).flatten(2).transpose(1, 2)
-        h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
-        for block in self.blocks:
-            h = block(h)
-        return self.head(self.norm(h)[:, 0])
 
 
 class Convolutions(nn.Module):
@@ -74,9 +61,10 @@ class Twice(nn.Module):
         return self.head(self.shared(F.relu(self.shared(F.relu(self.stem(x.flatten(1)))))))
 
 
+tokens = partial(Tokens, Attention, channels=1, classes=5)
 # name -> network, taps, units
-NETWORKS: dict[str, tuple[type[nn.Module], tuple[str, ...], tuple[str, ...]]] = {
-    "attention": (Transformer, ("input", "blocks.0", "output"), ("blocks.*", "blocks.*.mlp", "patches")),
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], tuple[str, ...]]] = {
+    "attention": (tokens, ("input", "blocks.0", "output"), ("blocks.*", "blocks.*.mlp", "patches")),
     "convolutions": (
         Convolutions,
         ("input", "first", "second.0", "pool", "output"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from support import batches
+from support.networks import Tokens
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
@@ -43,24 +44,8 @@ def stored_gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-class Tokens(nn.Module):
-    """A small vision transformer: taps [N,T,D], class token, residual branches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(2, 8, 2, stride=2)
-        self.token = nn.Parameter(torch.zeros(1, 1, 8))
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)
-        )
-        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.patches(x).flatten(2).transpose(1, 2)
-        h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
-        for block in self.blocks:
-            h = block(h)
-        return self.head(self.norm(h)[:, 0])
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
 
 
 def keep(kept: dict[str, Tensor], name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -93,7 +78,11 @@ def norms_one_sample_at_a_time(model: nn.Module, layers, out: dict[str, Tensor],
     ("make", "layers", "shape"),
     [
         (conv_net, LAYERS, (2, 6, 6)),
-        (Tokens, ("input", "patches", "blocks.0", "blocks.1", "norm", "output"), (2, 6, 6)),
+        (
+            partial(Tokens, encoder, 2, CLASSES),
+            ("input", "patches", "blocks.0", "blocks.1", "norm", "output"),
+            (2, 6, 6),
+        ),
         (
             lambda: nn.Sequential(
                 nn.Conv3d(2, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, CLASSES)
