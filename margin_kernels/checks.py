@@ -187,13 +187,13 @@ def check_row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float) ->
     check_classes("index", index, rows.shape[0])
 
 
-def check_one_to_n(logits: Tensor, target: Tensor, delta: float, bound: str) -> None:
+def check_one_to_n(logits: Tensor, target: Tensor, delta: float, bound: str, ignored: int | None = None) -> None:
     check_labelled_logits(logits, target)
     if not 0 < delta < math.inf:
         _value(f"delta must be finite and > 0, got {delta:g}")
     if bound not in BOUNDS:
         _value(f"bound must be one of {', '.join(BOUNDS)}, got {bound}")
-    check_classes("target", target, logits.shape[1])
+    check_classes("target", target, logits.shape[1], ignored)
 
 
 def check_deepfool_step(gap: Tensor, gradients: Tensor, active: Tensor | None, p: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .tracing import recording
 
@@ -26,9 +27,9 @@ class RandomState(NamedTuple):
         if recording():
             return cls(torch.empty(0))
         cpu = torch.get_rng_state()
-        if not isinstance(x, Tensor) or x.device.type != "cuda":
-            return cls(cpu)
-        return cls(cpu, x.device, torch.cuda.get_rng_state(x.device))
+        on_device = (leaf.device for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.device.type == "cuda")
+        device = next(on_device, None)
+        return cls(cpu) if device is None else cls(cpu, device, torch.cuda.get_rng_state(device))
 
     def changed(self) -> bool:
         """Whether anything was drawn since."""

@@ -146,7 +146,9 @@ class ReplayedModel:
             Python cannot ask the graph.
     """
 
-    def __init__(self, model: nn.Module, x: Any) -> None:
+    def __init__(self, model: nn.Module, x: Any, function: Callable[[Any], Tensor] | None = None) -> None:
+        """function: what gives the logits [N,C] of an x, where that is not the model itself."""
+        self._function = model if function is None else function
         if any(isinstance(module, torch.jit.ScriptModule) and module.training for module in model.modules()):
             raise ValueError(
                 "model must not be a ScriptModule in training mode, whose batch norm and buffers cannot be held while "
@@ -172,12 +174,12 @@ class ReplayedModel:
         if self.hooked:
             looked_on: dict[int, bool] = {}
             with _watched(self.model, looked_on):
-                logits = whole_logits(self.model(x))
+                logits = whole_logits(self._function(x))
             self._silent = {key for key, alone in looked_on.items() if alone}
             if self._silent and isinstance(logits, Tensor):
                 self._graph = _inner_nodes(logits)
         else:
-            logits = whole_logits(self.model(x))
+            logits = whole_logits(self._function(x))
         self.draws = self._random.changed()
         self._after = ModelState(self.model, values=False)
         return logits
@@ -199,7 +201,7 @@ class ReplayedModel:
         if any(module.training for module in self.model.modules()):
             self._before.restore(fresh=True)
             with torch.no_grad(), self._random.replayed():
-                self.model(x)
+                self._function(x)
                 self.draws = self._random.changed()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -222,9 +224,9 @@ class ReplayedModel:
         x = x if self.dtype is None else x.to(self.dtype)
         self._before.restore(fresh=True)
         if not self.draws:
-            return whole_logits(self.model(x))
+            return whole_logits(self._function(x))
         with self._random.replayed():
-            return whole_logits(self.model(x))
+            return whole_logits(self._function(x))
 
     def _let_all_hooks_run(self) -> None:
         self._put_hooks_back()

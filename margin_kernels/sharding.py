@@ -31,7 +31,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_map_only
 
 from .process_group import Group
 from .tracing import tracing
@@ -124,13 +123,13 @@ def whole_logits(logits: Any) -> Any:
     return logits
 
 
-def logits_without_graph(model: nn.Module, x: Any) -> Any:
-    """model(x) under no_grad, gathered. A model that processes share is run with its graph, which shows parts: once is
-    enough. Raises ValueError as `whole_logits`."""
+def logits_without_graph(model: nn.Module, run: Callable[[], Any]) -> Any:
+    """run(), a forward pass of a model under no_grad, gathered. A model that processes share is run with its graph,
+    which shows parts: once is enough. Raises ValueError as `whole_logits`."""
     if not possible() or not any("_distribute_module_applied" in vars(module) for module in model.modules()):
-        return whole(model(x))
-    with torch.inference_mode(False), torch.enable_grad():
-        logits = whole_logits(model(tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, x)))
+        return whole(run())
+    with torch.enable_grad():
+        logits = whole_logits(run())
     return logits.detach() if isinstance(logits, Tensor) else logits
 
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -41,9 +42,6 @@ class Gradients(Protocol):
 
     def measured(self, target: Tensor, index: Tensor) -> Tensor:
         """D as a constant."""
-
-    def logit_norms(self) -> Tensor:
-        """|| d z[n] / d h_l[n] ||_q, [N,L], of a model with one logit."""
 
     def attach(self, loss: Tensor) -> Tensor:
         """The loss, with its way to the parameters."""
@@ -78,6 +76,8 @@ def choose(
     Raises:
         ValueError: "split" is asked for and would not be exact, with the reason.
     """
+    if captured.measuring:
+        return Loop(replace(request, second_order=False), captured, logits)
     found = _of_this_process(mode, request, captured, logits, trials, asked)
     if captured.agree is None or captured.agree(found.name):
         return found

@@ -26,7 +26,7 @@ from ..second_derivative import check_second_derivative, is_missing, sentence
 from ..sharding import check_order, gathered
 from ..tracing import tracing
 from .autograd_graph import Graph
-from .plan import Cotangents, Plan, Seeds, Source, make_plan, pass_scale, pass_start
+from .plan import Cotangents, Plan, Seeds, Source, make_plan, pass_start
 from .request import Captured, Request, Tap
 from .structure import by_sample
 from .thin_convolution import thin_convolution
@@ -57,15 +57,21 @@ class Loop:
     def norms(self, target: Tensor, index: Tensor) -> Tensor:
         """D [N,k,L], fp32 (fp64 for fp64), of competitors index [N,k] against target [N]; with second order it is
         differentiable in the parameters, else a constant."""
-        return difference_norms(self.captured, target, index, self.request, self.request.second_order)
+        return self._norms(target, index, self.request.second_order)
 
     def measured(self, target: Tensor, index: Tensor) -> Tensor:
         """D as a constant, whatever the order."""
-        return difference_norms(self.captured, target, index, self.request, False)
+        return self._norms(target, index, False)
 
-    def logit_norms(self) -> Tensor:
-        """|| d z[n] / d h_l[n] ||_q, [N,L], of a model with one logit."""
-        return logit_norms(self.captured, self.request, self.request.second_order)
+    def _norms(self, target: Tensor, index: Tensor, second_order: bool) -> Tensor:
+        slots = self.captured.slots
+        if not slots:
+            return difference_norms(self.captured, target, index, self.request, second_order)
+        norms = [
+            difference_norms(slot, target[p :: len(slots)], index[p :: len(slots)], self.request, second_order)
+            for p, slot in enumerate(slots)
+        ]
+        return torch.stack(norms, 1).flatten(0, 1)
 
     def attach(self, loss: Tensor) -> Tensor:
         """The loss, whose backward no longer computes gradients that nobody reads."""
@@ -138,23 +144,6 @@ def columns(measured: Tensor | None, sources: list[Source], index: Tensor, dtype
     return torch.stack(found, -1)
 
 
-def logit_norms(captured: Captured, request: Request, second_order: bool) -> Tensor:
-    """D[n,l] = || d z[n] / d h_l[n] ||_q of a model with one logit, z [N] or [N,1]; the rest as in difference_norms."""
-    logits = captured.logits
-    strides = [_place_of_logit(captured, tap) for tap in captured.taps]
-    with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
-        passes, scale = Passes(captured, captured.taps, from_logits=True), pass_scale(captured)
-        gradients, _ = passes.backward(torch.full_like(logits, scale), second_order)
-        rows = [by_sample(g, stride, captured.batch) for g, stride in zip(gradients, strides, strict=True)]
-        rows = [row.unsqueeze(1) if row.dim() == 1 else row for row in rows]
-        return functional.dual_norm(rows, request.p, batch_dims=1, backend=request.backend) / scale
-
-
-def _place_of_logit(captured: Captured, tap: Tap) -> int:
-    at_logits = tap.edge == get_gradient_edge(captured.logits)
-    return tap.shape[1:].numel() if at_logits else captured.place(tap, captured.taps)
-
-
 def pair_gradient(
     logits: Tensor, upper: Tensor, lower: Tensor, x: Tensor, second_order: bool = False, passes: Passes | None = None
 ) -> Tensor:
@@ -192,9 +181,8 @@ class Passes:
         captured: Captured,
         taps: Sequence[Tap],
         others: Sequence[GradientEdge] = (),
-        from_logits: bool = False,
     ) -> None:
-        self.start = captured.logits if from_logits else pass_start(captured)
+        self.start = pass_start(captured)
         self.taps = taps
         self._graph: Graph | None = None
         self._thin: list[Any] = []

@@ -87,6 +87,10 @@ class Captured:
         inputs: edges of the tensors with a graph of their own that were passed to the model
         remedy: how the user names the batch dimension of a tap, a format string with {name}
         agree: whether all processes take the strategy of that name; None where they need not
+        slots: where `logits` are rows [N*P,C] of P positions of each sample, the forward pass seen from each of these
+            positions, whose logits [N,C] are `logits[p::P]`
+        measuring: whether the norms are only looked at, never differentiated
+        layers, chosen: where the taps are some of those that a loss has options for: how many it has, and which
     """
 
     logits: Tensor
@@ -97,6 +101,10 @@ class Captured:
     inputs: Sequence[GradientEdge] = ()
     remedy: str = 'MarginTask(..., batch_dim={{"{name}": d}})'
     agree: Callable[[str], bool] | None = None
+    slots: Sequence[Captured] = ()
+    measuring: bool = False
+    layers: int | None = None
+    chosen: list[int] | None = None
     _structures: dict[tuple[str, ...], Structure] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -105,7 +113,7 @@ class Captured:
 
     @property
     def batch(self) -> int:
-        return self.logits.shape[0]
+        return self.logits.shape[0] // max(len(self.slots), 1)
 
     @cached_property
     def graph(self) -> Graph:

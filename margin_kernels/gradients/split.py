@@ -166,6 +166,8 @@ class Split:
             raise NotExact('the norms are measured on a forward pass of their own (batchnorm="frozen")')
         if logits.dim() != 2 or logits.shape[1] == 1:
             raise NotExact("it takes logits [N, C] of at least two classes")
+        if captured.slots:
+            raise NotExact("each position of a sample has passes of its own")
         if captured.batch == 0:
             raise NotExact("the batch is empty")
         if request.space != "logit":
@@ -291,9 +293,6 @@ class Split:
     def measured(self, target: Tensor, index: Tensor) -> Tensor:
         """D as a constant, nothing recorded."""
         return Loop(self.request, self.captured, self.logits).measured(target, index)
-
-    def logit_norms(self) -> Tensor:
-        raise NotExact("it takes logits [N, C] of at least two classes")
 
     def _seeds(self, seeds: Seeds) -> Seeds:
         """The cotangents that a pass is to start from."""

@@ -14,6 +14,7 @@ the samples that take part.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,7 +33,22 @@ from ..reference.dual_norm import dual_exponent
 from ..replay import ReplayedModel
 from ..second_derivative import check_second_derivative, is_missing, sentence
 from ..sharding import check_order, check_plain, nodes_of, whole
-from .base import NOTHING, MarginLoss, count, exponent, flag, group_exists, non_negative, one_of, positive
+from .base import (
+    MarginLoss,
+    count,
+    exponent,
+    flag,
+    fraction,
+    group_exists,
+    integer,
+    is_one_logit,
+    non_negative,
+    one_of,
+    optional,
+    positive,
+    weights_of_classes,
+)
+from .targets import Targets, cross_entropy
 
 AGGREGATIONS = ("avg", "min")
 SHRINKAGES = ("lin", "exp", "inv")
@@ -48,7 +64,7 @@ class AdversarialMargins(NamedTuple):
 
     loss [];  nll [N];  distance m [N], NaN where the logits are;  success [N] bool, whether the boundary was crossed;
     correct [N] bool, whether n is in T;  selected [N] bool, whether n takes part in R;  iterations [N];  label [N], the
-    class predicted at x + Delta
+    class predicted at x + Delta;  valid (bool) [N], 1[target != ignore_index]
     """
 
     loss: Tensor
@@ -59,6 +75,7 @@ class AdversarialMargins(NamedTuple):
     selected: Tensor
     iterations: Tensor
     label: Tensor
+    valid: Tensor
 
 
 class AdversarialMarginLoss(MarginLoss):
@@ -91,11 +108,19 @@ class AdversarialMarginLoss(MarginLoss):
             x* = x + Delta, d m = d g(x*) / ||grad_x g(x*)||_q with g the gap that x* closes; one forward and one
             backward pass, exact where Delta is the shortest way to the boundary.
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
+        ignore_index: samples with this target count for nothing, and "min" does not look at them.
+        class_weight: None or one weight >= 0 for each class, which multiplies cross-entropy and term of its samples;
+            N is then the sum of the weights, as in torch.nn.CrossEntropyLoss (for soft targets it stays N).
+        label_smoothing: of the cross-entropy, in [0, 1], as torch.nn.CrossEntropyLoss, over the finite classes.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
         process_group: None: the loss of this process's batch. "world", a ProcessGroup or a DeviceMesh of one dimension:
             each process has a part of one batch, of any size and also none; the mean over the processes of the loss,
             which DistributedDataParallel and fully_shard differentiate, is that of the whole batch, and "min" selects
             from it.
+
+    Soft targets [N,C] (mixup, distillation): the cross-entropy is that of the soft target; its largest class, of equal
+    ones the lowest, is the label that a sample is right or wrong about. A model with one logit f, [N] or [N,1], has the
+    classes z = (0, f), and targets 0 and 1, or -1 and +1.
 
     While Delta is computed batch norm uses running statistics, dropout holds its masks, and autocast is off. "unrolled"
     needs layers that PyTorch can differentiate twice, and says which one it cannot.
@@ -134,6 +159,9 @@ class AdversarialMarginLoss(MarginLoss):
         "p": exponent,
         "backend": one_of("auto", *BACKENDS),
         "process_group": group_exists,
+        "ignore_index": integer,
+        "class_weight": optional(weights_of_classes),
+        "label_smoothing": fraction,
     }
 
     candidates = former("candidates", "top_k", less=1)
@@ -154,19 +182,51 @@ class AdversarialMarginLoss(MarginLoss):
         p: float | str = 2,
         backend: str = "auto",
         process_group: Any = None,
+        ignore_index: int = -100,
+        class_weight: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.keep(locals())
         check_search(self.p, self.max_iter, self.overshoot, self.top_k)
 
-    def forward(self, logits: Tensor, target: Tensor, model: nn.Module, x: Tensor) -> Tensor:
-        """The loss [] of logits [N,C] = model(x) and target [N] int64; model and x [N,*] to measure distances with."""
-        return self.statistics(self.whole(logits), whole(target), model, x).loss
+    def forward(
+        self, logits: Tensor, target: Tensor, model: nn.Module, x: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        """The loss [] of logits [N,C] = model(x) and target [N] int64 or [N,C]; model and x [N,*] to measure distances
+        with. sample_weight [N] >= 0 multiplies the terms of a sample, and is what it counts in the mean."""
+        logits, target = self.whole(logits), whole(target)
+        if is_one_logit(logits):
+            raise ValueError(
+                "logits must be [N,C] with C >= 2, got those of a model with one: train it with MarginTask, or give it "
+                "two classes, torch.cat([torch.zeros_like(f), f], 1)"
+            )
+        return self.statistics(logits, target, model, x, sample_weight=whole(sample_weight)).loss
 
-    def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What the logits alone show, detached: gap, competitor [N,1] and nll [N]."""
-        found = functional.competitors(logits, target, 1, NOTHING, backend=self.backend)
-        return {"nll": found.nll, "gap": found.gap, "competitor": found.competitor}
+    def logit_statistics(
+        self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What the logits alone show, detached: loss, its cross-entropy; gap, competitor [N,1]; nll, valid [N]."""
+        targets = self.targets(logits, target, sample_weight)
+        found, terms = self._cross_entropy(logits, targets)
+        loss = self._mean(terms.sum(), targets, terms.dtype).detach()
+        return {
+            "loss": loss,
+            "nll": found.nll,
+            "gap": found.gap,
+            "competitor": found.competitor,
+            "valid": targets.valid,
+        }
+
+    def _cross_entropy(self, logits: Tensor, targets: Targets) -> tuple[functional.Competitors, Tensor]:
+        """What `competitors` gives, and the cross-entropy of each row, [N], weighed."""
+        smoothed = self.label_smoothing > 0 and self.class_weight is None
+        found = functional.competitors(logits, targets.label, 1, targets.ignored, smoothed, backend=self.backend)
+        return found, cross_entropy(found, logits, targets, self.label_smoothing)
+
+    def _mean(self, total: Tensor, targets: Targets, dtype: torch.dtype) -> Tensor:
+        """A sum over the samples of this process, divided by what they count."""
+        return self.group().whole(total, targets.counts(dtype).sum())
 
     def statistics(
         self,
@@ -177,6 +237,7 @@ class AdversarialMarginLoss(MarginLoss):
         replayed: ReplayedModel | None = None,
         source: Tensor | None = None,
         whole_batch: bool = False,
+        sample_weight: Tensor | None = None,
     ) -> AdversarialMargins:
         """The loss and all that it measured on the way.
 
@@ -192,9 +253,9 @@ class AdversarialMarginLoss(MarginLoss):
         check_plain(x)
         if self.gradient == "unrolled" and self.weight > 0:  # before a sample crosses its boundary and needs it
             check_order(nodes_of(logits))
-        nll = functional.competitors(logits, target, 1, NOTHING, backend=self.backend).nll
-        # On a GPU a target outside [0, C) makes nll NaN; clamped, it is also safe to index with.
-        target = differentiable(target.clamp(0, logits.shape[1] - 1))
+        targets = self.targets(logits, target, sample_weight)
+        ranked, terms_of_labels = self._cross_entropy(logits, targets)
+        target = differentiable(targets.safe(logits.shape[1]))
         x = differentiable(x.detach())
         training = training_batchnorms(model)
         mixed = torch.is_autocast_enabled(x.device.type)
@@ -233,33 +294,42 @@ class AdversarialMarginLoss(MarginLoss):
             distance = result.distance if scale is None else result.distance / scale
             # An image that is 0 has no relative distance.
             usable = result.success if scale is None else result.success & (scale > 0)
-            selected = self._selected(distance, correct, usable, target, logits.shape[1])
+            selected = self._selected(distance, correct, usable, targets.valid, target, logits.shape[1])
             everyone = replay.draws or whole_batch
             rows = self._rows(selected, logits.shape[1], everyone)
             terms = self._terms(replay, wide, found, target, scale, rows, everyone)
+        if targets.factor is not None:
+            terms = terms * targets.factor[rows]
         regularizer = torch.where(selected[rows], terms, 0).sum()
-        group = self.group()
-        if group.size == 1:
-            loss = nll.mean() + regularizer / max(len(x), 1)
-        else:
-            loss = group.whole(nll.sum() + regularizer, len(x))
+        loss = self._mean(terms_of_labels.sum() + regularizer, targets, terms_of_labels.dtype)
         return AdversarialMargins(
-            loss, nll.detach(), distance, result.success, correct, selected, result.iterations, result.label
+            loss,
+            ranked.nll.detach(),
+            distance,
+            result.success,
+            correct,
+            selected,
+            result.iterations,
+            result.label,
+            targets.valid,
         )
 
     def _norm(self, x: Tensor) -> Tensor:
         """||x[n]||_p, [N]."""
         return functional.dual_norm([x], dual_exponent(self.p), batch_dims=1, backend=self.backend)[:, 0]
 
-    def _selected(self, m: Tensor, correct: Tensor, success: Tensor, target: Tensor, classes: int) -> Tensor:
+    def _selected(
+        self, m: Tensor, correct: Tensor, success: Tensor, valid: Tensor, target: Tensor, classes: int
+    ) -> Tensor:
         """Which samples take part, [N] bool."""
+        success = success & valid
         if self.aggregation == "avg":
             return success
         group = self.group()
         if group.size > 1:
-            nearest = _first_of_all_processes(m, correct & success, target, classes, group)
-            return nearest | _first_of_all_processes(-m, ~correct & success, target, classes, group)
-        most = max(1, int(MIN_SHARE * len(m)))
+            nearest = _first_of_all_processes(m, correct & success, valid, target, classes, group)
+            return nearest | _first_of_all_processes(-m, ~correct & success, valid, target, classes, group)
+        most = _share_of(valid.sum())
         nearest = _first_of_each_class(m, correct & success, target, classes, most)
         return nearest | _first_of_each_class(-m, ~correct & success, target, classes, most)
 
@@ -383,7 +453,12 @@ def _difference(logits: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
     return (z.gather(1, upper.unsqueeze(1)) - z.gather(1, lower.unsqueeze(1))).squeeze(1)
 
 
-def _first_of_each_class(value: Tensor, among: Tensor, target: Tensor, classes: int, most: int) -> Tensor:
+def _share_of(samples: Tensor) -> Tensor:
+    """How many samples of a batch of so many valid ones MIN looks at, []."""
+    return (MIN_SHARE * samples.double()).floor().clamp(min=1)
+
+
+def _first_of_each_class(value: Tensor, among: Tensor, target: Tensor, classes: int, most: Tensor) -> Tensor:
     """[N] bool: for each class the sample with the smallest value, if it is one of the `most` smallest; of samples
     `among` alone, equal values in the order of the batch."""
     rank = torch.empty_like(target)
@@ -394,11 +469,13 @@ def _first_of_each_class(value: Tensor, among: Tensor, target: Tensor, classes: 
     return among & (rank < most) & (rank == first[target])
 
 
-def _first_of_all_processes(value: Tensor, among: Tensor, target: Tensor, classes: int, group: Group) -> Tensor:
+def _first_of_all_processes(
+    value: Tensor, among: Tensor, valid: Tensor, target: Tensor, classes: int, group: Group
+) -> Tensor:
     """`_first_of_each_class` of the batch that the processes of a group have together, in their order; [N] of this
     one's samples. Exchanges C numbers three times, whatever part of the batch each has."""
     value = torch.where(among, value, math.inf).double()
-    before, count = group.counts(len(value), value.device)
+    before, _ = group.counts(len(value), value.device)
     place = before + torch.arange(len(value), device=value.device)
     none = torch.iinfo(torch.int64).max
 
@@ -412,5 +489,5 @@ def _first_of_all_processes(value: Tensor, among: Tensor, target: Tensor, classe
     column = value.unsqueeze(1)
     ahead = (column < smallest) | ((column == smallest) & (place.unsqueeze(1) < first))
     rank = group.reduce(ahead.sum(0), "sum", "the selection of samples")
-    most = (MIN_SHARE * count.double()).floor().clamp(min=1)
+    most = _share_of(group.reduce(valid.sum(), "sum", "the count of samples"))
     return among & (place == first[target]) & (rank[target] < most)

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..gradients.request import Request, explicit
+from ..gradients.request import Captured, Request, explicit
 from ..process_group import Group
 from ..process_group import check as group_exists
 from ..sharding import check_holders, whole, whole_logits
+from . import targets as of_targets
+from .targets import Targets, two_classes
 
 COMPETITORS = " (and at most the number of classes - 1)"
 REDUCTIONS = ("mean", "sum", "none")
-# An ignore_index that no target has: losses take every row.
-NOTHING = -(2**63)
 # What a compiled step may depend on and compare.
 PLAIN = (bool, int, float, str, tuple, list, type(None))
 
@@ -220,6 +220,10 @@ class MarginLoss(nn.Module):
         check_holders(logits, self.group())
         return logits
 
+    def targets(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Targets:
+        """What target [N] int64 or [N,C] and sample_weight [N] say of the rows of logits [N,C]."""
+        return of_targets.read(logits, target, self.ignore_index, self.class_weight, sample_weight)
+
     def reduced(self, values: Tensor, share: Tensor | None = None) -> Tensor:
         """values [N] as `reduction` says: as they are, their sum, or their sum over that of `share` [N], 1 each where
         None is given; with a process_group over the samples of all its processes, for processes that average."""
@@ -277,9 +281,16 @@ class MarginLoss(nn.Module):
         warnings.warn("margins() is now statistics(); margins() goes in 0.2", DeprecationWarning, stacklevel=2)
         return self.statistics(*args, **kwargs)
 
-    def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def logit_statistics(
+        self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """What the logits alone show, detached."""
         raise NotImplementedError
+
+
+def is_one_logit(logits: Any) -> bool:
+    """Whether logits are those of a model with one, [N] or [N,1]."""
+    return isinstance(logits, Tensor) and (logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1))
 
 
 class TapLoss(MarginLoss):
@@ -296,18 +307,27 @@ class TapLoss(MarginLoss):
         target: Tensor,
         activations: Sequence[Tensor],
         batch_dim: int | Sequence[int | None] | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """The loss, [] or [N], of logits [N,C] and target [N] int64; MarginSensitivityLoss also takes one logit and
-        target -1 or +1.
+        """The loss, [] or [N], of logits [N,C] and target [N] int64, or soft targets [N,C] that sum to 1; or of one
+        logit [N] or [N,1] and target 0 or 1, or -1 or +1.
 
         activations are the h_l of the same forward: they require grad and are in the graph of the logits. batch_dim
-        names their batch dimension where that graph does not show it.
+        names their batch dimension where that graph does not show it. sample_weight [N] >= 0 multiplies the terms of
+        a sample, and is what it counts in a mean.
         """
         logits, target = self.whole(logits), whole(target)
-        loss: Tensor = self.statistics(logits, target, explicit(logits, activations, batch_dim)).loss
+        if is_one_logit(logits):
+            logits, target = two_classes(logits, target)
+        captured = explicit(logits, activations, batch_dim)
+        loss: Tensor = self.statistics(logits, target, captured, sample_weight=whole(sample_weight)).loss
         return loss
 
-    def request(self, classes: int) -> Request:
+    def statistics(self, logits: Tensor, target: Tensor, captured: Captured, *args: Any, **kwargs: Any) -> Any:
+        """The loss and what it measured."""
+        raise NotImplementedError
+
+    def request(self, classes: int, soft_targets: bool = False) -> Request:
         """What this loss asks of a forward pass with so many classes."""
         raise NotImplementedError
 

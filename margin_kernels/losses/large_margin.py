@@ -19,6 +19,7 @@ from ..reference.margin_hinge import AGGREGATIONS
 from . import base
 from .base import TapLoss, optional
 from .margins import Margins
+from .targets import Targets, cross_entropy
 
 # Norms up to this multiple of eps, or up to this value, count as 0: the distance would be the gap over eps.
 DEGENERATE, LEAST_NORM = 100.0, 1e-4
@@ -27,6 +28,7 @@ OUTSIDE = (
     'competitors="soft", cross_entropy_weight=0, auxiliary="pairwise", or all competitors'
 )
 SMOOTHED = "label smoothing leads the cross-entropy away from the direction of the passes: take label_smoothing=0"
+MIXED = "a soft target leads the cross-entropy away from the direction of the passes: take class indices"
 # What the soft competitor leaves no choice of.
 WITH_SOFT = {"top_k": 1, "aggregation": "max", "space": "logit", "auxiliary": "cross_entropy"}
 
@@ -81,7 +83,8 @@ class LargeMarginLoss(TapLoss):
         reduction: "mean", "sum" or "none" over samples, of the margin loss and the cross-entropy alike.
         ignore_index: samples with this target are left out of every sum and mean; their `distance` is 0.
         class_weight: None or one weight >= 0 for each class, which weighs its samples in the margin loss and the
-            cross-entropy alike; "mean" divides by the sum of the weights, as torch.nn.CrossEntropyLoss.
+            cross-entropy alike; "mean" divides by the sum of the weights, as torch.nn.CrossEntropyLoss (and by the
+            number of samples for soft targets).
         label_smoothing: of the cross-entropy, in [0, 1], as torch.nn.CrossEntropyLoss, over the finite classes.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
         min_norm: a term whose own D, before layer_scale, is at most this has no direction (zero head, dead units): it
@@ -90,6 +93,9 @@ class LargeMarginLoss(TapLoss):
             each process has a part of one batch, of any size and also none; the mean over the processes of the loss,
             which DistributedDataParallel and fully_shard differentiate, is that of the whole batch.
             gamma="auto" measures over all processes in any case.
+
+    Soft targets [N,C] (mixup, distillation): the cross-entropy is that of the soft target, the margin that of its
+    largest class, of equal ones the lowest.
 
     Every option may be set between steps (a schedule of gamma). Raises:
         ValueError, TypeError: naming the argument, its value, and what is allowed.
@@ -173,7 +179,7 @@ class LargeMarginLoss(TapLoss):
                         f"classes, got {getattr(self, name)!r}"
                     )
 
-    def request(self, classes: int) -> Request:
+    def request(self, classes: int, soft_targets: bool = False) -> Request:
         """What this loss asks of a forward pass with so many classes."""
         self._check_together()
         soft = self.competitors == "soft"
@@ -181,8 +187,8 @@ class LargeMarginLoss(TapLoss):
         if self.cross_entropy_weight > 0 and self.auxiliary == "cross_entropy" and self.top_k < classes - 1:
             if not soft:
                 outside = OUTSIDE
-            elif self.label_smoothing > 0:
-                outside = SMOOTHED
+            elif self.label_smoothing > 0 or soft_targets:
+                outside = SMOOTHED if self.label_smoothing > 0 else MIXED
         return Request(self.p, self.space, self.layer_scale, self.second_order, self.top_k, soft, outside, self.backend)
 
     def statistics(
@@ -192,22 +198,29 @@ class LargeMarginLoss(TapLoss):
         captured: Captured,
         passes: str = "loop",
         medians: Medians | None = None,
+        sample_weight: Tensor | None = None,
+        everywhere: tuple[Tensor, Tensor, Tensor | None] | None = None,
         **how: Any,
     ) -> Margins:
-        """The loss and what it measured, of logits [N,C], target [N] int64 and the forward pass whose taps are measured
-        (its logits are others under frozen batch norm); `passes` as in MarginTask, `medians` for gamma="auto", `how` as
-        in `choose`."""
-        gradients = choose(passes, self.request(logits.shape[-1]), captured, logits, **how)
+        """The loss and what it measured, of logits [N,C], target [N] int64 or [N,C], and the forward pass whose taps
+        are measured (its logits are others under frozen batch norm); `passes` as in MarginTask, `medians` for
+        gamma="auto", `how` as in `choose`. everywhere: logits, target and sample weights of all rows of which these are
+        drawn: the cross-entropy and the denominator of a mean are theirs."""
+        targets = self.targets(logits, target, sample_weight)
+        self._check_targets(targets)
+        request = self.request(logits.shape[-1], targets.soft is not None)
+        gradients = choose(passes, request, captured, logits, **how)
         source = gradients.logits
-        found = self.gaps(source, target)
-        index, gap = found.competitor, found.gap
-        # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
-        label = target.clamp(0, logits.shape[1] - 1)
+        found = self.gaps(source, targets)
+        index, gap, valid = found.competitor, found.gap, targets.valid
+        label = targets.safe(logits.shape[1])
         # Ignored samples take no part in the passes: against its own label a sample has no direction.
-        norm = gradients.norms(label, torch.where(found.valid.unsqueeze(1), index, label.unsqueeze(1)))
-        numbers = self.numbers(norm.shape[2])
+        norm = gradients.norms(label, torch.where(valid.unsqueeze(1), index, label.unsqueeze(1)))
+        numbers = self.numbers(captured.layers or norm.shape[2])
         live = torch.tensor(numbers, dtype=norm.dtype) if self._live is None else self._live
-        gamma, cap, weights, least = live[:-2].to(norm, non_blocking=True).view(4, -1).unbind(0)
+        columns = live[:-2].to(norm, non_blocking=True).view(4, -1)
+        columns = columns if captured.chosen is None else columns[:, captured.chosen]
+        gamma, cap, weights, least = columns.unbind(0)
         if self.layer_scale == "numel":  # D was divided by these numbers
             least = least / least.new_tensor([tap.shape.numel() // max(captured.batch, 1) for tap in captured.taps])
         reduction, on = self.layer_reduction, None
@@ -217,9 +230,10 @@ class LargeMarginLoss(TapLoss):
                     'gamma must be a number or a list without a MarginTask, which keeps the medians of "auto"'
                 )
             with torch.no_grad():
-                usable = (norm > least) & found.valid.view(-1, 1, 1)
+                usable = (norm > least) & valid.view(-1, 1, 1)
                 together = Group(self.process_group or WORLD)
                 median, on = medians.step(-gap.unsqueeze(2) / (self.eps + norm), usable, self.warmup, together)
+                median = median if captured.chosen is None else median[captured.chosen]
                 gamma, cap = gamma * median, cap * median
                 weights = weights / gamma / (weights.sum() if reduction == "mean" else 1)
             reduction = "sum"
@@ -229,12 +243,12 @@ class LargeMarginLoss(TapLoss):
         loss = loss if on is None else torch.where(on, loss, 0)
         degenerate = (norm.detach() <= least) & ~gap.detach().isnan().unsqueeze(-1)
         shortfall = gamma - distance
-        active = (shortfall > 0) & (shortfall < cap) & ~degenerate & found.valid.view(-1, 1, 1)
+        active = (shortfall > 0) & (shortfall < cap) & ~degenerate & valid.view(-1, 1, 1)
         active = active if on is None else active & on
-        total = gradients.attach(self._total(loss, found, source, label))
-        return Margins(
-            total, found.nll.detach(), gap.detach(), index, norm.detach(), distance, active, degenerate, found.valid
-        )
+        rows = (found, source, targets) if everywhere is None else self._everywhere(*everywhere)
+        total = gradients.attach(self._total(targets.weighed(loss), *rows))
+        nll = rows[0].nll.detach()
+        return Margins(total, nll, gap.detach(), index, norm.detach(), distance, active, degenerate, valid)
 
     def numbers(self, layers: int) -> list[float]:
         """What a compiled step does not fix but reads anew: gamma, cap, layer weight and min_norm for each layer, and
@@ -245,59 +259,78 @@ class LargeMarginLoss(TapLoss):
         least = min(DEGENERATE * self.eps, LEAST_NORM) if self.min_norm is None else self.min_norm
         return [*gamma, *cap, *weights, *[least] * layers, self.margin_weight, self.cross_entropy_weight]
 
-    def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What the logits alone show, detached: gap, competitor [N,k] and nll [N]."""
-        found = self.gaps(logits, target)
-        return {"nll": found.nll, "gap": found.gap, "competitor": found.competitor}
+    def logit_statistics(
+        self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What the logits alone show, detached: loss, the part of the auxiliary term; gap, competitor [N,k]; nll, valid
+        [N]."""
+        targets = self.targets(logits, target, sample_weight)
+        self._check_targets(targets)
+        found = self.gaps(logits, targets)
+        nothing = found.nll.new_zeros(found.nll.shape)
+        loss = self._total(nothing, found, logits, targets).detach()
+        return {
+            "loss": loss,
+            "nll": found.nll,
+            "gap": found.gap,
+            "competitor": found.competitor,
+            "valid": targets.valid,
+        }
 
-    def gaps(self, logits: Tensor, target: Tensor) -> functional.Competitors:
+    def _check_targets(self, targets: Targets) -> None:
+        if targets.soft is not None and self.cross_entropy_weight > 0 and self.auxiliary == "pairwise":
+            raise ValueError('auxiliary must be "cross_entropy" for soft targets, got "pairwise"')
+
+    def _everywhere(
+        self, logits: Tensor, target: Tensor, sample_weight: Tensor | None
+    ) -> tuple[functional.Competitors, Tensor, Targets]:
+        """What the auxiliary term takes of all rows."""
+        targets = self.targets(logits, target, sample_weight)
+        k = 1 if self.auxiliary == "pairwise" else 0
+        found = functional.competitors(logits, targets.label, k, targets.ignored, self._smoothed, self.backend)
+        return found, logits, targets
+
+    @property
+    def _smoothed(self) -> bool:
+        """Whether the term of label smoothing comes with the competitors."""
+        return self.label_smoothing > 0 and self.class_weight is None
+
+    def gaps(self, logits: Tensor, targets: Targets) -> functional.Competitors:
         """competitor and gap [N,k] in the loss's space, nll [N] of logits [N,C]: all that needs no activations."""
-        if self.class_weight is not None and logits.dim() == 2 and len(self.class_weight) != logits.shape[1]:
-            raise ValueError(
-                f"class_weight must hold one weight for each of {logits.shape[1]} classes, got {len(self.class_weight)}"
-            )
-        smoothed = self.label_smoothing > 0 and self.class_weight is None
-        found = functional.competitors(logits, target, self.top_k, self.ignore_index, smoothed, self.backend)
+        label = targets.label
+        found = functional.competitors(logits, label, self.top_k, targets.ignored, self._smoothed, self.backend)
         if self.competitors == "soft":
             return found._replace(gap=-found.phi.unsqueeze(1))
         if self.space == "probability":
             wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
             scores = torch.softmax(logits, 1, dtype=wide)
-            label = target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-            found = found._replace(gap=scores.gather(1, found.competitor) - scores.gather(1, label))
+            own = targets.safe(logits.shape[1]).unsqueeze(1)
+            found = found._replace(gap=scores.gather(1, found.competitor) - scores.gather(1, own))
         return found
 
-    def _total(self, loss: Tensor, found: functional.Competitors, logits: Tensor, label: Tensor) -> Tensor:
-        margin, cross_entropy = (
+    def _total(self, margin: Tensor, found: functional.Competitors, logits: Tensor, targets: Targets) -> Tensor:
+        """margin_weight times the reduced margin terms, weighed already, and cross_entropy_weight times the auxiliary
+        term of the rows that `found`, logits and targets are of: as many or more."""
+        margin_weight, cross_entropy_weight = (
             (self.margin_weight, self.cross_entropy_weight) if self._live is None else self._live[-2:]
         )
-        valid, weight = found.valid, None
-        share = valid.to(loss.dtype)
-        if self.class_weight is not None:
-            weight = torch.tensor(self.class_weight, dtype=loss.dtype).to(loss.device, non_blocking=True)
-            share = torch.where(valid, weight[label], 0)
-
-        def over_samples(values: Tensor, weighed: bool = False) -> Tensor:
-            values = torch.where(valid, values, 0)
-            return self.reduced(values if weight is None or weighed else values * share, share)
-
-        loss = loss if self.margin_weight == 1 else loss * margin
+        share = targets.counts(margin.dtype)
+        margin = margin if self.margin_weight == 1 else margin * margin_weight
         if self.cross_entropy_weight == 0:
-            return over_samples(loss)
-        nll = found.nll
-        if self.auxiliary == "pairwise":
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            best, own = wide.gather(1, found.competitor[:, :1]), wide.gather(1, label.unsqueeze(1))
-            nll = F.softplus(best - own).squeeze(1)
-        if found.uniform is not None:
-            nll = torch.lerp(nll, found.uniform, self.label_smoothing)
-        elif self.label_smoothing > 0:
-            nll = nll * (1 - self.label_smoothing)
-        total = over_samples(loss + (nll if self.cross_entropy_weight == 1 else nll * cross_entropy))
-        if self.label_smoothing > 0 and weight is not None:  # it weighs the classes, not the samples
-            smooth = over_samples(_weighed_by_class(logits, weight), weighed=True)
-            total = total + self.label_smoothing * cross_entropy * smooth
-        return total
+            return self.reduced(margin, share)
+        terms = self._auxiliary(found, logits, targets)
+        terms = terms if self.cross_entropy_weight == 1 else terms * cross_entropy_weight
+        if len(terms) == len(margin):
+            return self.reduced(margin + terms, share)
+        return self.reduced(margin, share) + self.reduced(terms, share)
+
+    def _auxiliary(self, found: functional.Competitors, logits: Tensor, targets: Targets) -> Tensor:
+        """The auxiliary term of each row, [N], weighed."""
+        if self.auxiliary == "cross_entropy":
+            return cross_entropy(found, logits, targets, self.label_smoothing)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        own = targets.safe(logits.shape[1]).unsqueeze(1)
+        return targets.weighed(F.softplus(wide.gather(1, found.competitor[:, :1]) - wide.gather(1, own)).squeeze(1))
 
     def _spread(self, name: str, layers: int) -> Any:
         value = getattr(self, name)
@@ -305,11 +338,3 @@ class LargeMarginLoss(TapLoss):
         if values is not None and len(values) != layers:
             raise ValueError(f"{name} must be one number or one for each of the {layers} taps, got {len(values)}")
         return values
-
-
-def _weighed_by_class(logits: Tensor, weight: Tensor) -> Tensor:
-    """sum_c w_c (-log p_c) / M over the M finite classes, [N]."""
-    z = logits.to(weight.dtype)
-    finite = z != -math.inf
-    below = torch.where(finite, torch.logsumexp(z, 1, keepdim=True) - torch.where(finite, z, 0), 0)
-    return below @ weight / finite.sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,7 +12,19 @@ from .. import checks, functional
 from ..backends import BACKENDS
 from ..deprecation import former, renamed
 from ..reference.one_to_n import BOUNDS, logsumexp, one_to_n
-from .base import NOTHING, REDUCTIONS, MarginLoss, flag, group_exists, one_of, positive
+from .base import (
+    REDUCTIONS,
+    MarginLoss,
+    flag,
+    group_exists,
+    integer,
+    is_one_logit,
+    one_of,
+    optional,
+    positive,
+    weights_of_classes,
+)
+from .targets import NOTHING, Targets, read
 
 
 def _linear(name: str, value: Any) -> nn.Linear | None:
@@ -24,13 +37,14 @@ class OneToNMargins(NamedTuple):
     """What one evaluation of OneToNLoss shows; everything but `loss` is detached.
 
     loss [] or [N];  per_sample [N], the loss of each;  nll [N], the cross-entropy;
-    gap [N], of the strongest competitor
+    gap [N], of the strongest competitor;  valid (bool) [N], 1[target != ignore_index]
     """
 
     loss: Tensor
     per_sample: Tensor
     nll: Tensor
     gap: Tensor
+    valid: Tensor
 
 
 class OneToNLoss(MarginLoss):
@@ -56,6 +70,10 @@ class OneToNLoss(MarginLoss):
             The negatives are those of all processes: one exchange of C numbers in forward and one in backward, no
             logits, computed by PyTorch's operations. For training steps, which all processes take together; without
             gradients, and before init_process_group, the batch is the process's own.
+        ignore_index: None, or the target of samples that have no loss and are nobody's negatives; the loss is then
+            computed by PyTorch's operations.
+        class_weight: None or one weight >= 0 for each class, which multiplies the losses of its samples; "mean" divides
+            by the sum of the weights. The negatives are not weighed.
 
     Raises:
         ValueError, TypeError: naming the argument, its value, and what is allowed.
@@ -75,6 +93,8 @@ class OneToNLoss(MarginLoss):
         "reduction": one_of(*REDUCTIONS),
         "backend": one_of("auto", *BACKENDS),
         "process_group": group_exists,
+        "ignore_index": optional(integer),
+        "class_weight": optional(weights_of_classes),
     }
 
     across_processes = former("across_processes", "process_group")
@@ -89,6 +109,8 @@ class OneToNLoss(MarginLoss):
         reduction: str = "mean",
         backend: str = "auto",
         process_group: Any = None,
+        ignore_index: int | None = None,
+        class_weight: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__()
         self.keep(locals())
@@ -105,38 +127,55 @@ class OneToNLoss(MarginLoss):
         """The layer whose row norms divide the logits."""
         return self._head[0]
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss, [] or [N], of logits [N,C] and target [N] int64."""
-        return self.reduced(self._per_sample(self.whole(logits), target))
+    def forward(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss, [] or [N], of logits [N,C] and target [N] int64. sample_weight [N] >= 0 multiplies the loss of a
+        sample, and is what it counts in a mean."""
+        return self.statistics(self.whole(logits), target, sample_weight).loss
 
-    def statistics(self, logits: Tensor, target: Tensor) -> OneToNMargins:
+    def targets(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Targets:
+        if is_one_logit(logits):
+            raise ValueError(
+                "logits must be [N,C] with C >= 2 for OneToNLoss, which bounds the score of every class, got those of "
+                "a model with one: give it two outputs"
+            )
+        if isinstance(target, Tensor) and target.is_floating_point():
+            raise ValueError(
+                "target must be int64 classes [N] for OneToNLoss, whose negatives are the samples of other classes, "
+                f"got soft targets of shape {list(target.shape)}"
+            )
+        ignored = NOTHING if self.ignore_index is None else self.ignore_index
+        return read(logits, target, ignored, self.class_weight, sample_weight)
+
+    def statistics(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> OneToNMargins:
         """The loss of logits [N,C] and target [N] int64, and statistics of each sample."""
-        per_sample = self._per_sample(logits, target)
-        loss = self.reduced(per_sample)
-        return OneToNMargins(loss, **self._statistics(logits, target, per_sample))
+        targets = self.targets(logits, target, sample_weight)
+        per_sample = targets.weighed(self._per_sample(logits, targets))
+        loss = self.reduced(per_sample, targets.counts(per_sample.dtype))
+        found = functional.competitors(logits.detach(), target, 1, targets.ignored, backend=self.backend)
+        return OneToNMargins(loss, per_sample.detach(), found.nll, found.gap[:, 0], targets.valid)
 
-    def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """per_sample, nll and gap, each [N] and detached."""
-        return self._statistics(logits, target, self._per_sample(logits, target))
+    def logit_statistics(
+        self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Loss [] or [N], per_sample, nll, gap and valid, each [N]; detached."""
+        found = self.statistics(logits, target, sample_weight)
+        return {**found._asdict(), "loss": found.loss.detach()}
 
-    def _statistics(self, logits: Tensor, target: Tensor, per_sample: Tensor) -> dict[str, Tensor]:
-        found = functional.competitors(logits.detach(), target, 1, NOTHING, backend=self.backend)
-        return {"per_sample": per_sample.detach(), "nll": found.nll, "gap": found.gap[:, 0]}
-
-    def _per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
-        scores = self._scores(logits)
+    def _per_sample(self, logits: Tensor, targets: Targets) -> Tensor:
+        scores, target = self._scores(logits), targets.label
         group = self.group()
-        if group.size > 1:
-            checks.check_one_to_n(scores, target, self.delta, self.bound)
+        if group.size == 1 and self.ignore_index is None:
+            return functional.one_to_n(
+                scores, target, self.delta, self.bound, self.cross_entropy, "none", backend=self.backend
+            )
+        checks.check_one_to_n(scores, target, self.delta, self.bound, targets.ignored)
 
-            def joined(column: Tensor) -> Tensor:
-                return logsumexp(group.columns(column))
+        def joined(column: Tensor) -> Tensor:
+            return column if group.size == 1 else logsumexp(group.columns(column))
 
-            with torch.autocast(logits.device.type, enabled=False):
-                return one_to_n(scores, target, self.delta, self.bound, self.cross_entropy, joined)
-        return functional.one_to_n(
-            scores, target, self.delta, self.bound, self.cross_entropy, "none", backend=self.backend
-        )
+        valid = None if self.ignore_index is None else targets.valid
+        with torch.autocast(logits.device.type, enabled=False):
+            return one_to_n(scores, target, self.delta, self.bound, self.cross_entropy, joined, valid)
 
     def _scores(self, logits: Tensor) -> Tensor:
         """The logits, divided by the norms of their weight rows where that is asked for."""

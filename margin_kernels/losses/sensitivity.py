@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,17 +16,20 @@ from ..gradients.choose import choose
 from ..gradients.request import Captured, Request
 from .base import (
     COMPETITORS,
-    NOTHING,
     REDUCTIONS,
     TapLoss,
     count,
     exponent,
+    fraction,
     group_exists,
+    integer,
     non_negative,
     number,
     one_of,
     optional,
+    weights_of_classes,
 )
+from .targets import Targets, cross_entropy
 
 CLASSIFICATIONS = ("hinge", "cross_entropy")
 # How the norm is differentiated, as the passes that do it.
@@ -35,9 +39,10 @@ GRADIENTS = {"auto": None, "tangent": "split", "double_backward": "loop"}
 class SensitivityMargins(NamedTuple):
     """What one evaluation of MarginSensitivityLoss shows; everything but `loss` is detached.
 
-    loss [] or [N];  classification [N], the hinge or the cross-entropy;  nll [N], the cross-entropy;
-    gap [N], of the strongest competitor;
-    norm [N], || d (z_y - z_j) / d h ||_q;  competitor [N], the j where it is largest
+    loss [] or [N];  classification [N], the hinge or the cross-entropy with their weights;  nll [N], the cross-entropy
+    of the label;  gap [N], of the strongest competitor;
+    norm [N], || d (z_y - z_j) / d h ||_q;  competitor [N], the j where it is largest;
+    valid (bool) [N], 1[target != ignore_index]
     """
 
     loss: Tensor
@@ -46,6 +51,7 @@ class SensitivityMargins(NamedTuple):
     gap: Tensor
     norm: Tensor
     competitor: Tensor
+    valid: Tensor
 
 
 class MarginSensitivityLoss(TapLoss):
@@ -61,8 +67,8 @@ class MarginSensitivityLoss(TapLoss):
     order). So every layer must be twice differentiable (attention:
     torch.nn.attention.sdpa_kernel(SDPBackend.MATH)).
 
-    One logit f, [N,1] or [N], with targets -1 and +1: S = || d f / d h ||_q ** power, gap = -y f, and cross-entropy is
-    softplus(-y f).
+    One logit f, [N,1] or [N], with targets 0 and 1, or -1 and +1, stands for the two classes z = (0, f):
+    S = || d f / d h ||_q ** power, gap = -y f with y = -1 or +1, and cross-entropy is softplus(-y f).
 
     Args:
         weight: factor of S, finite, >= 0.
@@ -77,6 +83,10 @@ class MarginSensitivityLoss(TapLoss):
             piecewise-linear networks with the hinge and top_k=1 (gradients/tangent.py), in MarginTask; the loss
             is then connected to the parameters alone. "double_backward": 6 F, any network. "auto": as `passes` says, in
             MarginTask by default a tangent where that is exact.
+        ignore_index: samples with this target are left out of every sum and mean.
+        class_weight: None or one weight >= 0 for each class, which multiplies all terms of its samples; "mean" divides
+            by the sum of the weights, as torch.nn.CrossEntropyLoss (and by the number of samples for soft targets).
+        label_smoothing: of the cross-entropy, in [0, 1], as torch.nn.CrossEntropyLoss, over the finite classes.
         reduction: "mean", "sum" or "none" over samples.
         backend: "auto" or a backend of margin_kernels.backends, for all ops.
         process_group: None: the loss of this process's batch. "world", a ProcessGroup or a DeviceMesh of one dimension:
@@ -87,6 +97,8 @@ class MarginSensitivityLoss(TapLoss):
         ValueError, TypeError: naming the argument, its value, and what is allowed; more than one tap; a tangent that
             would not be exact, with the operation that it fails at.
 
+    Soft targets [N,C] (mixup, distillation), with classification="cross_entropy": that of the soft target, and S of its
+    largest class, of equal ones the lowest.
     A NaN or infinite logit makes the loss of its sample NaN. Equal norms: the stronger competitor is differentiated.
     Source: Matyasko, Chau. Margin Maximization for Robust Classification using Deep Learning. IJCNN 2017, eq. 14, 18
     and 19; `power` and `weight` of the presets are those of the authors' code.
@@ -104,6 +116,9 @@ class MarginSensitivityLoss(TapLoss):
         "reduction": one_of(*REDUCTIONS),
         "backend": one_of("auto", *BACKENDS),
         "process_group": group_exists,
+        "ignore_index": integer,
+        "class_weight": optional(weights_of_classes),
+        "label_smoothing": fraction,
     }
 
     candidates = former("candidates", "top_k")
@@ -120,35 +135,56 @@ class MarginSensitivityLoss(TapLoss):
         reduction: str = "mean",
         backend: str = "auto",
         process_group: Any = None,
+        ignore_index: int = -100,
+        class_weight: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.keep(locals())
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.label_smoothing > 0 and self.classification == "hinge":
+            raise ValueError(
+                f'label_smoothing must be 0 with classification="hinge", which has none, got {self.label_smoothing}'
+            )
 
     def passes(self, asked: str) -> str:
         return GRADIENTS[self.gradient] or asked
 
-    def request(self, classes: int) -> Request:
+    def request(self, classes: int, soft_targets: bool = False) -> Request:
         """What this loss asks of a forward pass with so many classes."""
+        self._check_together()
         outside = None
-        if classes < 2 or self.classification != "hinge" or (self.top_k != 1 and classes > 2):
-            outside = 'it takes more than one logit, classification="hinge" and top_k=1'
+        if (self.classification != "hinge" or self.top_k != 1) and classes > 2:
+            outside = 'it takes classification="hinge" and top_k=1'
         return Request(self.p, second_order=True, outside=outside, backend=self.backend)
 
     def count(self, logits: Tensor) -> int:
         """Backward passes of one step: of the choice, and of the chosen pair."""
-        choices = 1 if _is_binary(logits) else self.top_k or logits.shape[1] - 1
+        choices = self.top_k or logits.shape[1] - 1
         return choices + (choices > 1)
 
     def statistics(
-        self, logits: Tensor, target: Tensor, captured: Captured, passes: str = "loop", **how: Any
+        self,
+        logits: Tensor,
+        target: Tensor,
+        captured: Captured,
+        passes: str = "loop",
+        sample_weight: Tensor | None = None,
+        everywhere: tuple[Tensor, Tensor, Tensor | None] | None = None,
+        **how: Any,
     ) -> SensitivityMargins:
         """The loss and all that it measured on the way.
 
         Args:
             logits: [N,C], from which the classification loss is taken
-            target: [N] int64, values in [0, C)
+            target: [N] int64, values in [0, C), or soft [N,C]
             captured: the forward pass whose tap is measured; its logits may differ from `logits` (frozen batch norm)
             passes: as `passes` of MarginTask; what `gradient` says goes before it
+            sample_weight: [N], or None
+            everywhere: logits, target and sample weights of all rows of which these are drawn: the classification loss
+                and the denominator of a mean are theirs
             **how: arguments of margin_kernels.gradients.choose
         """
         if len(captured.taps) != 1:
@@ -157,59 +193,70 @@ class MarginSensitivityLoss(TapLoss):
         if self.gradient != "auto":
             how["asked"] = f'gradient="{self.gradient}"'
         passes = self.passes(passes)
-        classes = 1 if _is_binary(logits) else logits.shape[-1]
-        gradients = choose(passes, self.request(classes), captured, logits, **how)
+        targets = self.targets(logits, target, sample_weight)
+        request = self.request(logits.shape[-1], targets.soft is not None)
+        gradients = choose(passes, request, captured, logits, **how)
         source = gradients.logits
-        competitors, gap, nll = self._gaps(source, target)
-        if classes == 1:
-            norm, competitor = gradients.logit_norms().squeeze(1), competitors.squeeze(1)
+        found = self._gaps(source, targets)
+        competitors, label = found.competitor, targets.safe(logits.shape[1])
+        # Against its own label a sample has no direction.
+        competitors = torch.where(targets.valid.unsqueeze(1), competitors, label.unsqueeze(1))
+        if competitors.shape[1] > 1:  # the one with the largest norm, of equal ones the first
+            widest = gradients.measured(label, competitors).squeeze(-1).argmax(1, keepdim=True)
+            competitors = competitors.gather(1, widest)
+        norm = gradients.norms(label, competitors)[:, 0, 0]
+        penalty = targets.weighed(self.weight * norm.pow(self.power))
+        if everywhere is None:
+            rows, all_targets = (found, source, targets), targets
+            classification = self._classification(*rows)
+            loss = self.reduced(classification + penalty, targets.counts(penalty.dtype))
         else:
-            # On a GPU a target outside [0, C) makes gap and nll NaN; clamped, it is also safe to index with.
-            label = target.clamp(0, logits.shape[1] - 1)
-            if competitors.shape[1] > 1:  # the one with the largest norm, of equal ones the first
-                widest = gradients.measured(label, competitors).squeeze(-1).argmax(1, keepdim=True)
-                competitors = competitors.gather(1, widest)
-            norm, competitor = gradients.norms(label, competitors)[:, 0, 0], competitors.squeeze(1)
-        classification = self._classification(gap, nll)
-        loss = self.reduced(classification + self.weight * norm.pow(self.power))
-        loss = gradients.attach(loss)
-        return SensitivityMargins(loss, classification.detach(), nll.detach(), gap.detach(), norm.detach(), competitor)
+            all_targets = self.targets(*everywhere)
+            rows = self._gaps(everywhere[0], all_targets, 1), everywhere[0], all_targets
+            classification = self._classification(*rows)
+            share = all_targets.counts(penalty.dtype)
+            loss = self.reduced(classification, share) + self.reduced(penalty, share)
+        return SensitivityMargins(
+            gradients.attach(loss),
+            classification.detach(),
+            rows[0].nll.detach(),
+            found.gap[:, 0].detach(),
+            norm.detach(),
+            competitors.squeeze(1),
+            targets.valid,
+        )
 
-    def logit_statistics(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """What the logits alone show, detached: classification, gap and nll [N]."""
-        _, gap, nll = self._gaps(logits, target)
-        return {"classification": self._classification(gap, nll).detach(), "nll": nll.detach(), "gap": gap.detach()}
+    def logit_statistics(
+        self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What the logits alone show, detached: loss, its classification part; classification, gap, nll, valid [N]."""
+        targets = self.targets(logits, target, sample_weight)
+        found = self._gaps(logits, targets)
+        classification = self._classification(found, logits, targets)
+        loss = self.reduced(classification, targets.counts(classification.dtype))
+        return {
+            "loss": loss.detach(),
+            "classification": classification.detach(),
+            "nll": found.nll.detach(),
+            "gap": found.gap[:, 0].detach(),
+            "valid": targets.valid,
+        }
 
-    def _gaps(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The competitors to choose from [N,k], strongest first, the gap of the strongest and the cross-entropy [N]."""
-        if _is_binary(logits):
-            gap = _binary_gap(logits, target)
-            return torch.zeros(len(gap), 1, dtype=torch.int64, device=gap.device), gap, F.softplus(gap)
+    def _gaps(self, logits: Tensor, targets: Targets, top_k: int | None = None) -> functional.Competitors:
+        """The competitors to choose from [N,k], strongest first, their gaps and the cross-entropy."""
         most = logits.shape[1] - 1 if logits.dim() == 2 else 1
-        if self.top_k is not None and logits.dim() == 2 and self.top_k > most:
-            raise ValueError(f"top_k must be at most the number of classes - 1 = {most}, got {self.top_k}")
-        found = functional.competitors(logits, target, self.top_k or most, NOTHING, backend=self.backend)
-        return found.competitor, found.gap[:, 0], found.nll
+        k = self.top_k if top_k is None else top_k
+        if k is not None and logits.dim() == 2 and k > most:
+            raise ValueError(f"top_k must be at most the number of classes - 1 = {most}, got {k}")
+        smoothed = self.label_smoothing > 0 and self.class_weight is None
+        return functional.competitors(logits, targets.label, k or most, targets.ignored, smoothed, backend=self.backend)
 
-    def _classification(self, gap: Tensor, nll: Tensor) -> Tensor:
-        return F.relu(1 + gap) if self.classification == "hinge" else nll
-
-
-def _is_binary(logits: Tensor) -> bool:
-    return logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1)
-
-
-def _binary_gap(logits: Tensor, target: Tensor) -> Tensor:
-    """-y f, [N], of one logit f; NaN where it is not finite, and on a GPU where y is neither -1 nor +1."""
-    if not isinstance(target, Tensor) or target.shape != logits.shape[:1]:
-        raise ValueError(f"target must be [N] = [{logits.shape[0]}] for one logit, got {list(target.shape)}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    valid = target.abs() == 1
-    # Reading a value of a GPU would wait for it.
-    if target.device.type == "cpu" and not bool(valid.all()):
-        raise ValueError(f"target must be -1 or +1 for one logit, got {target[~valid][0].item()}")
-    f = logits.reshape(-1)
-    f = f if f.dtype == torch.float64 else f.float()
-    # A factor, not a mask: the gradient of what is not finite is NaN as well.
-    return -target.to(f.dtype) * f * torch.where(torch.isfinite(f) & valid, 1.0, float("nan")).to(f.dtype)
+    def _classification(self, found: functional.Competitors, logits: Tensor, targets: Targets) -> Tensor:
+        """The hinge or the cross-entropy of each row, [N], weighed."""
+        if self.classification == "cross_entropy":
+            return cross_entropy(found, logits, targets, self.label_smoothing)
+        if targets.soft is not None:
+            raise ValueError(
+                'classification must be "cross_entropy" for soft targets, of which the hinge knows nothing, got "hinge"'
+            )
+        return targets.weighed(F.relu(1 + found.gap[:, 0]))

@@ -33,11 +33,15 @@ def one_to_n(
     bound: str,
     cross_entropy: bool,
     joined: Callable[[Tensor], Tensor] = lambda column: column,
+    counted: Tensor | None = None,
 ) -> Tensor:
-    """`joined`: makes of the log-sum-exp over this batch's negatives, [C], -inf where there are none, that over all."""
+    """`joined`: makes of the log-sum-exp over this batch's negatives, [C], -inf where there are none, that over all.
+    `counted` [N] bool: rows where it is False have loss 0 and are nobody's negatives."""
     classes = logits.shape[1]
     z = logits if logits.dtype == torch.float64 else logits.float()
     y = target.unsqueeze(1)
+    if counted is not None:
+        z, y = torch.where(counted.unsqueeze(1), z, 0.0), torch.where(counted.unsqueeze(1), y, 0)
     valid = (y >= 0) & (y < classes)
     # A factor, not a mask: the gradient of what is not finite is NaN as well.
     z = z * torch.where((z.detach() < float("inf")) & valid, 1.0, float("nan")).to(z.dtype)
@@ -46,6 +50,8 @@ def one_to_n(
     own = (torch.arange(classes, device=z.device) == y) & valid
     # NaN is neither above nor below: it passes through both masks.
     b = torch.where(z <= -delta, -delta, z).masked_fill(own, float("-inf"))
+    if counted is not None:
+        b = b.masked_fill(~counted.unsqueeze(1), float("-inf"))
     column = joined(logsumexp(b))
     has_negatives = column != float("-inf")
     column = torch.where(has_negatives, column, 0.0)
@@ -61,8 +67,9 @@ def one_to_n(
     term = -logsigmoid(torch.where(has_negatives[y], positive - against, 0.0))
     term = torch.where(has_negatives[y], term, 0.0)
     if not cross_entropy:
-        return term
+        return term if counted is None else torch.where(counted, term, 0.0)
     # Every class of a row masked: logaddexp(A, -inf) = A.
     masked = positive.detach() == float("-inf")
     rest = torch.where(masked, 0.0, term) + torch.where(masked, torch.where(has_negatives[y], against, -_INF), positive)
-    return rest - a
+    loss = rest - a
+    return loss if counted is None else torch.where(counted, loss, 0.0)

@@ -73,6 +73,9 @@ class AutoGamma(nn.Module):
             self._known_fixed = bool(self.fixed)
         if self.training and not self._known_fixed:
             self._follow(distance, usable, warmup, group)
+        return self._now(distance)
+
+    def _now(self, distance: Tensor) -> tuple[Tensor, Tensor]:
         if self.median.device != distance.device:
             raise ValueError(
                 f"task must be on {distance.device}, as its batches are, got {self.median.device}: use task.to()"
@@ -104,6 +107,16 @@ class AutoGamma(nn.Module):
             self._asked += 1
             if self._asked % ASK_EVERY == 0:
                 self._known_fixed = bool(self.fixed)
+
+
+class Held:
+    """The medians of an AutoGamma as they are, for a loss that is only looked at."""
+
+    def __init__(self, medians: AutoGamma) -> None:
+        self._medians = medians
+
+    def step(self, distance: Tensor, usable: Tensor, warmup: int, group: Group) -> tuple[Tensor, Tensor]:
+        return self._medians._now(distance)
 
 
 def positive_median(distance: Tensor) -> Tensor:

@@ -21,21 +21,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ..gradients.autograd_graph import same_edge, sequence_now, without_hooks
 from ..gradients.request import HEAD_INPUT, Captured, Head, Tap
 from ..sharding import whole
 from ..tracing import is_plain
+from .reading import Inputs, Reading
 from .sharded import plain_type
 
 INPUT, OUTPUT = "input", "output"
+_T = TypeVar("_T")
 
 # Autograd nodes that hand on the values of their first input in unchanged order.
 SAME_VALUES = {
@@ -87,7 +88,7 @@ def resolve(model: nn.Module, layers: Sequence[str] | str) -> tuple[str, ...]:
         if not isinstance(layer, str):
             raise TypeError(f"layers must be names, got {type(layer).__name__}")
         base = _Name.parse(layer).base
-        if layer in (INPUT, OUTPUT) or base in modules:
+        if layer == OUTPUT or is_input(layer) or base in modules:
             names[layer] = None
             continue
         matches = [name + layer.removeprefix(base) for name in modules if _pattern(base).fullmatch(name)]
@@ -104,6 +105,11 @@ def resolve(model: nn.Module, layers: Sequence[str] | str) -> tuple[str, ...]:
 def _pattern(glob: str) -> re.Pattern[str]:
     parts = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
     return re.compile("".join(parts.get(part) or re.escape(part) for part in re.split(r"(\*\*|\*|\?)", glob)))
+
+
+def is_input(name: str) -> bool:
+    """Whether a tap is the model's input, "input", or one of several, "input[image]"."""
+    return name == INPUT or (name.startswith(f"{INPUT}[") and ":" not in name)
 
 
 class _InGraph(torch.autograd.Function):
@@ -131,18 +137,17 @@ def _in_graph(x: Tensor, sources: list[Tensor]) -> Tensor:
     return alias
 
 
-def in_graph(x: Any) -> tuple[Any, list[Tensor]]:
-    """A floating-point x with a place in the graph, and the marks of its node for `cut_sources`; anything else as it
-    is."""
+def in_graph(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """x with a place in the graph, and the marks of its node for `cut_sources`."""
     sources: list[Tensor] = []
-    return (_in_graph(x, sources) if isinstance(x, Tensor) and x.is_floating_point() else x), sources
+    return _in_graph(x, sources), sources
 
 
 class Taps:
     """The taps of one model: `capture` runs a forward pass and returns its logits, taps and head.
 
     Args:
-        model: nn.Module with one positional argument and logits [N,C] as output
+        model: nn.Module
         layers: names and glob patterns as in `resolve`
         batch_dim: the batch dimension of taps where the graph does not show it: a number for all, or name -> number
     """
@@ -152,7 +157,9 @@ class Taps:
     ) -> None:
         self.names = resolve(model, layers)
         self.batch_dim = _batch_dims(self.names, batch_dim)
-        self._parsed = {name: _Name.parse(name) for name in self.names if name not in (INPUT, OUTPUT)}
+        named = {name: _Name.parse(name) for name in self.names if name != OUTPUT}
+        self._parsed = {name: parsed for name, parsed in named.items() if not is_input(name)}
+        self._inputs = {name: parsed.items for name, parsed in named.items() if is_input(name)}
         self.modules = tuple(dict.fromkeys(name.base for name in self._parsed.values()))
         # The modules that the first forward showed to be head and pooling; None before it.
         self._ends: tuple[str, ...] | None = None
@@ -162,8 +169,8 @@ class Taps:
         """The name of the module that the first forward showed to be the final layer."""
         return self._ends[0] if self._ends else ""
 
-    def capture(self, model: nn.Module, x: Any) -> Captured:
-        """Run model(x) with gradients and return logits [N,C], taps and head.
+    def capture(self, model: nn.Module, inputs: Any, reading: Reading | None = None) -> Captured:
+        """Run the model on inputs with gradients and return logits [N,*], taps and head.
 
         Raises ValueError for an input that cannot be tapped, and for a layer that was not called, called several times
         without an index, run without gradients, or whose output is not a floating-point tensor.
@@ -172,15 +179,17 @@ class Taps:
         sources: list[Tensor] = []
         ends = _Ends()
         begin = sequence_now()
-        given = [get_gradient_edge(t) for t in tree_leaves(x) if isinstance(t, Tensor) and t.grad_fn is not None]
-        if INPUT in self.names:
-            x = _in_graph(_floating(x), sources)
+        inputs = inputs if isinstance(inputs, Inputs) else Inputs((inputs,), {})
+        given = [get_gradient_edge(t) for t in inputs.tensors() if t.grad_fn is not None]
+        entries: dict[str, Tap] = {}
+        for name, items in self._inputs.items():
+            x = inputs.floating(items)
+            aliased = _in_graph(x, sources)
+            inputs = inputs if aliased is x else inputs.with_tensor(x, aliased)
             # Now, for a model that changes its input in place moves the tensor along the graph.
-            entry = Tap(INPUT, get_gradient_edge(x), x.shape)
-        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, x):
-            logits = whole(model(x))
-        if not isinstance(logits, Tensor):
-            raise ValueError(f"model must return its logits as one tensor [N,C], got {type(logits).__name__}")
+            entries[name] = Tap(name, get_gradient_edge(aliased), aliased.shape)
+        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, inputs):
+            logits = whole((reading or Reading())(model, inputs))
         if not logits.requires_grad:
             raise ValueError("the logits do not require grad: they depend differentiably on no tap and no parameter")
         head = ends.head(logits)
@@ -188,8 +197,8 @@ class Taps:
             self._ends = ends.names
         taps = []
         for name in self.names:
-            if name == INPUT:
-                tap = entry
+            if name in entries:
+                tap = entries[name]
             elif name == OUTPUT:
                 tap = Tap(name, get_gradient_edge(logits), logits.shape)
             else:
@@ -212,7 +221,7 @@ class Taps:
         for name in self.modules:
             keep = partial(self.keep, name, calls[name], sources)
             yield model.get_submodule(name).register_forward_hook(partial(here, keep))
-        for name in _end_candidates(model) if self._ends is None else self._ends:
+        for name in end_candidates(model) if self._ends is None else self._ends:
             # First of the module's hooks: it must see what the layer computed, not what other hooks made of it.
             note = partial(ends.note, name)
             yield model.get_submodule(name).register_forward_hook(partial(here, note), prepend=True)
@@ -248,6 +257,24 @@ class Taps:
                 "(use_reentrant=False), and freeze layers with requires_grad_(False) and not with torch.no_grad()"
             )
         return output.clone() if output._is_view() and output.requires_grad else _in_graph(output, sources)
+
+    def tensors(self, base: str, call: int, output: Any) -> dict[str, Tensor]:
+        """The tensors that the taps on one call of a module name in its output."""
+        found = {}
+        for name, parsed in self._parsed.items():
+            if parsed.base == base and parsed.call in (None, call):
+                tensor = _item(output, _path(name, parsed.items, output))
+                if isinstance(tensor, Tensor):
+                    found[name] = tensor
+        return found
+
+    def picked(self, name: str, calls: Mapping[str, list[dict[str, _T]]]) -> _T | None:
+        """What `calls` of a tap's module hold for it; None where it is no module's, or the call is none of them."""
+        parsed = self._parsed.get(name)
+        found = [] if parsed is None else calls[parsed.base]
+        if parsed is None or (parsed.call is None and len(found) != 1) or (parsed.call or 0) >= len(found):
+            return None
+        return found[parsed.call or 0].get(name)
 
     def base(self, name: str) -> str:
         """The name of the module that a tap belongs to."""
@@ -313,16 +340,6 @@ def _with_item(output: Any, path: tuple[int | str, ...], tensor: Tensor) -> Any:
     return changed
 
 
-def _floating(x: Any) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise ValueError(f'the tap "input" needs a tensor as the model\'s input, got {type(x).__name__}')
-    if not x.is_floating_point():
-        raise ValueError(
-            f'the tap "input" needs a floating-point input, got {x.dtype}: tap the embedding of the tokens instead'
-        )
-    return x
-
-
 @contextmanager
 def _hooks(handles: Iterator[RemovableHandle]) -> Iterator[None]:
     """Hooks that are gone when the forward pass ends, also by an exception."""
@@ -339,7 +356,7 @@ def _hooks(handles: Iterator[RemovableHandle]) -> Iterator[None]:
 _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
-def _end_candidates(model: nn.Module) -> list[str]:
+def end_candidates(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if plain_type(module) in (nn.Linear, *_POOLS)]
 
 
@@ -376,7 +393,7 @@ class _Ends:
             if moved or not _reads(made.node, entry):
                 continue
             self.names = (name,)
-            head = Head(weight, x, _same_values(x))
+            head = Head(weight, x, same_values(x))
             for pool, before, after, positions in self._pooled:
                 if any(same_edge(after, edge) for edge in head.edges):
                     self.names = (name, pool)
@@ -395,7 +412,7 @@ def _reads(node: Any, entry: GradientEdge) -> bool:
     return following is not None and same_edge(GradientEdge(following, output), entry)
 
 
-def _same_values(x: Tensor) -> list[GradientEdge]:
+def same_values(x: Tensor) -> list[GradientEdge]:
     """The edge of x, then the edges from which x came through views alone."""
     edges = [get_gradient_edge(x)]
     while edges[-1].node.name() in SAME_VALUES:

@@ -33,6 +33,7 @@ from ..process_group import alone
 from ..random_state import RandomState
 from ..sharding import crossed
 from ..tracing import recorded
+from .reading import Inputs
 
 # Kinds of steps that are recorded before a warning says that each costs a compilation.
 MANY = 8
@@ -56,7 +57,7 @@ class Task(Protocol):
     batchnorm: str
     layers: tuple[str, ...]
 
-    def uncompiled(self, x: Any, y: Tensor) -> dict[str, Tensor]: ...
+    def uncompiled(self, inputs: Inputs, y: Tensor, sample_weight: Tensor | None = None) -> dict[str, Any]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
     def buffers(self) -> Iterator[Tensor]: ...
@@ -81,23 +82,29 @@ class CompiledStep:
         # Places (module, attribute) of plain values that a forward pass was seen to change: not part of the key.
         self._changing: set[tuple[int, str]] = set()
 
-    def __call__(self, task: Task, x: Any, y: Tensor) -> dict[str, Tensor]:
+    def __call__(self, task: Task, inputs: Inputs, y: Tensor, sample_weight: Tensor | None = None) -> dict[str, Any]:
         """As MarginTask.forward. The logits carry no gradient: a backward pass through them raises RuntimeError."""
-        inputs, spec = tree_flatten(x)
-        if not all(isinstance(leaf, Tensor) for leaf in inputs):
-            raise ValueError("a compiled task takes tensors, alone or in tuples, lists and dicts, as x")
+        leaves, spec = tree_flatten((inputs, sample_weight))
+        # Numbers, words and flags are part of what is compiled.
+        plain = tuple(None if isinstance(leaf, Tensor) else _frozen(leaf) for leaf in leaves)
+        if any(isinstance(value, type) for value in plain):
+            raise ValueError(
+                "a compiled task takes tensors, numbers, words and flags, alone or in tuples, lists and dicts, as the "
+                f"model's arguments, got {next(value.__name__ for value in plain if isinstance(value, type))}"
+            )
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         state = {**dict(task.named_parameters()), **dict(task.named_buffers())}
-        tensors = [*state.values(), *inputs]
+        tensors = [*state.values(), *given]
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         if not wanted:
             raise ValueError("no parameter and no input requires grad: there is nothing to train")
         device = y.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         modes = tuple(module.training for module in task.modules())
-        kinds = (spec, tuple(map(_kind, (*tensors, y))), modes, autocast, task.loss.key())
+        kinds = (spec, plain, tuple(map(_kind, (*tensors, y))), modes, autocast, task.loss.key())
         step = self._steps.get((*kinds, self._values(task)))
         if step is None:
-            step = self._compile(task, x, y, list(state), spec, tensors, autocast)
+            step = self._compile(task, inputs, y, sample_weight, list(state), tensors, autocast)
             self._steps[*kinds, self._values(task)] = step
             if len(self._steps) == MANY:
                 warnings.warn(
@@ -129,15 +136,16 @@ class CompiledStep:
     def _compile(
         self,
         task: Task,
-        x: Any,
+        inputs: Inputs,
         y: Tensor,
+        sample_weight: Tensor | None,
         names: list[str],
-        spec: Any,
         tensors: list[Tensor],
         autocast: tuple[bool, torch.dtype],
     ) -> Callable[..., Any]:
         before = self._plain(task)
-        _rehearse(task, x, y)
+        _rehearse(task, inputs, y, sample_weight)
+        leaves, spec = tree_flatten((inputs, sample_weight))
         after = self._plain(task)
         self._changing |= {place for place in after if before.get(place) != after[place]}
         enabled, dtype = autocast
@@ -146,11 +154,15 @@ class CompiledStep:
 
         def step(tensors: list[Tensor], y: Tensor, numbers: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
             state = dict(zip(names, tensors, strict=False))
-            x = tree_unflatten(tensors[len(names) :], spec)
+            given = iter(tensors[len(names) :])
+            inputs, weight = tree_unflatten(
+                [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+            )
             # No cache: its half-precision weights would outlive the recording.
             live = task.loss.recorded(numbers)
             with live, torch.autocast(y.device.type, dtype, enabled, cache_enabled=False):
-                found = torch.func.functional_call(cast(nn.Module, task), state, (x, y))
+                how = {**inputs.kwargs, "target": y, "sample_weight": weight}
+                found = torch.func.functional_call(cast(nn.Module, task), state, inputs.args, how)
             wanted = [tensor for tensor in tensors if tensor.requires_grad]
             gradients = torch.autograd.grad(scale * found["loss"], wanted, allow_unused=True)
             fields = {name: value.detach() for name, value in found.items()}
@@ -179,13 +191,13 @@ def _kind(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _rehearse(task: Task, x: Any, y: Tensor) -> None:
+def _rehearse(task: Task, inputs: Inputs, y: Tensor, sample_weight: Tensor | None) -> None:
     """One step as it is without a compiler: raises its errors, tries out what recordings cannot, and leaves the model's
     buffers and the random numbers as they were. Raises ValueError for what has no compiled form."""
-    random = RandomState.now(x)
+    random = RandomState.now(inputs)
     buffers = [(buffer, buffer.clone()) for buffer in task.buffers()]
     with random.replayed(), alone():  # other processes may have compiled theirs
-        found = task.uncompiled(x, y)
+        found = task.uncompiled(inputs, y, sample_weight)
         loss, shared = found["loss"], crossed(found["output"])
         drew = random.changed()
     with torch.no_grad():

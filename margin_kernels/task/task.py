@@ -3,45 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import functional
-from ..backends import choose as backend_of
 from ..batchnorm import running_statistics, training_batchnorms
-from ..gradients.choose import check_passes, choose, reasons
+from ..gradients.choose import check_passes
 from ..gradients.loop import cut_sources
-from ..gradients.plan import make_plan
 from ..gradients.request import Captured
-from ..gradients.split import Split, Trials
-from ..process_group import WORLD, Agreement, Group
+from ..gradients.split import Trials
+from ..process_group import WORLD, Agreement, Group, alone
 from ..random_state import RandomState
 from ..replay import ReplayedModel
 from ..sharding import check_holders, is_sharded, logits_without_graph, whole, whole_logits
 from ..tracing import tracing
-from .auto_gamma import AutoGamma
+from .auto_gamma import AutoGamma, Held
+from .batch import Batch, Batches, arguments, usable
 from .capture import Taps, in_graph
 from .exclusive import check_unchanged, exclusive
-from .explain import Explanation
+from .explain import Explanation, explained
+from .layout import Layout, seen_from
+from .log import flat
+from .reading import Inputs, Reading, check_not_transformed
 from .sharded import Sharded
 from .sharded import check_model as check_sharding
+from .without_gradients import End
 
 BATCHNORM = ("batch", "frozen")
 # What a loss is given besides logits and targets: the taps of the forward pass, nothing, or the model and its input.
 NEEDS = ("taps", "logits", "model")
-# The ops that a loss calls, by what it needs.
-OPS_OF = {
-    "taps": ("competitors", "dual_norm", "row_distance", "margin_hinge"),
-    "logits": ("competitors", "one_to_n"),
-    "model": ("competitors", "dual_norm", "deepfool_step"),
-}
-
-
 # Modules that make several processes train one model -> what to do with a task instead.
 WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel(task)",
@@ -56,11 +51,13 @@ class MarginTask(nn.Module):
         task(x, y)["loss"].backward()
 
     Args:
-        model: nn.Module, model(x) -> logits [N,C]. Not compiled and not wrapped: compile or wrap the task.
+        model: nn.Module, model(x) -> logits [N,C]. Not compiled and not wrapped: compile or wrap the task. Logits of
+            other shapes, as of one logit or of many positions: see `forward`.
         loss: a loss of margin_kernels.losses.
         layers: the taps: names of modules as in model.named_modules(), glob patterns (`*` stays within one part of a
-            dotted name, `**` crosses dots), "input" (the model's input), "output" (the logits), "name:index" for one
-            call of a module called several times. Default: the input alone, the margin that input perturbations meet.
+            dotted name, `**` crosses dots), "input" (the model's input, "input[1]" or "input[image]" where it has
+            several floating-point ones), "output" (the logits), "name:index" for one call of a module called several
+            times. Default: the input alone, the margin that input perturbations meet.
             Only for losses that measure at taps.
             `task.layers` holds the resolved names, in the order of the last dimension of distance and norm.
         passes: how losses that measure at taps come to their gradients (margin_kernels.gradients). `explain` says what
@@ -81,6 +78,13 @@ class MarginTask(nn.Module):
             are measured on a second forward pass with running statistics and the same dropout masks.
         batch_dim: which dimension of a tap is the batch, where the graph does not show it: a number for all taps, or
             {"name": number}. Time-major layers, windows and heads are found by themselves.
+        output: where the logits are in what the model returns: a key, an attribute or a position. None: it returns
+            them, or something with `.logits` or the key "logits".
+        call: call(model, *args, **kwargs) in the place of model(*args, **kwargs), for what a batch is to become.
+        class_dim: 1 or -1, where logits of more than two dimensions have their classes; None: as the shape of the
+            targets shows, and where a batch does not show it, as an earlier one did.
+        positions: of models that predict at many positions, how many of each sample the margin is measured at; they are
+            drawn anew in each step, and each costs the passes of one prediction.
 
     Hooks of yours on activations and modules run once, in the backward of the loss, not in the passes (with the
     compiled extension). One model may be used by several threads at once, each with a task of its own; not with
@@ -102,8 +106,16 @@ class MarginTask(nn.Module):
         passes: str = "auto",
         batchnorm: str = "batch",
         batch_dim: int | Mapping[str, int] | None = None,
+        output: str | int | None = None,
+        call: Callable[..., Any] | None = None,
+        class_dim: int | None = None,
+        positions: int | None = None,
     ) -> None:
         super().__init__()
+        if class_dim not in (None, 1, -1):
+            raise ValueError(f"class_dim must be 1 or -1, got {class_dim!r}")
+        if positions is not None and (not isinstance(positions, int) or isinstance(positions, bool) or positions < 1):
+            raise ValueError(f"positions must be an integer >= 1, got {positions!r}")
         if batchnorm not in BATCHNORM:
             raise ValueError(f'batchnorm must be one of "batch", "frozen", got {batchnorm!r}')
         _check_model(model)
@@ -111,8 +123,13 @@ class MarginTask(nn.Module):
             raise TypeError(f"loss must be a loss of margin_kernels.losses, got {type(loss).__name__}")
         check_passes(passes)
         if loss.needs != "taps":
-            without = {"layers": (layers, None), "passes": (passes, "auto"), "batchnorm": (batchnorm, "batch")}
-            for name, (given, default) in {**without, "batch_dim": (batch_dim, None)}.items():
+            without: dict[str, Any] = {
+                "layers": (layers, None),
+                "passes": (passes, "auto"),
+                "positions": (positions, None),
+            }
+            without |= {"batchnorm": (batchnorm, "batch"), "batch_dim": (batch_dim, None)}
+            for name, (given, default) in without.items():
                 if given != default:
                     raise ValueError(
                         f"{name} must be {default!r} for {type(loss).__name__}, which measures at no tap, got {given!r}"
@@ -121,7 +138,11 @@ class MarginTask(nn.Module):
         self.loss: Any = loss
         self.passes = passes
         self.batchnorm = batchnorm
+        self.positions = positions
+        self._reading = Reading(output, call)
+        self._batches = Batches(class_dim, positions)
         self._taps = Taps(model, ("input",) if layers is None else layers, batch_dim)
+        self._end = End(self._taps)
         # With gamma="auto", in the state dict.
         self.auto_gamma = AutoGamma(len(self.layers)) if getattr(loss, "gamma", None) == "auto" else None
         self._trials = Trials()
@@ -143,29 +164,50 @@ class MarginTask(nn.Module):
         """Names of the taps, in the order of the last dimension of distance and norm; () where the loss has none."""
         return self._taps.names if self.loss.needs == "taps" else ()
 
-    def forward(self, x: Any, y: Tensor) -> dict[str, Tensor]:
-        """Loss and statistics of inputs x [N,*] with targets y [N] int64.
+    def forward(
+        self, *args: Any, target: Tensor | None = None, sample_weight: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Loss and statistics of a batch: task(x, y), or task(*args, target=y, **kwargs) with the model's arguments.
 
-        Returns a dict: loss [] ([N] for reduction="none") and output (logits [N,C]) with gradient, and the other fields
-        that the loss measured, detached. For LargeMarginLoss: distance, norm, active (bool) [N,k,L], gap and competitor
-        [N,k], nll [N]; for every loss the fields of what its `statistics` returns. Under no_grad: output and what the
-        logits alone show.
+            logits             target
+            [N,C]              [N] int64, or soft targets [N,C] >= 0 that sum to 1 (mixup, distillation)
+            [N] or [N,1]       one logit f, classes z = (0, f): [N] or [N,1], 0/1, -1/+1, or floating in [0, 1]
+            [N,C,*S], [N,T,C]  [N,*S], [N,T], or soft targets of the shape of the logits: a prediction at each position
+
+        sample_weight [N] >= 0, for predictions at positions also of the shape of the target, multiplies the terms of a
+        sample, and is what it counts in a mean.
+
+        Returns a dict: loss [] ([N] for reduction="none") and output (the model's logits) with gradient, target (the
+        label [N], of soft targets the largest class) and the other fields that the loss measured, detached. For
+        LargeMarginLoss: distance, norm, active (bool) [N,k,L], gap and competitor [N,k], nll and valid [N]; for every
+        loss the fields of what its `statistics` returns. At positions: [N,P] in the place of [N], `position` [N,P] says
+        which, nll has the shape of the target. `log` makes scalars of them.
+
+        Under no_grad and inference_mode: output, what the logits alone show, and loss, of its terms those that need no
+        backward pass: cross-entropy, and margins at the output, the final layer's input and the pooling before it,
+        relative to the weights of these layers. Where others are missing, `partial` is True; `evaluate` measures all.
+        Without a target: the output alone.
         """
         if getattr(self, "_is_replica", False):
             raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
+        inputs, target = arguments(args, kwargs, target)
+        if target is None:
+            return {"output": self._reading(self.model, inputs)}
+        if not tracing():
+            check_not_transformed([*inputs.tensors(), *islice(self.model.parameters(), 1)])
+        if torch.compiler.is_exporting():
+            raise ValueError("a training step cannot be exported: torch.export.export(task.model, (x,)) has the logits")
         if not torch.is_grad_enabled():
-            logits = whole(self.model(x)) if self._checked else logits_without_graph(self.model, x)
-            y, self._checked = whole(y), True
-            return {"output": logits, **self.loss.logit_statistics(logits, y)}
+            return self._without_gradients(inputs, whole(target), whole(sample_weight))
         if self._compiled is not None and not tracing():
             if is_sharded(self):
                 raise ValueError(
                     "a sharded task cannot be compiled: use DistributedDataParallel(task), or do not compile"
                 )
-            return self._compiled(self, x, y)
-        return self.uncompiled(x, y)
+            return self._compiled(self, inputs, target, sample_weight)
+        return self.uncompiled(inputs, target, sample_weight)
 
-    def uncompiled(self, x: Any, y: Tensor) -> dict[str, Tensor]:
+    def uncompiled(self, inputs: Inputs, y: Tensor, sample_weight: Tensor | None = None) -> dict[str, Any]:
         """`forward` with gradients, as it is without `compile`."""
         sharded = None
         if not tracing():
@@ -173,34 +215,153 @@ class MarginTask(nn.Module):
             sharded = self.prepare_sharded()
         if sharded is not None:
             sharded.begin()
-        y = whole(y)
+        y, sample_weight = whole(y), whole(sample_weight)
         if self.loss.needs == "logits":
-            logits = whole_logits(self.model(x))
-            self._check_together(logits, y, sharded)
-            measured = self.loss.statistics(logits, y)
+            made = whole_logits(self._reading(self.model, inputs))
+            batch = self._batches.of(self.loss, made, y, sample_weight)
+            self._check_together(batch, sharded)
+            measured = self.loss.statistics(*batch.given, **batch.weights)
         elif self.loss.needs == "model":
-            # As many forwards on every process.
-            alike = {} if sharded is None else {"whole_batch": True}
-            with exclusive(self.model), nullcontext() if sharded is None else sharded.passes(True, False):
-                replayed = ReplayedModel(self.model, x)
-                source, sources = in_graph(x)
-                logits = replayed.first(source)
-                self._check_together(logits, y, sharded)
-                measured = self.loss.statistics(logits, y, self.model, x, replayed, source, **alike)
-                cut_sources(measured.loss, Captured(logits, [], sources=sources))
+            made, batch, measured = self._around_model(inputs, y, sample_weight, sharded)
         else:
             try:
-                logits, captured = self._forward(x)
+                made, captured = self._forward(inputs)
+                batch, captured = self._batches.at_taps(self.loss, made, captured, y, sample_weight)
             except Exception as error:
                 self._tell(error, y, sharded)
                 raise
             how = {"medians": self.auto_gamma} if self.auto_gamma is not None else {}
             with self._agreeing(sharded, captured):
-                self._check_together(logits, y, sharded)
-                measured = self.loss.statistics(logits, y, captured, self.passes, trials=self._trials, **how)
+                self._check_together(batch, sharded)
+                measured = self._measured(batch, captured, self.passes, trials=self._trials, **how)
         if sharded is not None:
             measured = measured._replace(loss=sharded.attach(measured.loss))
-        return {"output": logits, **measured._asdict()}
+        return batch.fields(made, measured._asdict())
+
+    def _measured(self, batch: Batch, captured: Captured, passes: str, **how: Any) -> Any:
+        """What a loss on taps says of a batch and its forward pass."""
+        if batch.position is not None:
+            how["everywhere"] = batch.all_rows
+        return self.loss.statistics(*batch.given, captured, passes, **batch.weights, **how)
+
+    def _around_model(
+        self, inputs: Inputs, y: Tensor, sample_weight: Tensor | None, sharded: Sharded | None
+    ) -> tuple[Tensor, Batch, Any]:
+        """A step of a loss that runs the model itself: logits, the batch, and what the loss measured."""
+        x = inputs.floating()
+        # As many forwards on every process; and what stands beside x is of the whole batch.
+        everyone = sharded is not None or len({id(tensor) for tensor in inputs.tensors()}) > 1
+        batches: list[Batch] = []
+
+        def function(point: Tensor) -> Tensor:
+            made = whole_logits(self._reading(self.model, inputs.with_tensor(x, point)))
+            if not batches:
+                batches.append(self._batches.of(self.loss, made, y, sample_weight))
+                outputs.append(made)
+                return batches[0].rows.logits
+            return Layout(batches[0].layout.class_dim, made.shape).classes(made)
+
+        outputs: list[Tensor] = []
+        with exclusive(self.model), nullcontext() if sharded is None else sharded.passes(True, False):
+            replayed = ReplayedModel(self.model, x, function)
+            source, sources = in_graph(x)
+            logits = replayed.first(source)
+            (batch,), (made,) = batches, outputs
+            self._check_together(batch, sharded)
+            how = {"whole_batch": True} if everyone else {}
+            measured = self.loss.statistics(*batch.given, self.model, x, replayed, source, **how, **batch.weights)
+            if measured.loss.requires_grad:
+                cut_sources(measured.loss, Captured(logits, [], sources=sources))
+        return made, batch, measured
+
+    def _without_gradients(self, inputs: Inputs, y: Tensor, sample_weight: Tensor | None) -> dict[str, Any]:
+        """`forward` under no_grad."""
+        # Tensors of inference mode have no versions, by which the end of the network is found.
+        with torch.inference_mode(False), torch.no_grad():
+            inputs, y, sample_weight = usable((inputs, y, sample_weight))
+            looking = self.loss.needs == "taps" and not tracing()
+            with self._end.watching(self.model) if looking else nullcontext():
+
+                def run() -> Tensor:
+                    return self._reading(self.model, inputs)
+
+                made = whole(run()) if self._checked else logits_without_graph(self.model, run)
+            self._checked = True
+            layout = self._batches.layout(made, y)
+            batch = Batch(layout, rows := layout.rows(made, y, sample_weight), rows)
+            found = self.loss.logit_statistics(*batch.given, **batch.weights)
+            if self.loss.needs != "logits":
+                found["partial"] = True
+            if looking and not layout.dense:
+                loss, partial = self._near_the_end(batch, made)
+                found |= {} if loss is None else {"loss": loss}
+                found |= {"partial": True} if partial else {}
+                if not partial:
+                    del found["partial"]
+            return batch.fields(made, found)
+
+    def _near_the_end(self, batch: Batch, made: Tensor) -> tuple[Tensor | None, bool]:
+        """The loss with the margins that need no backward pass, and whether others are missing."""
+        captured = self._end.captured(made)
+        if captured is None:
+            return None, True
+        if batch.rows.logits is not made:
+            rows = batch.layout.classes(captured.logits)
+            captured = seen_from(captured, (), rows)
+        how = {"medians": Held(self.auto_gamma)} if self.auto_gamma is not None else {}
+        with alone():
+            measured = self._measured(batch, captured, "loop", **how)
+        return measured.loss.detach(), len(captured.taps) < len(self.layers)
+
+    def evaluate(
+        self, *args: Any, target: Tensor | None = None, sample_weight: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What `forward` returns, with every margin measured, under no_grad and inference_mode too; all detached.
+
+        The passes to the taps run with gradients enabled inside. No graph is left, parameters get no gradient, and
+        gamma="auto" learns nothing; with a process_group the loss is that of this process's batch. The model runs in
+        the mode in which it is: call task.eval() before, and task.train() after.
+
+        Raises:
+            ValueError: as forward, and for a task that is sharded.
+        """
+        inputs, y = arguments(args, kwargs, target)
+        if y is None:
+            raise ValueError("evaluate takes the model's arguments and a target: evaluate(x, y), evaluate(x, target=y)")
+        if is_sharded(self):
+            raise ValueError(
+                "evaluate takes a task that is not sharded: load its state dict into a plain one, or take task(x, y) "
+                "under torch.no_grad()"
+            )
+        with torch.inference_mode(False), alone():
+            inputs, y, sample_weight = usable((inputs, whole(y), whole(sample_weight)))
+            if self.loss.needs != "taps":
+                with torch.no_grad():
+                    if self.loss.needs == "model":
+                        made, batch, measured = self._around_model(inputs, y, sample_weight, None)
+                    else:
+                        made = whole(self._reading(self.model, inputs))
+                        batch = self._batches.of(self.loss, made, y, sample_weight)
+                        measured = self.loss.statistics(*batch.given, **batch.weights)
+            else:
+                with torch.enable_grad():
+                    made, captured = self._forward(inputs)
+                    batch, captured = self._batches.at_taps(self.loss, made, captured, y, sample_weight)
+                    how = {"medians": Held(self.auto_gamma)} if self.auto_gamma is not None else {}
+                    captured.measuring = True
+                    measured = self._measured(batch, captured, "loop", **how)
+            found = batch.fields(made, measured._asdict())
+        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in found.items()}
+
+    def log(self, out: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Scalars of what a step or `evaluate` returned, for a logger: each a tensor [] in float32 without a graph, on
+        its device, so that nothing waits until it is read.
+
+        loss, or with reduction="none" its mean;  nll and accuracy, over the samples that count;  for each tap
+        "distance/NAME", the mean distance to the nearest competitor, and "active/NAME", the share of samples with an
+        active term, over those that are not degenerate;  degenerate, their number;  the loss's other fields as means
+        """
+        return flat(out, self.layers)
 
     def compile(self, **options: Any) -> None:
         """From now on a training step is one compiled graph, gradients of the parameters included; in place, as
@@ -224,67 +385,25 @@ class MarginTask(nn.Module):
 
         self._compiled = CompiledStep(options)
 
-    def explain(self, x: Any, y: Tensor) -> Explanation:
+    def explain(self, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Explanation:
         """Which strategy a step on this batch takes, its reason, why the others are refused, its cost in passes, the
         backend of every op and the memory that the strategy records. Runs one forward pass and the passes of the loss;
         gradients, buffers and random numbers stay as they are."""
         if is_sharded(self):
             raise ValueError("explain takes a task that is not sharded: ask before fully_shard_task")
-        random = RandomState.now(x)
+        inputs, y = arguments(args, kwargs, target)
+        if y is None:
+            raise ValueError("explain takes the model's arguments and a target: explain(x, y), explain(x, target=y)")
+        random = RandomState.now(inputs)
         buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
         try:
             with torch.enable_grad(), random.replayed():
-                self._explained = self._explain(x, y)
+                self._explained = explained(self, inputs, y)
         finally:
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
         return self._explained
-
-    def _explain(self, x: Any, y: Tensor) -> Explanation:
-        name = type(self.loss).__name__
-        ops = {op: _backend_of(op, y.device, self.loss.backend) for op in OPS_OF[self.loss.needs]}
-        if self.loss.needs == "logits":
-            return Explanation("logits", f"{name} reads the logits alone", {}, (), (), 3.0, "F + 2 F", ops, 0)
-        if self.loss.needs == "model":
-            cost = f"F + 2 F, and up to {self.loss.max_iter} steps of DeepFool with their gradients"
-            return Explanation("model", f"{name} searches the nearest boundary", {}, (), (), None, cost, ops, 0)
-        logits, captured = self._forward(x)
-        passes = self.loss.passes(self.passes)
-        request = self.loss.request(1 if logits.dim() == 1 else logits.shape[-1])
-        found = reasons(request, captured, logits)
-        gradients = choose(passes, request, captured, logits, Trials(alone=True))
-        why = {key: reason for key, reason in found.items() if reason is not None and key != gradients.name}
-        plan = make_plan(captured, request)
-        count = self.loss.count(logits) if plan.taps else 0
-        runs = "1 pass" if count == 1 else f"{count} passes"
-        cost, total = {
-            "loop": (f"F + {runs} + 2 F", 3.0 + count),
-            "split": (f"F + {runs} + F for the weights", 2.0 + count),
-            "tangent": ("F + 1 pass + tangents F + F for the weights", 4.0),
-        }[gradients.name]
-        if gradients.name == "loop" and request.second_order and plan.taps:
-            cost, total = (
-                f"{cost} + {2 * request.competitors} F to differentiate the norms",
-                total + 2.0 * request.competitors,
-            )
-        if captured.logits is not logits:
-            cost, total = f"{cost} + F with running statistics", total + 1
-        recorded = 0
-        if isinstance(gradients, Split):
-            label = y.clamp(0, logits.shape[1] - 1)
-            rivals = functional.competitors(logits.detach(), label, request.competitors, backend=self.loss.backend)
-            gradients.norms(label, rivals.competitor)
-            recorded = gradients.recorded_bytes
-        reason = {
-            "loop": "exact for every network",
-            "split": "the graph proves that samples do not interact between the taps and the logits",
-            "tangent": "the graph proves that samples do not interact, and the network is linear piece by piece",
-        }[gradients.name]
-        if passes != "auto":
-            reason = f"asked for by passes={passes!r}"
-        nodes = tuple(str(finding) for finding in captured.structure(plan.taps).findings) if plan.taps else ()
-        return Explanation(gradients.name, reason, why, nodes, self.layers, total, cost, ops, recorded)
 
     def extra_repr(self) -> str:
         if self.loss.needs != "taps":
@@ -301,17 +420,17 @@ class MarginTask(nn.Module):
             state["_compiled"] = type(self._compiled)(self._compiled.options)
         return state
 
-    def _forward(self, x: Any) -> tuple[Tensor, Captured]:
+    def _forward(self, inputs: Inputs) -> tuple[Tensor, Captured]:
         """The logits of the ordinary forward pass, and the forward pass whose taps are measured."""
         with exclusive(self.model) if self.batchnorm == "frozen" else nullcontext():
             training = training_batchnorms(self.model)
             if training and self.batchnorm == "frozen":
-                with running_statistics(training), RandomState.now(x).replayed():
-                    captured = self._taps.capture(self.model, x)
-                return whole_logits(self.model(x)), captured
+                with running_statistics(training), RandomState.now(inputs).replayed():
+                    captured = self._taps.capture(self.model, inputs, self._reading)
+                return whole_logits(self._reading(self.model, inputs)), captured
             if training:
                 self._check_coupling(training)
-            captured = self._taps.capture(self.model, x)
+            captured = self._taps.capture(self.model, inputs, self._reading)
             return captured.logits, captured
 
     def prepare_sharded(self) -> Sharded | None:
@@ -337,17 +456,18 @@ class MarginTask(nn.Module):
         head = None if captured.head is None else f"model.{self._taps.head}".rstrip(".")
         return sharded.passes(self.loss.second_order, True, head)
 
-    def _check_together(self, logits: Tensor, y: Tensor, sharded: Sharded | None) -> None:
+    def _check_together(self, batch: Batch, sharded: Sharded | None) -> None:
         """The errors that a loss has with its options and these targets, before other processes wait for this one.
         Values are read on the CPU alone, so that a GPU has none."""
+        logits, target = batch.given
 
         def check() -> None:
             with torch.no_grad():
                 self.loss.numbers(len(self.layers))
-                self.loss.logit_statistics(logits.detach(), y)
+                self.loss.logit_statistics(logits.detach(), target, **batch.weights)
 
         check_holders(logits, self.loss.group())
-        for group in self._waiting(y, sharded):
+        for group in self._waiting(target, sharded):
             group.checked(check)
 
     def _tell(self, error: Exception, y: Tensor, sharded: Sharded | None) -> None:
@@ -412,8 +532,3 @@ def _check_model(model: nn.Module) -> None:
             )
         if wrapper == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"model must not be compiled, but {where} is: compile the task, not the model")
-
-
-def _backend_of(op: str, device: torch.device, backend: str) -> str:
-    """The backend that computes an op on tensors of that device."""
-    return backend_of(op, (torch.empty(1, device=device),), backend)[0]

@@ -463,7 +463,8 @@ def test_under_no_grad_the_task_returns_logit_statistics():
     x, y = mostly_right(net)
     with torch.no_grad():
         out = MarginTask(net, AdversarialMarginLoss())(x, y)
-    assert set(out) == {"output", "nll", "gap", "competitor"}
+    assert set(out) == {"output", "nll", "gap", "competitor", "loss", "partial", "target", "valid"}
+    torch.testing.assert_close(out["loss"], F.cross_entropy(net(x), y).detach())
     torch.testing.assert_close(out["nll"].mean(), F.cross_entropy(net(x), y).detach())
 
 

@@ -368,7 +368,8 @@ def test_the_representation_names_what_differs_from_the_default() -> None:
 
 def test_gaps_need_no_activations() -> None:
     z = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float64)
-    found = LargeMarginLoss(top_k=2, space="probability").gaps(z, torch.tensor([0]))
+    loss = LargeMarginLoss(top_k=2, space="probability")
+    found = loss.gaps(z, loss.targets(z, torch.tensor([0])))
     assert isinstance(found, functional.Competitors)
     s = z.exp() / z.exp().sum()
     torch.testing.assert_close(found.gap, torch.stack([s[0, 1] - s[0, 0], s[0, 2] - s[0, 0]])[None])

@@ -122,14 +122,14 @@ def test_statistics_are_those_of_the_formulas_and_detached() -> None:
     assert isinstance(loss.statistics(z, y), OneToNMargins)
 
 
-def test_without_gradients_there_are_the_same_statistics_and_no_loss() -> None:
+def test_without_gradients_there_are_the_same_loss_and_statistics() -> None:
     net, (x, y) = Net(), batch()
     task = MarginTask(net, OneToNLoss(weight_norm=net.head))
     full = task(x, y)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out = task(x, y)
-        assert sorted(out) == ["gap", "nll", "output", "per_sample"]
+        assert sorted(out) == ["gap", "loss", "nll", "output", "per_sample", "target", "valid"]
         assert all(torch.equal(out[name], full[name]) for name in out)
 
 

@@ -274,8 +274,10 @@ def test_without_gradients_there_are_only_the_logits_statistics() -> None:
         full = task(x, y)
         with torch.no_grad():
             out = task(x, y)
-        assert sorted(out) == ["classification", "gap", "nll", "output"]
-        assert all(torch.equal(out[name], full[name]) for name in out)
+        assert sorted(out) == ["classification", "gap", "loss", "nll", "output", "partial", "target", "valid"]
+        assert all(torch.equal(out[name], full[name]) for name in out if name not in ("loss", "partial"))
+        assert out["partial"] is True
+        assert torch.equal(out["loss"], full["classification"].mean())
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -437,10 +439,10 @@ def test_what_cannot_be_measured_is_named() -> None:
         MarginTask(net, MarginSensitivityLoss(top_k=5))(x, y)
     with pytest.raises(ValueError, match=r"target must be in \[0, 5\)"):
         MarginTask(net, MarginSensitivityLoss())(x, y + CLASSES)
-    with pytest.raises(ValueError, match="target must be -1 or \\+1 for one logit, got 0"):
-        MarginTask(small_net(1), MarginSensitivityLoss())(x, torch.zeros(8, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"target must be \[N\] = \[8\] for one logit, got \[8, 1\]"):
-        MarginTask(small_net(1), MarginSensitivityLoss())(x, signs()[:, None])
+    with pytest.raises(ValueError, match="target must be 0 or 1, or -1 or \\+1, for one logit, got 2"):
+        MarginTask(small_net(1), MarginSensitivityLoss())(x, torch.full((8,), 2))
+    with pytest.raises(ValueError, match=r"target must be \[N\] = \[8\] for one logit, got \[8, 2\]"):
+        MarginTask(small_net(1), MarginSensitivityLoss())(x, signs()[:, None].expand(8, 2))
     leaf = x.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"tap 'activations\[0\]' is outside the graph of the logits"):
         MarginSensitivityLoss()(net(x), y, [leaf])

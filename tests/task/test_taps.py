@@ -291,13 +291,13 @@ class TestErrors:
         assert measure(model, ("0",), tokens)["norm"].shape == (3, 2, 1)
 
     def test_the_input_must_be_a_tensor_to_be_tapped(self) -> None:
-        with pytest.raises(ValueError, match='"input" needs a tensor as the model\'s input, got list'):
-            measure(nn.Identity(), ("input",), [torch.randn(3, 4)])
+        with pytest.raises(ValueError, match='"input" needs a tensor as the model\'s input, got str'):
+            measure(nn.Identity(), ("input",), ["an image"])
 
     def test_the_model_must_return_its_logits(self) -> None:
         model = Returns("tuple")
         model.forward = lambda x: (model.head(x), x)
-        with pytest.raises(ValueError, match=r"model must return its logits as one tensor \[N,C\], got tuple"):
+        with pytest.raises(ValueError, match=r"model must return its logits as one tensor \[N,C\], got a tuple of 2"):
             measure(model, ("output",), torch.randn(3, 4))
 
     def test_a_tap_may_hold_the_batch_elsewhere(self) -> None:

@@ -124,23 +124,24 @@ def test_layers_shows_the_names_in_the_order_of_the_statistics() -> None:
     torch.testing.assert_close(forwards(x, y)["norm"], backwards(x, y)["norm"].flip(-1))
 
 
-def test_without_gradients_there_are_only_the_logits_statistics() -> None:
+def test_without_gradients_there_are_the_logits_statistics_and_a_part_of_the_loss() -> None:
     x, y = batch()
     task = MarginTask(conv_net(), LargeMarginLoss(top_k=2), LAYERS)
     full = task(x, y)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out = task(x, y)
-        assert sorted(out) == ["competitor", "gap", "nll", "output"]
-        assert all(torch.equal(out[name], full[name]) for name in out)
+        assert sorted(out) == ["competitor", "gap", "loss", "nll", "output", "partial", "target", "valid"]
+        assert all(torch.equal(out[name], full[name]) for name in out if name not in ("loss", "partial"))
+        assert out["partial"] is True
     task(x, y)["loss"].backward()
 
 
 @pytest.mark.parametrize(
     ("loss", "statistics"),
     [
-        (MarginSensitivityLoss(), ["classification", "gap", "nll", "output"]),
-        (OneToNLoss(), ["gap", "nll", "output", "per_sample"]),
+        (MarginSensitivityLoss(), ["classification", "gap", "loss", "nll", "output", "partial", "target", "valid"]),
+        (OneToNLoss(), ["gap", "loss", "nll", "output", "per_sample", "target", "valid"]),
     ],
     ids=["sensitivity", "one_to_n"],
 )
@@ -152,7 +153,7 @@ def test_without_gradients_every_loss_shows_what_the_logits_show(loss, statistic
         with mode():
             out = task(x, y)
         assert sorted(out) == statistics
-        assert all(torch.equal(out[name], full[name]) for name in out)
+        assert all(torch.equal(out[name], full[name]) for name in out if name not in ("loss", "partial"))
     task(x, y)["loss"].backward()
 
 

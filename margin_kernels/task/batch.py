@@ -1,0 +1,130 @@
+"""One batch: the arguments of the model, and the rows of logits and targets that a loss is given of what it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ..gradients.request import Captured
+from ..losses.base import MarginLoss
+from .layout import Layout, Rows, draw, layout_of, seen_from
+from .reading import Inputs
+
+# Of predictions at positions: the fields that a loss has for all of them, not for those at which margins are measured.
+OF_ALL = ("nll", "classification")
+
+
+class Batch(NamedTuple):
+    """A batch as the loss is given it: `rows` of logits with targets, of all predictions or of those drawn at
+    `position` [N,P], and `all_rows`."""
+
+    layout: Layout
+    rows: Rows
+    all_rows: Rows
+    position: Tensor | None = None
+
+    @property
+    def given(self) -> tuple[Tensor, Tensor]:
+        """Logits and targets."""
+        return self.rows.logits, self.rows.target
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The argument sample_weight, where there is one."""
+        return {} if self.rows.weight is None else {"sample_weight": self.rows.weight}
+
+    def label(self) -> Tensor:
+        """The class of each row, of soft targets the largest."""
+        target = self.rows.target
+        return target.argmax(1) if target.is_floating_point() else target
+
+    def fields(self, made: Tensor, measured: Mapping[str, Any]) -> dict[str, Any]:
+        """What a step returns: for predictions at positions with the shape of the target, or [N,P,*], in the place of
+        rows."""
+        found = {"output": made, "target": self.label(), **measured}
+        if not self.layout.dense:
+            return found
+        every = torch.Size([made.shape[0], *self.layout.positions])
+        drawn = every if self.position is None else self.position.shape
+        for name, value in found.items():
+            if name == "output" or not isinstance(value, Tensor) or value.dim() == 0:
+                continue
+            of_all = self.position is None or name in OF_ALL
+            found[name] = value.reshape(*(every if of_all else drawn), *value.shape[1:])
+        if self.position is not None:
+            found["position"] = self.position
+        return found
+
+
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Inputs, Any]:
+    """The arguments of the model and the target, which is the last of several positional ones where it has no name."""
+    if target is None and len(args) > 1:
+        args, target = args[:-1], args[-1]
+    return Inputs(args, kwargs), target
+
+
+def usable(tree: Any) -> Any:
+    """The same with clones in the place of tensors that were made in inference mode, which keep no versions."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, tree)
+
+
+class Batches:
+    """Makes batches of the logits of one task.
+
+    Args:
+        class_dim: as in MarginTask; the shapes of an earlier batch may have shown it
+        positions: as in MarginTask
+    """
+
+    def __init__(self, class_dim: int | None, positions: int | None) -> None:
+        self._class_dim, self._positions = class_dim, positions
+
+    def layout(self, made: Tensor, y: Tensor) -> Layout:
+        found = layout_of(made, y, self._class_dim)
+        if found.dense:
+            self._class_dim = 1 if found.class_dim == 1 else -1
+        return found
+
+    def of(self, loss: MarginLoss, made: Tensor, y: Tensor, sample_weight: Tensor | None) -> Batch:
+        """A batch of a loss that measures at no tap: all predictions as rows."""
+        layout = self.layout(made, y)
+        if layout.dense and loss.needs == "model":
+            raise ValueError(
+                f"{type(loss).__name__} takes one prediction a sample, [N,C], got logits {list(made.shape)}"
+            )
+        rows = layout.rows(made, y, sample_weight)
+        return Batch(layout, rows, rows)
+
+    def at_taps(
+        self, loss: MarginLoss, made: Tensor, captured: Captured, y: Tensor, sample_weight: Tensor | None
+    ) -> tuple[Batch, Captured]:
+        """The rows that a loss at taps is given, and the forward pass as they see it; `made` are the logits of the
+        loss, those of `captured` may be others."""
+        layout = self.layout(made, y)
+        if not layout.dense:
+            rows = layout.rows(made, y, sample_weight)
+            batch = Batch(layout, rows, rows)
+            if rows.logits is made:
+                return batch, captured
+            seen = rows.logits if captured.logits is made else layout.classes(captured.logits)
+            return batch, seen_from(captured, (), seen)
+        if self._positions is None:
+            count = torch.Size(layout.positions).numel()
+            raise ValueError(
+                f"positions must be given for logits {list(made.shape)}, {count} predictions a sample with passes of "
+                f"their own: MarginTask(..., positions=1) draws one of each sample in a step, positions={count} takes "
+                "all"
+            )
+        if loss.reduction == "none":
+            raise ValueError('reduction must be "mean" or "sum" for predictions at positions, got "none"')
+        index, stands_for = draw(layout.counted(y, loss.ignore_index), self._positions)
+        rows, slots = layout.drawn(made, y, sample_weight, index, stands_for)
+        batch = Batch(layout, rows, layout.rows(made, y, sample_weight), index)
+        if captured.logits is made:
+            return batch, seen_from(captured, slots, rows.logits)
+        passed, slots = layout.drawn(captured.logits, y, sample_weight, index, stands_for)
+        return batch, seen_from(captured, slots, passed.logits)

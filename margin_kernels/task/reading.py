@@ -1,0 +1,158 @@
+"""How a model is called, and its logits read from what it returns.
+
+model(*args, **kwargs), or call(model, *args, **kwargs)     ->  what it returns  ->  its logits: itself, or the part
+                                                                that `output` names, or `.logits`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+Output = str | int | None
+
+
+class Inputs(NamedTuple):
+    """The arguments of one forward pass of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def floating(self, items: tuple[int | str, ...] = ()) -> Tensor:
+        """The floating-point tensor among the arguments, or the one that `items` leads to: the number of an argument or
+        its name, then what it holds. Raises ValueError where there is none, or several and no items."""
+        if items:
+            found = self._at(items)
+        else:
+            leaves = tree_leaves(self)
+            several = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            if len({id(leaf) for leaf in several}) > 1:
+                raise ValueError(
+                    f'the tap "input" must be one tensor, got {len(several)} floating-point inputs: name it, '
+                    '"input[0]" for an argument by its number, "input[image]" by its name'
+                )
+            found = several[0] if several else next((leaf for leaf in leaves if leaf is not None), None)
+        if not isinstance(found, Tensor):
+            raise ValueError(f'the tap "input" needs a tensor as the model\'s input, got {type(found).__name__}')
+        if not found.is_floating_point():
+            raise ValueError(
+                f'the tap "input" needs a floating-point input, got {found.dtype}: tap the embedding of the tokens '
+                "instead"
+            )
+        return found
+
+    def _at(self, items: tuple[int | str, ...]) -> Any:
+        first, *rest = items
+        # An only argument that holds tensors is looked into.
+        only = self.args[0] if len(self.args) == 1 and not self.kwargs else None
+        root: Any = self.kwargs if isinstance(first, str) else self.args
+        if isinstance(only, Mapping if isinstance(first, str) else (list, tuple)):
+            root = only
+        found: Any = root
+        for item in (first, *rest):
+            try:
+                found = found[item]
+            except (TypeError, KeyError, IndexError) as error:
+                name = "input" + "".join(f"[{part}]" for part in items)
+                raise ValueError(f"layer {name!r}: the model's arguments have no item [{item}] ({error})") from error
+        return found
+
+    def with_tensor(self, old: Tensor, new: Tensor) -> Inputs:
+        """The arguments with another tensor wherever they hold `old`."""
+        if not self.kwargs and len(self.args) == 1 and self.args[0] is old:
+            return Inputs((new,), {})
+        changed: Inputs = tree_map(lambda leaf: new if leaf is old else leaf, self)
+        return changed
+
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self) if isinstance(leaf, Tensor)]
+
+
+class Reading:
+    """Calls a model and reads its logits.
+
+    Args:
+        output: what names the logits in what the model returns: a key, an attribute, or a position; None: a tensor, or
+            what has `.logits` or the key "logits"
+        call: call(model, *args, **kwargs) in the place of model(*args, **kwargs)
+    """
+
+    def __init__(self, output: Output = None, call: Callable[..., Any] | None = None) -> None:
+        if output is not None and (not isinstance(output, (str, int)) or isinstance(output, bool)):
+            raise TypeError(f"output must be a name or a position, got {type(output).__name__}")
+        if call is not None and not callable(call):
+            raise TypeError(f"call must be a function call(model, *args, **kwargs), got {type(call).__name__}")
+        self.output, self.call = output, call
+
+    def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
+        """The logits, a floating-point tensor, or a DTensor. Raises ValueError for anything else."""
+        if self.call is None:
+            made = model(*inputs.args, **inputs.kwargs)
+        else:
+            made = self.call(model, *inputs.args, **inputs.kwargs)
+        return self.logits(made)
+
+    def logits(self, made: Any) -> Tensor:
+        """The logits in what a model has returned."""
+        found = made
+        if self.output is not None:
+            found = _part(made, self.output)
+        elif not isinstance(made, Tensor):
+            found = logits_in(made)
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"model must return its logits as one tensor [N,C], got {described(made)}: name them, "
+                'MarginTask(..., output="name"), or give a function, MarginTask(..., call=...)'
+            )
+        if not found.is_floating_point():
+            raise TypeError(f"logits must be floating point, got {found.dtype}")
+        return found
+
+
+def logits_in(made: Any) -> Any:
+    """What an object has as `.logits` or under the key "logits"; None where it has neither."""
+    if isinstance(made, Mapping):
+        return made.get("logits")
+    return getattr(made, "logits", None)
+
+
+def _part(made: Any, output: str | int) -> Any:
+    """The part of what a model returned that a key, attribute or position names."""
+    if isinstance(output, str) and not isinstance(made, Mapping):
+        if hasattr(made, output):
+            return getattr(made, output)
+    else:
+        try:
+            return made[output]
+        except (KeyError, IndexError, TypeError):
+            pass
+    raise ValueError(f"output must name a part of what the model returns, {described(made)}, got {output!r}")
+
+
+def described(made: Any) -> str:
+    """What a model has returned, in words."""
+    name = type(made).__name__
+    if isinstance(made, Mapping):
+        return f"a {name} with {', '.join(map(repr, made)) or 'nothing'}"
+    if isinstance(made, (tuple, list)):
+        return f"a {name} of {len(made)}"
+    return name
+
+
+def shape_of_targets(logits: Tensor, target: Any) -> str:
+    """The shapes of logits and targets, in words."""
+    shape = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+    return f"logits {list(logits.shape)} and target {shape}"
+
+
+def check_not_transformed(tensors: list[Tensor]) -> None:
+    """Raises ValueError under a transform of torch.func, which cannot follow gradients taken inside a forward pass."""
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        raise ValueError(
+            "torch.func transforms (grad, vmap, jvp) cannot go through a task, whose forward pass takes gradients "
+            'itself: take torch.autograd.grad(task(x, y)["loss"], parameters)'
+        )
