@@ -169,6 +169,8 @@ class MarginLoss(nn.Module):
     """
 
     needs: ClassVar[str] = "logits"
+    # Whether a model with one logit f stands for the classes (0, f).
+    takes_one_logit: ClassVar[bool] = True
     second_order: bool = False
     # name -> (name, value) to the value as it is stored. Raises ValueError and TypeError.
     checks: ClassVar[dict[str, Callable[[str, Any], Any]]] = {}

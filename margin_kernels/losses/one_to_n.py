@@ -24,7 +24,7 @@ from .base import (
     positive,
     weights_of_classes,
 )
-from .targets import NOTHING, Targets, read
+from .targets import NEEDS_CLASSES, NOTHING, Targets, read
 
 
 def _linear(name: str, value: Any) -> nn.Linear | None:
@@ -84,6 +84,7 @@ class OneToNLoss(MarginLoss):
     """
 
     needs = "logits"
+    takes_one_logit = False
     shown = ("delta", "bound")
     checks: ClassVar = {
         "delta": positive,
@@ -134,10 +135,7 @@ class OneToNLoss(MarginLoss):
 
     def targets(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Targets:
         if is_one_logit(logits):
-            raise ValueError(
-                "logits must be [N,C] with C >= 2 for OneToNLoss, which bounds the score of every class, got those of "
-                "a model with one: give it two outputs"
-            )
+            raise ValueError(NEEDS_CLASSES.format(name="OneToNLoss"))
         if isinstance(target, Tensor) and target.is_floating_point():
             raise ValueError(
                 "target must be int64 classes [N] for OneToNLoss, whose negatives are the samples of other classes, "

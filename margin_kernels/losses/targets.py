@@ -26,6 +26,10 @@ from ..tracing import tracing
 
 # An ignore_index that no target has.
 NOTHING = -(2**63)
+NEEDS_CLASSES = (
+    "logits must be [N,C] with C >= 2 for {name}, which weighs the score of every class, got those of a model with "
+    "one: give it two outputs"
+)
 # How far the entries of a soft target may sum from 1: as half precision rounds them.
 SUM_TOLERANCE = 1e-2
 

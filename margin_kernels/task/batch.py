@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from ..gradients.request import Captured
 from ..losses.base import MarginLoss
+from ..losses.targets import NEEDS_CLASSES
 from .layout import Layout, Rows, draw, layout_of, seen_from
 from .reading import Inputs
 
@@ -81,17 +82,19 @@ class Batches:
     """
 
     def __init__(self, class_dim: int | None, positions: int | None) -> None:
-        self._class_dim, self._positions = class_dim, positions
+        self.class_dim, self.positions = class_dim, positions
 
     def layout(self, made: Tensor, y: Tensor) -> Layout:
-        found = layout_of(made, y, self._class_dim)
+        found = layout_of(made, y, self.class_dim)
         if found.dense:
-            self._class_dim = 1 if found.class_dim == 1 else -1
+            self.class_dim = 1 if found.class_dim == 1 else -1
         return found
 
     def of(self, loss: MarginLoss, made: Tensor, y: Tensor, sample_weight: Tensor | None) -> Batch:
         """A batch of a loss that measures at no tap: all predictions as rows."""
         layout = self.layout(made, y)
+        if layout.one_logit and not loss.takes_one_logit:
+            raise ValueError(NEEDS_CLASSES.format(name=type(loss).__name__))
         if layout.dense and loss.needs == "model":
             raise ValueError(
                 f"{type(loss).__name__} takes one prediction a sample, [N,C], got logits {list(made.shape)}"
@@ -112,7 +115,7 @@ class Batches:
                 return batch, captured
             seen = rows.logits if captured.logits is made else layout.classes(captured.logits)
             return batch, seen_from(captured, (), seen)
-        if self._positions is None:
+        if self.positions is None:
             count = torch.Size(layout.positions).numel()
             raise ValueError(
                 f"positions must be given for logits {list(made.shape)}, {count} predictions a sample with passes of "
@@ -121,7 +124,7 @@ class Batches:
             )
         if loss.reduction == "none":
             raise ValueError('reduction must be "mean" or "sum" for predictions at positions, got "none"')
-        index, stands_for = draw(layout.counted(y, loss.ignore_index), self._positions)
+        index, stands_for = draw(layout.counted(y, loss.ignore_index), self.positions)
         rows, slots = layout.drawn(made, y, sample_weight, index, stands_for)
         batch = Batch(layout, rows, layout.rows(made, y, sample_weight), index)
         if captured.logits is made:

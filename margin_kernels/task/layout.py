@@ -46,6 +46,11 @@ class Layout(NamedTuple):
         return len(self.shape) > 2
 
     @property
+    def one_logit(self) -> bool:
+        """Whether a prediction is one logit."""
+        return self.class_dim is None or self.shape[self.class_dim] == 1
+
+    @property
     def positions(self) -> Sequence[int]:
         """The sizes of the dimensions that count a sample's predictions."""
         return [size for d, size in enumerate(self.shape) if d not in (0, self.class_dim)]

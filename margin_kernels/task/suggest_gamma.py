@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..losses.large_margin import LargeMarginLoss
 from ..modes import eval_mode
 from ..process_group import Group, alone
 from .auto_gamma import nearest, positive_median
+from .reading import described
 from .task import MarginTask
 
 TRAIN_FIRST = "train first: the network is wrong on half of the samples"
@@ -27,7 +28,7 @@ class SuggestedGamma(NamedTuple):
     layer_reduction: str = "sum"
 
 
-def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], factor: float = 1.5) -> SuggestedGamma:
+def suggest_gamma(task: MarginTask, loader: Iterable[Any], factor: float = 1.5) -> SuggestedGamma:
     """What LargeMarginLoss is to ask for, from the distances that the network of a task has.
 
         gamma_l = factor * median of d[n,l] to the nearest competitor, over the samples with d[n,l] > 0
@@ -38,7 +39,7 @@ def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], fac
     Args:
         task: a MarginTask with LargeMarginLoss, whose layers, p, competitors, eps and scale are measured; its gamma and
             weights do not matter. In eval mode meanwhile.
-        loader: batches x [N,*], y [N].
+        loader: batches: tuples of the arguments of a task, x [N,*], y [N], or dicts of them with the key "target".
         factor: > 0.
 
     Raises:
@@ -54,18 +55,34 @@ def suggest_gamma(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]], fac
     return SuggestedGamma(gamma, [1 / (len(gamma) * value) for value in gamma])
 
 
-def nearest_distances(task: MarginTask, loader: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """d[n,l] to the nearest competitor [N,L] of the samples in batches x [N,*], y [N], as the loss of a task measures
-    it, in eval mode; NaN where there is none. With a process_group those of all its processes, each of which calls this
-    with batches of its own."""
+def nearest_distances(task: MarginTask, loader: Iterable[Any]) -> Tensor:
+    """d[n,l] to the nearest competitor [N,L] of the samples in batches, as the loss of a task measures it in eval mode;
+    NaN where there is none. With a process_group those of all its processes, each of which calls this with batches of
+    its own."""
     if not isinstance(getattr(task, "loss", None), LargeMarginLoss):
         raise TypeError(f"task must be a MarginTask with LargeMarginLoss, got {type(task).__name__}")
     loss = copy.copy(task.loss)
     loss.gamma, loss.layer_weights, loss.second_order = 1.0, None, False
-    probe = MarginTask(task.model, loss, task.layers, "loop", task.batchnorm, task.batch_dim)
+    probe = task.with_loss(loss)
     with eval_mode(task.model), torch.enable_grad(), alone():
-        found = [nearest(out["distance"], ~out["degenerate"]) for out in (probe(x, y) for x, y in loader)]
+        found = [_nearest_of(_evaluated(probe, batch)) for batch in loader]
     if not found:
         raise ValueError("loader must hold at least one batch, got none")
     group = Group(task.loss.process_group)
     return group.gathered(torch.cat(found), "the gathering of distances for suggest_gamma")
+
+
+def _evaluated(task: MarginTask, batch: Any) -> dict[str, Any]:
+    if isinstance(batch, Mapping) and "target" in batch:
+        return task.evaluate(**batch)
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise ValueError(
+            'loader must give tuples of the arguments of a task, as (x, y), or dicts with the key "target", got '
+            f"{described(batch)}"
+        )
+    return task.evaluate(*batch)
+
+
+def _nearest_of(out: dict[str, Any]) -> Tensor:
+    distance, usable = out["distance"], ~out["degenerate"]
+    return nearest(distance.flatten(0, -3), usable.flatten(0, -3))

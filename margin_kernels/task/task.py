@@ -138,7 +138,6 @@ class MarginTask(nn.Module):
         self.loss: Any = loss
         self.passes = passes
         self.batchnorm = batchnorm
-        self.positions = positions
         self._reading = Reading(output, call)
         self._batches = Batches(class_dim, positions)
         self._taps = Taps(model, ("input",) if layers is None else layers, batch_dim)
@@ -306,8 +305,8 @@ class MarginTask(nn.Module):
         if captured is None:
             return None, True
         if batch.rows.logits is not made:
-            rows = batch.layout.classes(captured.logits)
-            captured = seen_from(captured, (), rows)
+            with torch.enable_grad():
+                captured = seen_from(captured, (), batch.layout.classes(captured.logits))
         how = {"medians": Held(self.auto_gamma)} if self.auto_gamma is not None else {}
         with alone():
             measured = self._measured(batch, captured, "loop", **how)
@@ -362,6 +361,22 @@ class MarginTask(nn.Module):
         active term, over those that are not degenerate;  degenerate, their number;  the loss's other fields as means
         """
         return flat(out, self.layers)
+
+    def with_loss(self, loss: nn.Module) -> MarginTask:
+        """A task of the same model, layers and options with another loss at taps; not compiled."""
+        reading, batches = self._reading, self._batches
+        return MarginTask(
+            self.model,
+            loss,
+            self.layers,
+            self.passes,
+            self.batchnorm,
+            self.batch_dim,
+            reading.output,
+            reading.call,
+            batches.class_dim,
+            batches.positions,
+        )
 
     def compile(self, **options: Any) -> None:
         """From now on a training step is one compiled graph, gradients of the parameters included; in place, as

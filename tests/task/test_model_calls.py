@@ -1,0 +1,259 @@
+"""Models with any arguments and outputs: what a task makes of them is what a plain model x -> logits gives."""
+
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.gradients import gradients
+from torch import Tensor, nn
+
+from margin_kernels import (
+    AdversarialMarginLoss,
+    LargeMarginLoss,
+    MarginSensitivityLoss,
+    MarginTask,
+    OneToNLoss,
+    suggest_gamma,
+)
+
+CLASSES, N = 4, 6
+LOSSES = {
+    "first order": lambda: LargeMarginLoss(2.0),
+    "soft": lambda: LargeMarginLoss(2.0, competitors="soft", cross_entropy_weight=1.0),
+    "second order": lambda: LargeMarginLoss(2.0, second_order=True, cross_entropy_weight=1.0),
+    "sensitivity": lambda: MarginSensitivityLoss(0.2),
+    "adversarial": lambda: AdversarialMarginLoss(2.0, aggregation="avg"),
+    "one to n": lambda: OneToNLoss(),
+}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, CLASSES)).double()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(N, 5, dtype=torch.float64, generator=generator), torch.randint(
+        CLASSES, (N,), generator=generator
+    )
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: Tensor
+
+
+Pair = namedtuple("Pair", "scores hidden")
+RETURNS = {
+    "object": (lambda z: Output(z, z), None),
+    "dict": (lambda z: {"logits": z, "loss": z.sum()}, None),
+    "key": (lambda z: {"a": z * 2, "b": z}, "b"),
+    "attribute": (lambda z: Output(z * 2, z), "hidden"),
+    "tuple": (lambda z: (z * 2, z), 1),
+    "last": (lambda z: [z * 2, z], -1),
+    "named tuple": (lambda z: Pair(z, z * 2), "scores"),
+}
+
+
+class Returns(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.make = net(), RETURNS[kind][0]
+
+    def forward(self, x: Tensor) -> object:
+        return self.make(self.net(x))
+
+
+def assert_same(task: MarginTask, found: dict, expected: dict, model: nn.Module, net_: nn.Module) -> None:
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradients(found["loss"], model), gradients(expected["loss"], net_), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    assert torch.equal(found["output"], expected["output"])
+
+
+@pytest.mark.parametrize("returns", RETURNS)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_logits_are_found_in_what_a_model_returns(kind, returns) -> None:
+    plain, model, (x, y) = net(), Returns(returns), batch()
+    task = MarginTask(model, LOSSES[kind](), output=RETURNS[returns][1])
+    assert_same(task, task(x, y), MarginTask(plain, LOSSES[kind]())(x, y), model, plain)
+    with torch.no_grad():
+        assert torch.equal(task(x, y)["output"], plain(x))
+    assert torch.equal(task(x)["output"], plain(x))
+
+
+@pytest.mark.parametrize("returns", ["object", "tuple"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_compiled_as_well(kind, returns) -> None:
+    plain, model, (x, y) = net(), Returns(returns), batch()
+    task = MarginTask(model, LOSSES[kind](), output=RETURNS[returns][1])
+    task.compile(backend="aot_eager")
+    assert_same(task, task(x, y), MarginTask(plain, LOSSES[kind]())(x, y), model, plain)
+
+
+@pytest.mark.parametrize(
+    ("made", "output", "message"),
+    [
+        (lambda z: (z, z), None, "got a tuple of 2: name them"),
+        (lambda z: {"scores": z}, None, "got a dict with 'scores': name them"),
+        (lambda z: Output(z, z), "missing", "output must name a part of what the model returns, Output, got 'missing'"),
+        (lambda z: {"scores": z}, "logits", "output must name a part .* a dict with 'scores', got 'logits'"),
+        (lambda z: (z, z), 2, "output must name a part .* a tuple of 2, got 2"),
+        (lambda z: {"a": [z]}, "a", "model must return its logits as one tensor"),
+        (lambda z: z.long(), None, "logits must be floating point, got torch.int64"),
+    ],
+)
+def test_what_holds_no_logits_is_named(made, output, message) -> None:
+    model = Returns("object")
+    model.make = made
+    with pytest.raises((ValueError, TypeError), match=message):
+        MarginTask(model, OneToNLoss(), output=output)(*batch())
+
+
+class Two(nn.Module):
+    """An image and a table, by position or name, and a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.table, self.head = nn.Linear(5, 7), nn.Linear(3, 7), nn.Linear(7, CLASSES)
+
+    def forward(self, image: Tensor, table: Tensor, ids: Tensor | None = None, twice: bool = False) -> Tensor:
+        hidden = torch.tanh(self.image(image) + self.table(table))
+        if ids is not None:
+            hidden = hidden + ids[:, None]
+        return self.head(hidden) * (2 if twice else 1)
+
+
+def two() -> tuple[Two, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x, y = batch()
+    return Two().double(), x, torch.randn(N, 3, dtype=torch.float64), y
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in LOSSES if kind != "adversarial"])
+def test_arguments_by_position_and_name_and_in_a_batch(kind, compiled) -> None:
+    model, image, table, y = two()
+    layers = None if kind == "one to n" else ("head",)
+    loss = LOSSES[kind]()
+    plain = MarginTask(nn.Sequential(_Closed(model, table)), loss, layers if layers is None else ("0.model.head",))
+    expected = plain(image, y)
+    task = MarginTask(model, loss, layers)
+    by_call = MarginTask(model, loss, layers, call=lambda model, batch: model(batch["i"], table=batch["t"]))
+    if compiled:
+        task.compile(backend="aot_eager")
+        by_call.compile(backend="aot_eager")
+    for found in (
+        task(image, table, y),
+        task(image, table, target=y),
+        task(image, table=table, target=y),
+        task(image=image, table=table, twice=False, target=y),
+        by_call({"i": image, "t": table}, y),
+    ):
+        assert_same(task, found, expected, model, model)
+    doubled = task(image=image, table=table, twice=True, target=y)
+    torch.testing.assert_close(doubled["output"], 2 * expected["output"])
+
+
+class _Closed(nn.Module):
+    def __init__(self, model: Two, table: Tensor) -> None:
+        super().__init__()
+        self.model, self.table = model, table
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image, self.table)
+
+
+def test_the_input_tap_is_the_one_that_is_named() -> None:
+    model, image, table, y = two()
+    loss = LargeMarginLoss(2.0)
+    ids = torch.arange(N)
+    with pytest.raises(ValueError, match='the tap "input" must be one tensor, got 2 floating-point inputs: name it'):
+        MarginTask(model, loss)(image, table, y)
+    task = MarginTask(model, loss, ("input[0]", "input[1]"))
+    out = task(image, table, ids, target=y)
+    leaves = image.clone().requires_grad_(), table.clone().requires_grad_()
+    gap = -_gap(model(*leaves, ids), y)
+    found = torch.autograd.grad(gap.sum(), leaves)
+    for column, gradient in enumerate(found):
+        torch.testing.assert_close(out["norm"][:, 0, column], gradient.norm(dim=1), rtol=1e-10, atol=1e-12)
+    by_name = MarginTask(model, loss, ("input[image]", "input[table]"))(image=image, table=table, ids=ids, target=y)
+    assert torch.equal(by_name["norm"], out["norm"])
+    in_a_batch = MarginTask(model, loss, ("input[image]", "input[table]"), call=lambda model, batch: model(**batch))
+    assert torch.equal(in_a_batch({"image": image, "table": table, "ids": ids}, y)["norm"], out["norm"])
+    with pytest.raises(ValueError, match=r"layer 'input\[mask\]': the model's arguments have no item \[mask\]"):
+        MarginTask(model, loss, ("input[mask]",))(image=image, table=table, target=y)
+    with pytest.raises(ValueError, match=r"needs a floating-point input, got torch.int64"):
+        MarginTask(model, loss, ("input[2]",))(image, table, ids, target=y)
+    one_floating = MarginTask(_Embedded(model), loss)(ids, image, target=y)  # the only floating-point one
+    assert one_floating["norm"].shape == (N, 1, 1)
+
+
+class _Embedded(nn.Module):
+    def __init__(self, model: Two) -> None:
+        super().__init__()
+        self.model, self.rows = model, nn.Embedding(N, 3).double()
+
+    def forward(self, ids: Tensor, image: Tensor) -> Tensor:
+        return self.model(image, self.rows(ids))
+
+
+def _gap(z: Tensor, y: Tensor) -> Tensor:
+    own = z.gather(1, y[:, None])[:, 0]
+    return own - z.scatter(1, y[:, None], float("-inf")).amax(1)
+
+
+def test_adversarial_margins_hold_the_other_arguments() -> None:
+    """They are searched in the one floating-point argument, as if the others were part of the model."""
+    torch.manual_seed(0)
+    x, y = batch()
+    model, ids = _Embedded(Two().double()), torch.arange(N).flip(0)
+    loss = AdversarialMarginLoss(2.0, aggregation="avg")
+    found = MarginTask(model, loss)(ids, x, target=y)
+    terms = [MarginTask(_Fixed(model, ids[n : n + 1]), loss)(x[n : n + 1], y[n : n + 1])["loss"] for n in range(N)]
+    torch.testing.assert_close(found["loss"], torch.stack(terms).mean(), rtol=1e-10, atol=1e-12)
+    expected = gradients(torch.stack(terms).mean(), model)
+    for a, b in zip(gradients(found["loss"], model), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
+
+
+class _Fixed(nn.Module):
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        super().__init__()
+        self.model, self.ids = model, ids
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(self.ids, x)
+
+
+def test_what_asks_for_a_target_says_so() -> None:
+    task = MarginTask(net(), LargeMarginLoss())
+    with pytest.raises(ValueError, match="evaluate takes the model's arguments and a target"):
+        task.evaluate(batch()[0])
+    with pytest.raises(ValueError, match="explain takes the model's arguments and a target"):
+        task.explain(batch()[0])
+    for how, message in (({"output": 1.5}, "output must be a name or a position"), ({"call": 3}, "call must be")):
+        with pytest.raises(TypeError, match=message):
+            MarginTask(net(), LargeMarginLoss(), **how)
+    with pytest.raises(ValueError, match="class_dim must be 1 or -1, got 2"):
+        MarginTask(net(), LargeMarginLoss(), class_dim=2)
+    with pytest.raises(ValueError, match="positions must be an integer >= 1, got 0"):
+        MarginTask(net(), LargeMarginLoss(), positions=0)
+    with pytest.raises(ValueError, match="positions must be None for OneToNLoss"):
+        MarginTask(net(), OneToNLoss(), positions=1)
+
+
+def test_suggested_margins_take_batches_of_any_form() -> None:
+    model, image, table, _ = two()
+    y = model(image, table).argmax(1)
+    task = MarginTask(model, LargeMarginLoss(), ("head", "image"))
+    expected = suggest_gamma(task, [(image, table, y)])
+    assert suggest_gamma(task, [{"image": image, "table": table, "target": y}]) == expected
+    norms = task(image, table, y)
+    distance = norms["distance"][:, 0].median(0).values if N % 2 else norms["distance"][:, 0].sort(0).values[N // 2 - 1]
+    torch.testing.assert_close(torch.tensor(expected.gamma), (1.5 * distance).float(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r'loader must give tuples .* or dicts with the key "target"'):
+        suggest_gamma(task, [{"image": image, "table": table}])
