@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from .deepfool_checks import (
 from .deprecation import renamed
 from .gradients.autograd_graph import without_hooks
 from .gradients.loop import pair_gradient, passes_to
+from .outputs import logits_in, with_zero
 from .random_state import RandomState
 from .replay import ReplayedModel, untouched
 from .sharding import check_plain, crossed, whole, whole_logits
@@ -95,8 +96,9 @@ def deepfool(
     x_next = x + (1 + overshoot) * step             ("step", as [A])
 
     Args:
-        model: maps [N, *] to logits [N, C]; each row depends on its own sample only. Put it into eval mode first. Its
-            buffers and attributes are afterwards as before; its hooks see every forward pass.
+        model: maps [N, *] to logits [N, C], or to an object or dict with `logits`; one logit f [N] or [N, 1] stands for
+            the classes (0, f). Each row depends on its own sample only. Put it into eval mode first. Its buffers and
+            attributes are afterwards as before; its hooks see every forward pass.
         x: floating [N, *].
         target: int64 [N], or None: the reference class is the prediction at x. With targets, samples predicted as their
             target are treated so too, and the others the other way round ([A], set F): they move until the target is
@@ -123,17 +125,33 @@ def deepfool(
     check_arguments(model, x, target, overshoot_mode, bounds, step_limit)
     check_plain(x)
     target = whole(target)
+    read = _Reads(model)
     with outside_inference_mode(), untouched(model):
         x = differentiable(x)
         random = RandomState.now(x)
         with torch.no_grad():
-            logits = whole(model(x))
+            logits = whole(read(x))
         check_logits(logits, x, target)
         coupled = warn_of_training_mode(model, random.changed())
         warn_of_probabilities(logits)
         options = (max_iter, overshoot, overshoot_mode, top_k, bounds, step_limit, logits)
         together = not convolves(model)
-        return search(model, x, target, exponent, *options, whole_batch=coupled, together=together).result
+        return search(read, x, target, exponent, *options, whole_batch=coupled, together=together).result
+
+
+class _Reads:
+    """A model as a function of x whose value is its logits [N, C]."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor) -> Any:
+        made = self.model(x)
+        found = logits_in(made)
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            return made
+        one = found.ndim == 1 or (found.ndim == 2 and found.shape[1] == 1)
+        return with_zero(found) if one else found
 
 
 @contextmanager
@@ -213,7 +231,7 @@ def search(
                     leaf, output = source, logits
                 else:
                     leaf = _taken(moved, group).detach().requires_grad_()
-                    with without_hooks(model.model if isinstance(model, ReplayedModel) else model):
+                    with without_hooks(model.model if isinstance(model, (ReplayedModel, _Reads)) else model):
                         output = whole_logits(model(leaf))
                 if not host_reads:
                     state.look(group, output.detach())

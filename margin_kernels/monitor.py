@@ -36,6 +36,7 @@ from .gradients.request import Captured, Request, Tap
 from .gradients.split import due
 from .gradients.structure import by_sample
 from .losses import base
+from .outputs import logits_in
 from .random_state import RandomState
 from .reference.dual_norm import dual_exponent
 from .sharding import gathered, whole
@@ -598,9 +599,7 @@ class _LogitProbe(torch.autograd.Function):
 
 
 def _logits(output: Any) -> Tensor:
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    logits = getattr(output, "logits", output)
+    logits = logits_in(output)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
         what = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         raise ValueError(f"model must return logits [N,C], or an object or a dict with `logits`, got {what}")

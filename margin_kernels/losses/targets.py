@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import functional
 from ..backends import is_functorch_wrapped
+from ..outputs import with_zero
 from ..tracing import tracing
 
 # An ignore_index that no target has.
@@ -189,13 +190,12 @@ def two_classes(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     target [N] or [N,1]: integers or bool, 1 against 0 or -1; or floating: these numbers, or the probability of class 1.
     On a GPU floating targets are soft targets. Raises ValueError for other values where they lie on the CPU.
     """
-    f = logits.reshape(-1, 1)
     if not isinstance(target, Tensor) or target.shape not in (logits.shape, logits.shape[:1]):
         shape = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f"target must be [N] = [{len(logits)}] for one logit, got {shape}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    return torch.cat([torch.zeros_like(f), f], 1), _of_one_logit(target.reshape(-1))
+    return with_zero(logits), _of_one_logit(target.reshape(-1))
 
 
 def _of_one_logit(target: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..gradients.request import Captured
 from ..losses.targets import two_classes
+from ..outputs import with_zero
 from .reading import shape_of_targets
 
 
@@ -59,8 +60,7 @@ class Layout(NamedTuple):
         """Logits [M,*] with one prediction a sample as [M,C]."""
         if self.class_dim is not None:
             return logits
-        f = logits.reshape(-1, 1)
-        return torch.cat([torch.zeros_like(f), f], 1)
+        return with_zero(logits)
 
     def rows(self, logits: Tensor, target: Tensor, weight: Tensor | None) -> Rows:
         """All predictions as rows."""
@@ -84,7 +84,7 @@ class Layout(NamedTuple):
         flat = logits.movedim(self.class_dim or 0, 1).flatten(2)
         slots = [flat.gather(2, column.view(n, 1, 1).expand(n, classes, 1)).squeeze(2) for column in index.unbind(1)]
         if classes == 1:
-            slots = [torch.cat([torch.zeros_like(f), f], 1) for f in slots]
+            slots = [with_zero(f) for f in slots]
         every = self._targets(target)
         _, every = _classes(flat.new_zeros(len(every), classes), every)
         at = (index + torch.arange(n, device=index.device).unsqueeze(1) * prod(self.positions)).flatten()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..outputs import described, logits_in
+
 Output = str | int | None
 
 
@@ -98,11 +100,7 @@ class Reading:
 
     def logits(self, made: Any) -> Tensor:
         """The logits in what a model has returned."""
-        found = made
-        if self.output is not None:
-            found = _part(made, self.output)
-        elif not isinstance(made, Tensor):
-            found = logits_in(made)
+        found = logits_in(made) if self.output is None else _part(made, self.output)
         if not isinstance(found, Tensor):
             raise ValueError(
                 f"model must return its logits as one tensor [N,C], got {described(made)}: name them, "
@@ -111,13 +109,6 @@ class Reading:
         if not found.is_floating_point():
             raise TypeError(f"logits must be floating point, got {found.dtype}")
         return found
-
-
-def logits_in(made: Any) -> Any:
-    """What an object has as `.logits` or under the key "logits"; None where it has neither."""
-    if isinstance(made, Mapping):
-        return made.get("logits")
-    return getattr(made, "logits", None)
 
 
 def _part(made: Any, output: str | int) -> Any:
@@ -131,16 +122,6 @@ def _part(made: Any, output: str | int) -> Any:
         except (KeyError, IndexError, TypeError):
             pass
     raise ValueError(f"output must name a part of what the model returns, {described(made)}, got {output!r}")
-
-
-def described(made: Any) -> str:
-    """What a model has returned, in words."""
-    name = type(made).__name__
-    if isinstance(made, Mapping):
-        return f"a {name} with {', '.join(map(repr, made)) or 'nothing'}"
-    if isinstance(made, (tuple, list)):
-        return f"a {name} of {len(made)}"
-    return name
 
 
 def shape_of_targets(logits: Tensor, target: Any) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..losses.base import positive
 from ..losses.large_margin import LargeMarginLoss
 from ..modes import eval_mode
+from ..outputs import described
 from ..process_group import Group, alone
 from .auto_gamma import nearest, positive_median
-from .reading import described
 from .task import MarginTask
 
 TRAIN_FIRST = "train first: the network is wrong on half of the samples"

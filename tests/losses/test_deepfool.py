@@ -199,10 +199,12 @@ def test_wrong_types_are_named(network, images, arguments, message):
 def test_wrong_tensors_are_named(network):
     with pytest.raises(ValueError, match=r"x must be a floating-point tensor \[N, \*\], got torch.int64 \[4, 8\]"):
         deepfool(network, torch.zeros(4, 8, dtype=torch.long))
-    with pytest.raises(ValueError, match="model must return logits of at least 2 classes, got 1"):
-        deepfool(lambda x: x[:, :1], torch.rand(4, 8))
-    with pytest.raises(ValueError, match=r"model must return logits \[N, C\] with N = 4, got torch.float32 \[4\]"):
-        deepfool(lambda x: x[:, 0], torch.rand(4, 8))
+    with pytest.raises(ValueError, match="model must return logits of at least 2 classes, got 0"):
+        deepfool(lambda x: x[:, :0], torch.rand(4, 8))
+    with pytest.raises(
+        ValueError, match=r"model must return logits \[N, C\] with N = 4, got torch.float32 \[4, 1, 8\]"
+    ):
+        deepfool(lambda x: x[:, None], torch.rand(4, 8))
     with pytest.raises(ValueError, match=r"model must return logits \[N, C\] with N = 4, got dict"):
         deepfool(lambda x: {"logits": x}, torch.rand(4, 8))
     with pytest.raises(ValueError, match=r"model must have had a forward pass, got .* 'weight'"):

@@ -7,15 +7,19 @@ import pytest
 import torch
 from support.gradients import gradients
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from margin_kernels import (
     AdversarialMarginLoss,
     LargeMarginLoss,
+    MarginMonitor,
     MarginSensitivityLoss,
     MarginTask,
     OneToNLoss,
+    deepfool,
     suggest_gamma,
 )
+from margin_kernels.outputs import logits_in
 
 CLASSES, N = 4, 6
 LOSSES = {
@@ -257,3 +261,55 @@ def test_suggested_margins_take_batches_of_any_form() -> None:
     torch.testing.assert_close(torch.tensor(expected.gamma), (1.5 * distance).float(), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r'loader must give tuples .* or dicts with the key "target"'):
         suggest_gamma(task, [{"image": image, "table": table}])
+
+
+@pytest.mark.parametrize("returns", ["object", "dict"])
+def test_deepfool_and_the_monitor_find_the_logits(returns) -> None:
+    plain, model, (x, y) = net(), Returns(returns), batch()
+    expected, found = deepfool(plain, x), deepfool(model, x)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    distances = []
+    for network, name in ((plain, "0"), (model, "net.0")):
+        with MarginMonitor(network, (name,)) as monitor:
+            made = network(x)
+            F.cross_entropy(made if isinstance(made, Tensor) else logits_in(made), y).backward()
+        distances.append(monitor.distances())
+    assert torch.equal(*distances)
+
+
+def test_deepfool_takes_one_logit() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1).double()
+    x, _ = batch()
+    found = deepfool(model, x, overshoot_mode="step")
+    w, f = model.weight[0].detach(), model(x).detach()[:, 0]
+    torch.testing.assert_close(found.distance, 1.02 * f.abs() / w.norm(), rtol=1e-10, atol=1e-12)
+    assert found.label.tolist() == (f < 0).long().tolist()
+    assert torch.equal(deepfool(lambda x: model(x)[:, 0], x, overshoot_mode="step").distance, found.distance)
+
+
+def test_positions_are_drawn_anew_in_compiled_steps() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 7).double(), nn.Linear(7, 8 * CLASSES).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.body(x))).unflatten(1, (8, CLASSES))
+
+    torch.manual_seed(0)
+    model, x = Tagger(), batch()[0]
+    y = torch.randint(CLASSES, (N, 8))
+    y[:, 0] = -100
+    loss = LargeMarginLoss(2.0, cross_entropy_weight=1.0)
+    every = MarginTask(model, loss, ("input", "body"), positions=8)
+    compiled = MarginTask(model, loss, ("input", "body"), positions=8)
+    compiled.compile(backend="aot_eager")
+    assert_same(compiled, compiled(x, y), every(x, y), model, model)
+    one = MarginTask(model, loss, ("input", "body"), positions=1)
+    one.compile(backend="aot_eager")
+    drawn = torch.cat([one(x, y)["position"] for _ in range(30)], 1)
+    assert sorted(set(drawn.flatten().tolist())) == [1, 2, 3, 4, 5, 6, 7]
+    out = one(x, y)
+    gap = every(x, y)["gap"].gather(1, out["position"][..., None])
+    torch.testing.assert_close(out["gap"], gap, rtol=1e-12, atol=1e-12)
