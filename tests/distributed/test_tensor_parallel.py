@@ -196,7 +196,7 @@ def trained(task: Any, x: Tensor, y: Tensor) -> list[Tensor]:
 
 def verdict(found: list[Tensor], expected: list[Tensor]) -> str:
     assert [t.shape for t in found] == [t.shape for t in expected]
-    worst = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    worst = max(float((a.double() - b.double()).abs().max()) for a, b in zip(found, expected, strict=True))
     return EXACT if worst <= TOLERANCE else f"off by {worst:.1e}"
 
 

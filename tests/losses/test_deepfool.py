@@ -206,7 +206,7 @@ def test_wrong_tensors_are_named(network):
     ):
         deepfool(lambda x: x[:, None], torch.rand(4, 8))
     with pytest.raises(ValueError, match=r"model must return logits \[N, C\] with N = 4, got dict"):
-        deepfool(lambda x: {"logits": x}, torch.rand(4, 8))
+        deepfool(lambda x: {"scores": x}, torch.rand(4, 8))
     with pytest.raises(ValueError, match=r"model must have had a forward pass, got .* 'weight'"):
         deepfool(nn.LazyLinear(3), torch.rand(4, 8))
     with pytest.raises(TypeError, match="model must be a module or a function, got str"):
