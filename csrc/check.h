@@ -65,12 +65,15 @@ void floating(const Name& name, const Tensor& tensor) {
                    name_of(tensor.scalar_type()));
 }
 
-inline void labelled_logits(const Tensor& logits, const Tensor& target) {
+// logits [N, C]; with `positions` also [N, C, S], which has N S rows
+inline void labelled_logits(const Tensor& logits, const Tensor& target, bool positions = false) {
   floating("logits", logits);
-  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape [N, C], got ", logits.sym_sizes());
+  TORCH_CHECK_VALUE(logits.dim() == 2 || (positions && logits.dim() == 3), "logits must have shape [N, C], got ",
+                    logits.sym_sizes());
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target must be int64 class indices, got ",
                    name_of(target.scalar_type()));
-  const auto rows = logits.sym_size(0), classes = logits.sym_size(1);
+  const auto rows = logits.dim() == 3 ? logits.sym_size(0) * logits.sym_size(2) : logits.sym_size(0);
+  const auto classes = logits.sym_size(1);
   TORCH_CHECK_VALUE(target.dim() == 1 && target.sym_size(0) == rows, "target must have shape [", rows,
                     "] to match logits, got ", target.sym_sizes());
   TORCH_CHECK_VALUE(target.device() == logits.device(), "target must be on the device of logits (", logits.device(),
@@ -92,7 +95,7 @@ inline void classes(const char* name, const Tensor& values, int64_t classes) {
 }
 
 inline void competitors(const Tensor& logits, const Tensor& target, int64_t k) {
-  labelled_logits(logits, target);
+  labelled_logits(logits, target, /*positions=*/true);
   const auto classes = logits.sym_size(1);
   TORCH_CHECK_VALUE(k >= 0 && classes - 1 >= k, "k must be in [0, ", classes - 1, "] for ", classes, " classes, got ",
                     k);

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors_m
                                                                                     const Tensor& target, int64_t k,
                                                                                     int64_t, bool uniform) {
   check::competitors(logits, target, k);
-  const auto n = logits.sym_size(0);
+  const auto n = logits.dim() == 3 ? logits.sym_size(0) * logits.sym_size(2) : logits.sym_size(0);
   const auto acc = accumulate_options(logits);
   const c10::SymInt measured = uniform ? n : c10::SymInt(0);
   return {at::empty_symint({n, k}, acc),

@@ -16,7 +16,8 @@ using at::TensorList;
 using c10::SymIntArrayRef;
 
 // index = top-k classes without the label, gap = z[index] - z[target], nll = cross-entropy,
-// phi = z[target] - logsumexp of the others, uniform = mean over the finite classes of -log p
+// phi = z[target] - logsumexp of the others, uniform = mean over the finite classes of -log p. On the CPU logits may be
+// [N, C, S], predictions at S positions: row n S + s holds logits[n, :, s], and N stands for N S in all other shapes.
 std::tuple<Tensor,                 // gap        [N, k]  acc
            Tensor,                 // nll        [N]     acc
            Tensor,                 // phi        [N]     acc

@@ -9,7 +9,7 @@ DTensors are gathered, whatever their placements: the result is a plain tensor, 
 are sharded as the arguments are (see margin_kernels.sharding). A plain tensor beside them stands for the whole, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,8 +68,10 @@ def competitors(
     nll and phi are right to float32 rounding for any confidence: the sum over j != y never meets the label's 1.
 
     Args:
-        logits: [N, C], C >= 2. A class with logit -inf is masked: probability 0, gradient 0.
-        target: [N] int64 in [0, C), or ignore_index.
+        logits: [N, C], C >= 2. A class with logit -inf is masked: probability 0, gradient 0. Or [N, C, *S], predictions
+            at positions, in any memory format: the CPU kernel reads them where they lie, other backends make one copy
+            where the classes are not side by side.
+        target: [N] int64 in [0, C), or ignore_index; [N, *S] for predictions at positions, and so are the results.
         k: number of competitors, 0 <= k <= C - 1.
         ignore_index: rows with this target are left out; it may be the number of a class.
         uniform: also return `uniform`, the term of label smoothing.
@@ -96,6 +98,8 @@ def competitors(
     """
     logits, target = gathered(logits, target)
     name, op = choose("competitors", (logits,), backend)
+    if logits.dim() > 2:
+        return _at_positions(logits, target, k, ignore_index, uniform, name)
     if name not in _COMPILED:
         checks.check_competitors(logits, target, k, ignore_index)
         gap, nll, phi, smoothing, index = op(logits, target, k, ignore_index, uniform)
@@ -103,6 +107,32 @@ def competitors(
     else:
         gap, nll, phi, smoothing, index, _, valid = op(logits, target, k, ignore_index, uniform)
     return Competitors(index, gap, nll, phi, smoothing if uniform else None, valid)
+
+
+def _at_positions(
+    logits: Tensor, target: Tensor, k: int, ignore_index: int, uniform: bool, backend: str
+) -> Competitors:
+    """`competitors` of logits [N, C, *S] and target [N, *S]."""
+    shape = torch.Size([logits.shape[0], *logits.shape[2:]])
+    if target.dim() < 2:
+        raise ValueError(f"logits must have shape [N, C], got {list(logits.shape)}")
+    if target.shape != shape:
+        raise ValueError(f"target must have shape {list(shape)} to match logits, got {list(target.shape)}")
+    rows = logits.movedim(1, -1)
+    if backend == "cpu" and not rows.is_contiguous():
+        _, op = choose("competitors", (logits,), backend)
+        gap, nll, phi, smoothing, index, _, valid = op(logits.flatten(2), target.flatten(), k, ignore_index, uniform)
+        found = Competitors(index, gap, nll, phi, smoothing if uniform else None, valid)
+    else:
+        found = competitors(rows.flatten(0, -2), target.flatten(), k, ignore_index, uniform, backend)
+    return reshaped(found, lambda value: value.unflatten(0, shape))
+
+
+def reshaped(found: Competitors, change: Callable[[Tensor], Tensor]) -> Competitors:
+    """The same with every tensor changed."""
+    index, gap, nll, phi, smoothing, valid = found
+    smoothing = None if smoothing is None else change(smoothing)
+    return Competitors(change(index), change(gap), change(nll), change(phi), smoothing, change(valid))
 
 
 class DeepFoolStep(NamedTuple):

@@ -61,14 +61,30 @@ struct CompetitorsBackwardFunction : Function<CompetitorsBackwardFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
+    const Tensor& logits = saved[3];
+    if (!grads[0].defined()) return variable_list(8);
+    if (logits.dim() == 3) return of_positions(ctx, grads[0], saved);
+    return differentiated(ctx, grads[0], saved);
+  }
+
+  // The same of logits [N, C, S], by way of their rows.
+  static variable_list of_positions(AutogradContext* ctx, const Tensor& grad, variable_list saved) {
+    const auto n = saved[3].sym_size(0), classes = saved[3].sym_size(1), s = saved[3].sym_size(2);
+    const auto rows = [&](const Tensor& t) { return t.transpose(1, 2).reshape_symint({n * s, classes}); };
+    saved[3] = rows(saved[3]);
+    variable_list found = differentiated(ctx, rows(grad), saved);
+    if (found[4].defined()) found[4] = found[4].reshape_symint({n, s, classes}).transpose(1, 2);
+    return found;
+  }
+
+  static variable_list differentiated(AutogradContext* ctx, const Tensor& grad, const variable_list& saved) {
     const Tensor &grad_nll = saved[0], &grad_phi = saved[1], &grad_uniform = saved[2];
     const Tensor &logits = saved[3], &target = saved[4], &index = saved[5], &normalizer = saved[6];
-    if (!grads[0].defined()) return variable_list(8);
     const auto acc = check::accumulate_type(logits.scalar_type());
     const Tensor sum = normalizer.narrow(1, 1, 1);
     const Tensor silent = sum.eq(0), poisoned = sum.isnan();
     // An ignored row, or one without competitors, has no gradient; a row that holds NaN has NaN.
-    const Tensor v = grads[0].to(acc).masked_fill(silent, 0).masked_fill(poisoned, kNaN);
+    const Tensor v = grad.to(acc).masked_fill(silent, 0).masked_fill(poisoned, kNaN);
     const Tensor y = target.unsqueeze(1).clamp(0, logits.sym_size(1) - 1);
     const Tensor z = logits.to(acc).masked_fill(silent.logical_or(poisoned), 0);
     const Tensor finite = z.ne(-kInfinity), v_label = v.gather(1, y), label_is_finite = finite.gather(1, y);

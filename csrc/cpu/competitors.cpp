@@ -70,12 +70,80 @@ struct CompetitorsBackward {
 namespace margin_kernels {
 namespace {
 
+// Positions whose rows are brought together at a time: whole lines of memory for each class, few enough for the cache.
+constexpr int64_t kTile = 32;
+
+// Logits [N, C] as rows, or [N, C, S], whose N S rows lie across the memory.
+struct Rows {
+  Tensor logits;
+  int64_t positions;  // S, or 0 for [N, C]
+
+  explicit Rows(const Tensor& given)
+      : logits(given.dim() == 3 ? given : unit_stride_rows(given)), positions(given.dim() == 3 ? given.size(2) : 0) {}
+
+  int64_t count() const { return logits.size(0) * (positions ? positions : 1); }
+
+  // visit(first, n, s, length) for the tiles of rows [begin, end): rows first.. are the positions s.. of sample n.
+  template <class F>
+  void tiles(int64_t begin, int64_t end, const F& visit) const {
+    for (int64_t row = begin; row < end;) {
+      const int64_t n = row / positions, s = row % positions;
+      const int64_t length = std::min({kTile, positions - s, end - row});
+      visit(row, n, s, length);
+      row += length;
+    }
+  }
+
+  // The logits of a tile, [length, C].
+  template <class scalar_t>
+  void read(int64_t n, int64_t s, int64_t length, scalar_t* rows) const {
+    const int64_t classes = logits.size(1), step = logits.stride(2);
+    const scalar_t* z = logits.const_data_ptr<scalar_t>() + n * logits.stride(0) + s * step;
+    for (int64_t c = 0; c < classes; ++c, z += logits.stride(1)) {
+      for (int64_t t = 0; t < length; ++t) rows[t * classes + c] = z[t * step];
+    }
+  }
+};
+
+// Row r and those behind it as rows 0, 1, ... of other logits.
+template <class scalar_t>
+CompetitorsForward<scalar_t> from_row(CompetitorsForward<scalar_t> at, int64_t r, const scalar_t* rows) {
+  at.logits = rows;
+  at.row_stride = at.classes;
+  at.target += r * at.target_stride;
+  at.index += r * at.k;
+  at.gap += r * at.k;
+  at.nll += r;
+  at.phi += r;
+  if (at.uniform) at.uniform += r;
+  at.normalizer += 3 * r;
+  at.valid += r;
+  return at;
+}
+
+template <class scalar_t>
+CompetitorsBackward<scalar_t> from_row(CompetitorsBackward<scalar_t> at, int64_t r, const scalar_t* rows,
+                                       scalar_t* drows) {
+  at.logits = rows;
+  at.row_stride = at.classes;
+  at.target += r * at.target_stride;
+  at.index += r * at.k;
+  at.normalizer += 3 * r;
+  if (at.grad_gap) at.grad_gap += r * at.gap_strides[0];
+  for (auto* g : {&at.grad_nll, &at.grad_phi, &at.grad_uniform}) {
+    if (g->data) g->data += r * g->stride;
+  }
+  at.dlogits = drows;
+  return at;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors_cpu(const Tensor& logits,
                                                                                    const Tensor& target, int64_t k,
                                                                                    int64_t ignore_index, bool uniform) {
   check::competitors(logits, target, k);
-  const int64_t n = logits.size(0), classes = logits.size(1);
-  const Tensor z = unit_stride_rows(logits);
+  const Rows rows(logits);
+  const int64_t n = rows.count(), classes = logits.size(1);
+  const Tensor& z = rows.logits;
   const auto options = logits.options().dtype(check::accumulate_type(logits.scalar_type()));
   // Seven of them: at::empty would send each through the dispatcher.
   Tensor index = at::detail::empty_cpu({n, k}, target.options()), gap = at::detail::empty_cpu({n, k}, options);
@@ -100,6 +168,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors_c
                                           uniform ? uniform_loss.data_ptr<acc>() : nullptr,
                                           normalizer.data_ptr<acc>(),
                                           valid.data_ptr<bool>()};
+    if (rows.positions) {
+      at::parallel_for(0, n, grain(classes), [&](int64_t begin, int64_t end) {
+        std::vector<scalar_t> tile(kTile * classes);
+        rows.tiles(begin, end, [&](int64_t row, int64_t sample, int64_t s, int64_t length) {
+          rows.read(sample, s, length, tile.data());
+          std::atomic<int64_t> found{-1};
+          MK_DISPATCH(forward_rows<scalar_t>(from_row(at, row, tile.data()), 0, length, &found));
+          if (found.load() >= 0) bad.store(row + found.load());
+        });
+      });
+      return;
+    }
     at::parallel_for(0, n, grain(classes),
                      [&](int64_t begin, int64_t end) { MK_DISPATCH(forward_rows<scalar_t>(at, begin, end, &bad)); });
   });
@@ -114,8 +194,9 @@ Tensor competitors_backward_cpu(const std::optional<Tensor>& grad_gap, const std
                                 const std::optional<Tensor>& grad_phi, const std::optional<Tensor>& grad_uniform,
                                 const Tensor& logits, const Tensor& target, const Tensor& index,
                                 const Tensor& normalizer) {
-  const int64_t n = logits.size(0), classes = logits.size(1);
-  const Tensor z = unit_stride_rows(logits);
+  const Rows rows(logits);
+  const int64_t n = rows.count(), classes = logits.size(1);
+  const Tensor& z = rows.logits;
   Tensor dlogits = at::empty_like(logits, at::MemoryFormat::Contiguous);
   advise_large_pages(dlogits);
   const auto as_acc = [&](const std::optional<Tensor>& t) {
@@ -147,6 +228,21 @@ Tensor competitors_backward_cpu(const std::optional<Tensor>& grad_gap, const std
     at.grad_phi = per_sample(from_phi);
     at.grad_uniform = per_sample(from_uniform);
     at.dlogits = dlogits.data_ptr<scalar_t>();
+    if (rows.positions) {
+      at::parallel_for(0, n, grain(classes), [&](int64_t begin, int64_t end) {
+        std::vector<scalar_t> tile(2 * kTile * classes);
+        scalar_t *z_rows = tile.data(), *dz_rows = z_rows + kTile * classes;
+        rows.tiles(begin, end, [&](int64_t row, int64_t sample, int64_t s, int64_t length) {
+          rows.read(sample, s, length, z_rows);
+          MK_DISPATCH(backward_rows<scalar_t>(from_row(at, row, z_rows, dz_rows), 0, length));
+          scalar_t* dz = at.dlogits + sample * classes * rows.positions + s;
+          for (int64_t c = 0; c < classes; ++c, dz += rows.positions) {
+            for (int64_t t = 0; t < length; ++t) dz[t] = dz_rows[t * classes + c];
+          }
+        });
+      });
+      return;
+    }
     at::parallel_for(0, n, grain(classes),
                      [&](int64_t begin, int64_t end) { MK_DISPATCH(backward_rows<scalar_t>(at, begin, end)); });
   });

@@ -17,6 +17,7 @@ using cuda::in;
 using cuda::out;
 
 void check_size(const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape [N, C] on a GPU, got ", logits.sizes());
   const int64_t n = logits.size(0), classes = logits.size(1);
   TORCH_CHECK_VALUE(classes <= int64_t{1} << 30 && n <= 0x7fffffff / (1 + classes / cuda::kPartClasses),
                     "logits are too large for one launch: ", logits.sizes());

@@ -19,7 +19,7 @@ from ..reference.margin_hinge import AGGREGATIONS
 from . import base
 from .base import TapLoss, optional
 from .margins import Margins
-from .targets import Targets, cross_entropy
+from .targets import Targets, cross_entropy, ranked, rows_of
 
 # Norms up to this multiple of eps, or up to this value, count as 0: the distance would be the gap over eps.
 DEGENERATE, LEAST_NORM = 100.0, 1e-4
@@ -287,8 +287,7 @@ class LargeMarginLoss(TapLoss):
         """What the auxiliary term takes of all rows."""
         targets = self.targets(logits, target, sample_weight)
         k = 1 if self.auxiliary == "pairwise" else 0
-        found = functional.competitors(logits, targets.label, k, targets.ignored, self._smoothed, self.backend)
-        return found, logits, targets
+        return ranked(logits, targets, k, self._smoothed, self.backend), logits, targets
 
     @property
     def _smoothed(self) -> bool:
@@ -297,8 +296,7 @@ class LargeMarginLoss(TapLoss):
 
     def gaps(self, logits: Tensor, targets: Targets) -> functional.Competitors:
         """competitor and gap [N,k] in the loss's space, nll [N] of logits [N,C]: all that needs no activations."""
-        label = targets.label
-        found = functional.competitors(logits, label, self.top_k, targets.ignored, self._smoothed, self.backend)
+        found = ranked(logits, targets, self.top_k, self._smoothed, self.backend)
         if self.competitors == "soft":
             return found._replace(gap=-found.phi.unsqueeze(1))
         if self.space == "probability":
@@ -328,7 +326,7 @@ class LargeMarginLoss(TapLoss):
         """The auxiliary term of each row, [N], weighed."""
         if self.auxiliary == "cross_entropy":
             return cross_entropy(found, logits, targets, self.label_smoothing)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        wide = rows_of(logits).to(torch.promote_types(logits.dtype, torch.float32))
         own = targets.safe(logits.shape[1]).unsqueeze(1)
         return targets.weighed(F.softplus(wide.gather(1, found.competitor[:, :1]) - wide.gather(1, own)).squeeze(1))
 

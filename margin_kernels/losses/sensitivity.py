@@ -29,7 +29,7 @@ from .base import (
     optional,
     weights_of_classes,
 )
-from .targets import Targets, cross_entropy
+from .targets import Targets, cross_entropy, ranked
 
 CLASSIFICATIONS = ("hinge", "cross_entropy")
 # How the norm is differentiated, as the passes that do it.
@@ -244,12 +244,12 @@ class MarginSensitivityLoss(TapLoss):
 
     def _gaps(self, logits: Tensor, targets: Targets, top_k: int | None = None) -> functional.Competitors:
         """The competitors to choose from [N,k], strongest first, their gaps and the cross-entropy."""
-        most = logits.shape[1] - 1 if logits.dim() == 2 else 1
+        most = logits.shape[1] - 1 if logits.dim() > 1 else 1
         k = self.top_k if top_k is None else top_k
-        if k is not None and logits.dim() == 2 and k > most:
+        if k is not None and logits.dim() > 1 and k > most:
             raise ValueError(f"top_k must be at most the number of classes - 1 = {most}, got {k}")
         smoothed = self.label_smoothing > 0 and self.class_weight is None
-        return functional.competitors(logits, targets.label, k or most, targets.ignored, smoothed, backend=self.backend)
+        return ranked(logits, targets, k or most, smoothed, self.backend)
 
     def _classification(self, found: functional.Competitors, logits: Tensor, targets: Targets) -> Tensor:
         """The hinge or the cross-entropy of each row, [N], weighed."""

@@ -73,34 +73,49 @@ def read(
     class_weight: Sequence[float] | None = None,
     sample_weight: Tensor | None = None,
 ) -> Targets:
-    """The targets of logits [N,C]: int64 [N], or floating [N,C]; sample_weight [N] >= 0.
+    """The targets of logits [N,C], or of the N S rows of [N,C,S]: int64 [N], or floating [N,C]; sample_weight [N] >= 0.
 
     Raises ValueError, TypeError for shapes and types, on the CPU also for soft targets whose rows are no distributions
     and for weights that are negative or not finite; elsewhere these make the loss of the row NaN.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, int64 [N] or soft targets [N,C], got {type(target).__name__}")
-    if class_weight is not None and logits.dim() == 2 and len(class_weight) != logits.shape[1]:
+    if class_weight is not None and logits.dim() > 1 and len(class_weight) != logits.shape[1]:
         raise ValueError(
             f"class_weight must hold one weight for each of {logits.shape[1]} classes, got {len(class_weight)}"
         )
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = logits.shape[0] * logits.shape[2:].numel()
     weights = None
     if class_weight is not None:
         weights = torch.tensor(class_weight, dtype=wide).to(logits.device, non_blocking=True)
-    sample = None if sample_weight is None else _sample_weight(sample_weight, logits, wide)
+    sample = None if sample_weight is None else _sample_weight(sample_weight, rows, logits.device, wide)
     if isinstance(target, Tensor) and target.is_floating_point():
-        soft, label = _soft(target, logits, wide)
+        soft, label = _soft(target, rows, logits, wide)
         valid = torch.ones_like(label, dtype=torch.bool)
         factor = sample if weights is None else _times(soft @ weights, sample)
         share = sample
         return Targets(label, NOTHING, soft, valid, weights, sample, factor, share)
     valid = target != ignore_index
     factor, share = sample, None if sample is None else torch.where(valid, sample, 0)
-    if weights is not None and logits.dim() == 2:
+    if weights is not None and logits.dim() > 1:
         own = weights[torch.where(valid, target, 0).clamp(0, logits.shape[1] - 1)]
         factor = share = torch.where(valid, _times(own, sample), 0)
     return Targets(target, ignore_index, None, valid, weights, sample, factor, share)
+
+
+def ranked(logits: Tensor, targets: Targets, k: int, smoothed: bool, backend: str) -> functional.Competitors:
+    """`functional.competitors` of logits [N,C], or of the N S rows of [N,C,S], whose targets these are."""
+    if logits.dim() == 2:
+        return functional.competitors(logits, targets.label, k, targets.ignored, smoothed, backend)
+    label = targets.label.view(logits.shape[0], -1)
+    found = functional.competitors(logits, label, k, targets.ignored, smoothed, backend)
+    return functional.reshaped(found, lambda value: value.flatten(0, 1))
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """Logits [N,C] themselves, [N,C,S] as N S rows."""
+    return logits if logits.dim() == 2 else logits.transpose(1, 2).flatten(0, 1)
 
 
 def cross_entropy(found: functional.Competitors, logits: Tensor, targets: Targets, smoothing: float) -> Tensor:
@@ -112,9 +127,9 @@ def cross_entropy(found: functional.Competitors, logits: Tensor, targets: Target
         if weights is not None:
             terms = terms * weights[targets.safe(len(weights))]
     else:
-        terms = _divergence(found.nll, logits, targets.label, soft if weights is None else soft * weights)
+        terms = _divergence(found.nll, rows_of(logits), targets.label, soft if weights is None else soft * weights)
     if smoothing > 0:
-        smooth = found.uniform if weights is None else _weighed_by_class(logits, weights)
+        smooth = found.uniform if weights is None else _weighed_by_class(rows_of(logits), weights)
         assert smooth is not None
         terms = torch.lerp(terms, smooth, smoothing)
     terms = torch.where(targets.valid, terms, 0)
@@ -142,9 +157,9 @@ def _times(values: Tensor, factor: Tensor | None) -> Tensor:
     return values if factor is None else values * factor
 
 
-def _soft(target: Tensor, logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _soft(target: Tensor, rows: int, logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Soft targets [N,C], NaN in rows that are no distribution, and the largest class of each [N]."""
-    if logits.dim() != 2 or target.shape != logits.shape:
+    if logits.dim() < 2 or target.shape != (rows, logits.shape[1]):
         raise ValueError(
             f"target must be int64 classes [N], or soft targets of the shape {list(logits.shape)} of the logits, got "
             f"{str(target.dtype).removeprefix('torch.')} of shape {list(target.shape)}"
@@ -164,13 +179,13 @@ def _soft(target: Tensor, logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Te
     return torch.where(proper.unsqueeze(1), soft, math.nan), torch.where(proper, soft.argmax(1), 0)
 
 
-def _sample_weight(weight: Tensor, logits: Tensor, wide: torch.dtype) -> Tensor:
+def _sample_weight(weight: Tensor, rows: int, device: torch.device, wide: torch.dtype) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"sample_weight must be a tensor [N], got {type(weight).__name__}")
-    if weight.dim() != 1 or len(weight) != len(logits):
-        raise ValueError(f"sample_weight must have shape [{len(logits)}] to match logits, got {list(weight.shape)}")
-    if weight.device != logits.device:
-        raise ValueError(f"sample_weight must be on the device of logits ({logits.device}), got {weight.device}")
+    if weight.dim() != 1 or len(weight) != rows:
+        raise ValueError(f"sample_weight must have shape [{rows}] to match logits, got {list(weight.shape)}")
+    if weight.device != device:
+        raise ValueError(f"sample_weight must be on the device of logits ({device}), got {weight.device}")
     weight = weight.detach().to(wide)
     proper = (weight >= 0) & (weight < math.inf)
     if _readable(weight) and not bool(proper.all()):

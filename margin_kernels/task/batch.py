@@ -126,7 +126,7 @@ class Batches:
             raise ValueError('reduction must be "mean" or "sum" for predictions at positions, got "none"')
         index, stands_for = draw(layout.counted(y, loss.ignore_index), self.positions)
         rows, slots = layout.drawn(made, y, sample_weight, index, stands_for)
-        batch = Batch(layout, rows, layout.rows(made, y, sample_weight), index)
+        batch = Batch(layout, rows, layout.rows(made, y, sample_weight, in_place=True), index)
         if captured.logits is made:
             return batch, seen_from(captured, slots, rows.logits)
         passed, slots = layout.drawn(captured.logits, y, sample_weight, index, stands_for)

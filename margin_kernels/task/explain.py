@@ -77,7 +77,8 @@ def explained(task: Any, inputs: Inputs, y: Tensor) -> Explanation:
     batch, captured = task._batches.at_taps(task.loss, made, captured, y, None)
     logits, label = batch.rows.logits, batch.label()
     passes = task.loss.passes(task.passes)
-    request = task.loss.request(logits.shape[-1], batch.rows.target.is_floating_point())
+    soft = (True,) if batch.rows.target.is_floating_point() else ()
+    request = task.loss.request(logits.shape[-1], *soft)
     found = reasons(request, captured, logits)
     gradients = choose(passes, request, captured, logits, Trials(alone=True))
     why = {key: reason for key, reason in found.items() if reason is not None and key != gradients.name}

@@ -62,13 +62,16 @@ class Layout(NamedTuple):
             return logits
         return with_zero(logits)
 
-    def rows(self, logits: Tensor, target: Tensor, weight: Tensor | None) -> Rows:
-        """All predictions as rows."""
+    def rows(self, logits: Tensor, target: Tensor, weight: Tensor | None, in_place: bool = False) -> Rows:
+        """All predictions as rows; in_place: logits [N,C,*S] as [N,C,S], which is a view, for their N S rows."""
         if self.class_dim is None:
             return Rows(*two_classes(logits, target), weight)
         if not self.dense:
             return Rows(logits, target, weight)
-        rows = logits.movedim(self.class_dim, -1).flatten(0, -2)
+        if in_place and self.class_dim == 1 and self.shape[1] > 1:
+            rows = logits.flatten(2)
+        else:
+            rows = logits.movedim(self.class_dim, -1).flatten(0, -2)
         target = self._targets(target)
         if weight is not None:
             weight = weight.flatten() if weight.shape == self._counted() else self._of_each_sample(weight)

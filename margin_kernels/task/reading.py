@@ -130,9 +130,9 @@ def shape_of_targets(logits: Tensor, target: Any) -> str:
     return f"logits {list(logits.shape)} and target {shape}"
 
 
-def check_not_transformed(tensors: list[Tensor]) -> None:
+def check_not_transformed() -> None:
     """Raises ValueError under a transform of torch.func, which cannot follow gradients taken inside a forward pass."""
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         raise ValueError(
             "torch.func transforms (grad, vmap, jvp) cannot go through a task, whose forward pass takes gradients "
             'itself: take torch.autograd.grad(task(x, y)["loss"], parameters)'

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from .log import flat
 from .reading import Inputs, Reading, check_not_transformed
 from .sharded import Sharded
 from .sharded import check_model as check_sharding
-from .without_gradients import End
+from .without_gradients import End, watching_the_end
 
 BATCHNORM = ("batch", "frozen")
 # What a loss is given besides logits and targets: the taps of the forward pass, nothing, or the model and its input.
@@ -141,7 +140,6 @@ class MarginTask(nn.Module):
         self._reading = Reading(output, call)
         self._batches = Batches(class_dim, positions)
         self._taps = Taps(model, ("input",) if layers is None else layers, batch_dim)
-        self._end = End(self._taps)
         # With gamma="auto", in the state dict.
         self.auto_gamma = AutoGamma(len(self.layers)) if getattr(loss, "gamma", None) == "auto" else None
         self._trials = Trials()
@@ -193,7 +191,7 @@ class MarginTask(nn.Module):
         if target is None:
             return {"output": self._reading(self.model, inputs)}
         if not tracing():
-            check_not_transformed([*inputs.tensors(), *islice(self.model.parameters(), 1)])
+            check_not_transformed()
         if torch.compiler.is_exporting():
             raise ValueError("a training step cannot be exported: torch.export.export(task.model, (x,)) has the logits")
         if not torch.is_grad_enabled():
@@ -279,7 +277,7 @@ class MarginTask(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             inputs, y, sample_weight = usable((inputs, y, sample_weight))
             looking = self.loss.needs == "taps" and not tracing()
-            with self._end.watching(self.model) if looking else nullcontext():
+            with watching_the_end(self.model, self._taps) if looking else nullcontext() as end:
 
                 def run() -> Tensor:
                     return self._reading(self.model, inputs)
@@ -291,17 +289,17 @@ class MarginTask(nn.Module):
             found = self.loss.logit_statistics(*batch.given, **batch.weights)
             if self.loss.needs != "logits":
                 found["partial"] = True
-            if looking and not layout.dense:
-                loss, partial = self._near_the_end(batch, made)
+            if end is not None and not layout.dense:
+                loss, partial = self._near_the_end(batch, made, end)
                 found |= {} if loss is None else {"loss": loss}
                 found |= {"partial": True} if partial else {}
                 if not partial:
                     del found["partial"]
             return batch.fields(made, found)
 
-    def _near_the_end(self, batch: Batch, made: Tensor) -> tuple[Tensor | None, bool]:
+    def _near_the_end(self, batch: Batch, made: Tensor, end: End) -> tuple[Tensor | None, bool]:
         """The loss with the margins that need no backward pass, and whether others are missing."""
-        captured = self._end.captured(made)
+        captured = end.captured(made)
         if captured is None:
             return None, True
         if batch.rows.logits is not made:

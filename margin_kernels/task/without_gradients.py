@@ -7,8 +7,10 @@ and on the logits are measured there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,77 +51,82 @@ class _Call(NamedTuple):
     output: _Seen
 
 
-class End:
-    """Watches forward passes without gradients for the final layer.
+@contextmanager
+def watching_the_end(model: nn.Module, taps: Taps) -> Iterator[End]:
+    """Around one forward pass without gradients, of this thread.
 
-    end = End(taps)
-    with end.watching(model):
+    with watching_the_end(model, taps) as end:
         logits = model(x)
     captured = end.captured(logits)      the taps that are measured there, or None
     """
+    end, thread = End(taps), threading.get_ident()
+
+    def here(note: Any, *args: Any) -> None:
+        if threading.get_ident() == thread:  # another may run the same model
+            note(*args)
+
+    hooks = [(name, partial(here, end.note), True) for name in end_candidates(model)]
+    hooks += [(name, partial(here, end.keep, name), False) for name in taps.modules]
+    handles = [model.get_submodule(name).register_forward_hook(hook, prepend=first) for name, hook, first in hooks]
+    try:
+        yield end
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class End:
+    """What one forward pass shows of the final layer, the pooling before it, and the taps."""
 
     def __init__(self, taps: Taps) -> None:
         self._taps = taps
         self._calls: list[_Call] = []
-        self._tapped: dict[str, list[dict[str, _Seen]]] = {}
+        self._tapped: dict[str, list[dict[str, _Seen]]] = {name: [] for name in taps.modules}
+        self._rows: Tensor | None = None
+        self._pooled: tuple[Tensor, Tensor] | None = None
 
-    @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Around one forward pass."""
-        self._calls, self._tapped = [], {name: [] for name in self._taps.modules}
-        handles = [
-            model.get_submodule(name).register_forward_hook(self._note, prepend=True) for name in end_candidates(model)
-        ]
-        handles += [model.get_submodule(name).register_forward_hook(self._keeper(name)) for name in self._taps.modules]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A call of a module that may be the final layer or the pooling."""
         x = args[0] if len(args) == 1 else None
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or "forward" in vars(module):
             return
         if not x.is_inference() and not output.is_inference():
             self._calls.append(_Call(module, _Seen.now(x), _Seen.now(output)))
 
-    def _keeper(self, base: str) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found = self._taps.tensors(base, len(self._tapped[base]), output)
-            self._tapped[base].append({name: _Seen.now(t) for name, t in found.items() if not t.is_inference()})
-
-        return keep
+    def keep(self, base: str, module: nn.Module, args: Any, output: Any) -> None:
+        """A call of a module that is tapped."""
+        found = self._taps.tensors(base, len(self._tapped[base]), output)
+        self._tapped[base].append({name: _Seen.now(t) for name, t in found.items() if not t.is_inference()})
 
     def captured(self, logits: Tensor) -> Captured | None:
         """The forward pass from the pooling on, with the taps that are there; None where there is none."""
-        calls, tapped, self._calls, self._tapped = self._calls, self._tapped, [], {}
         with torch.enable_grad():
-            head, z = self._head(calls, logits)
-            if z is None:
-                z = logits.detach().requires_grad_()
+            head, z = self._head(logits)
+            z = logits.detach().requires_grad_() if z is None else z
             taps, chosen = [], []
             for i, name in enumerate(self._taps.names):
-                edge = get_gradient_edge(z) if name == OUTPUT else None
-                seen = None if edge is not None or head is None else self._taps.picked(name, tapped)
-                if head is not None and seen is not None:
-                    pooled, rows = self._pooled, self._rows
-                    if pooled is not None and seen.is_same(pooled[0]):
-                        edge = get_gradient_edge(pooled[1])
-                    elif seen.is_same(rows):
-                        edge = get_gradient_edge(head.input)
-                if edge is not None:
-                    shape = logits.shape if name == OUTPUT else seen.tensor.shape if seen is not None else logits.shape
-                    taps.append(Tap(name, edge, shape))
+                tap = Tap(name, get_gradient_edge(z), logits.shape) if name == OUTPUT else self._tap(name, head)
+                if tap is not None:
+                    taps.append(tap)
                     chosen.append(i)
         if not taps:
             return None
         return Captured(z, taps, head, measuring=True, layers=len(self._taps.names), chosen=chosen)
 
-    def _head(self, calls: Sequence[_Call], logits: Tensor) -> tuple[Head | None, Tensor | None]:
+    def _tap(self, name: str, head: Head | None) -> Tap | None:
+        """A tap on the input of the final layer or of the pooling; None where it is neither."""
+        seen = self._taps.picked(name, self._tapped)
+        if head is None or seen is None:
+            return None
+        if self._pooled is not None and seen.is_same(self._pooled[0]):
+            return Tap(name, get_gradient_edge(self._pooled[1]), seen.tensor.shape)
+        if self._rows is not None and seen.is_same(self._rows):
+            return Tap(name, get_gradient_edge(head.input), seen.tensor.shape)
+        return None
+
+    def _head(self, logits: Tensor) -> tuple[Head | None, Tensor | None]:
         """The final layer on a leaf in the place of its input, or of the pooling's, and what it gives."""
-        self._pooled: tuple[Tensor, Tensor] | None = None
-        for call in reversed(calls):
+        for call in reversed(self._calls):
             module, x = call.module, call.input.tensor
             if plain_type(module) is not nn.Linear or x.dim() != 2 or not call.output.is_same(logits):
                 continue
@@ -128,7 +135,7 @@ class End:
                 return None, None
             self._rows = x
             entry: Tensor = x.detach().requires_grad_()
-            pool = next((other for other in calls if other.module is not module and self._pools(other, x)), None)
+            pool = next((other for other in self._calls if other.module is not module and self._pools(other, x)), None)
             pooled, positions = None, 1
             if pool is not None:
                 before = pool.input.tensor

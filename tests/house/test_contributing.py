@@ -341,7 +341,8 @@ from torch.nn import functional as F
 
 from .. import functional
 from ..backends import BACKENDS
-from .base import NOTHING, MarginLoss, one_of, positive
+from .base import MarginLoss, one_of, positive
+from .targets import NOTHING
 
 
 class QuadraticMargins(NamedTuple):
@@ -391,7 +392,8 @@ from .. import functional
 from ..backends import BACKENDS
 from ..gradients.choose import choose
 from ..gradients.request import Captured, Request
-from .base import NOTHING, TapLoss, count, one_of, positive
+from .base import TapLoss, count, one_of, positive
+from .targets import NOTHING
 
 
 class DistanceMargins(NamedTuple):

@@ -525,3 +525,65 @@ def test_property_gaps_decrease_and_nll_bounds_the_first(data):
     low = result.gap[:, 0].clamp(min=0)
     assert (result.nll >= low - 1e-4).all()
     assert (result.nll <= low + torch.log(torch.tensor(float(classes))) + 1e-4).all()
+
+
+def positions(dtype: torch.dtype = torch.float64, classes: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [2,C,5,9], more positions than a tile has, and targets with ignored ones; masked classes, NaN."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(2, classes, 5, 9, generator=generator, dtype=torch.float64)
+    y = torch.randint(classes, (2, 5, 9), generator=generator)
+    y[0, 0, :3] = -100
+    z[0, 2, 1, :4] = -math.inf
+    z[1, 3, 4, 8] = math.nan
+    return z.to(dtype), y
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_predictions_at_positions_are_rows(k, dtype, memory, backend) -> None:
+    z, y = positions(dtype)
+    if memory == "channels_last":
+        z = z.contiguous(memory_format=torch.channels_last)
+    if memory == "sliced":
+        z = torch.stack([z, z], -1)[..., 0]
+    z = z.requires_grad_()
+    rows = z.detach().movedim(1, -1).flatten(0, 2).requires_grad_()
+    found = functional.competitors(z, y, k, uniform=True, backend=backend)
+    expected = functional.competitors(rows, y.flatten(), k, uniform=True, backend=backend)
+    weight = torch.linspace(0.5, 2, y.numel(), dtype=found.nll.dtype)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape[:3] == y.shape
+        torch.testing.assert_close(a.flatten(0, 2), b, rtol=0, atol=0, equal_nan=True)
+
+    def total(f, shape) -> torch.Tensor:
+        terms = f.nll + 0.3 * f.uniform + 0.7 * f.phi.nan_to_num(posinf=0, neginf=0)
+        terms = terms + (f.gap.nan_to_num(posinf=0, neginf=0).sum(-1) if k else 0)
+        return (terms * weight.view(shape)).sum()
+
+    (dz,) = torch.autograd.grad(total(found, y.shape), z)
+    (drows,) = torch.autograd.grad(total(expected, (-1,)), rows)
+    torch.testing.assert_close(dz.movedim(1, -1).flatten(0, 2), drows, rtol=0, atol=0, equal_nan=True)
+
+
+def test_positions_are_differentiated_twice(backend) -> None:
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(4, (2, 3), generator=generator)
+    y[0, 1] = -100
+
+    def of(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = functional.competitors(z, y, 2, uniform=True, backend=backend)
+        return found.gap, found.nll, found.phi, found.uniform
+
+    assert torch.autograd.gradcheck(of, (z,))
+    assert torch.autograd.gradgradcheck(of, (z,))
+
+
+def test_positions_need_targets_of_their_shape(backend) -> None:
+    z, y = positions()
+    with pytest.raises(ValueError, match=r"target must have shape \[2, 5, 9\] to match logits, got \[2, 45\]"):
+        functional.competitors(z, y.flatten(1), 1, backend=backend)
+    y[1, 2, 3] = 7
+    with pytest.raises(ValueError, match=r"target must be in \[0, 7\), got 7 at row 66"):
+        functional.competitors(z, y, 1, backend=backend)

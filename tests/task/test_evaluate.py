@@ -1,6 +1,9 @@
 """A task in validation loops, loggers, averages and exports."""
 
 import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +126,34 @@ def test_margins_that_are_asked_for_as_medians_hold_theirs() -> None:
         torch.testing.assert_close(task(x, y)["loss"], expected.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(task.evaluate(x, y)["loss"], expected.detach(), rtol=1e-10, atol=1e-12)
     assert all(torch.equal(value, before[name]) for name, value in task.auto_gamma.state_dict().items())
+
+
+def test_a_forward_without_gradients_holds_no_activation_and_no_hook() -> None:
+    model, (x, y) = net(), batch()
+    task = MarginTask(model, LargeMarginLoss(3.0), ("input", "3", "output"))
+    made: list[weakref.ref] = []
+    handle = model[2].register_forward_hook(lambda module, args, output: made.append(weakref.ref(output)))
+    with torch.no_grad():
+        task(x, y)
+    gc.collect()
+    assert made[0]() is None
+    handle.remove()
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_threads_evaluate_one_model_at_a_time_each_with_its_own_task() -> None:
+    model, (x, y) = net(), batch()
+    inputs = [x + 0.1 * i for i in range(8)]
+
+    def value(x: Tensor) -> Tensor:
+        task = MarginTask(model, LargeMarginLoss(3.0), ("3", "output"))
+        with torch.no_grad():
+            return torch.stack([task(x, y)["loss"] for _ in range(5)])
+
+    expected = [value(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(value, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 LOSSES = {
