@@ -20,10 +20,11 @@ from bench_one_to_n import SHAPES as BATCHES
 from bench_one_to_n import step as one_to_n_step
 from bench_row_distance import CLASSES, COMPETITORS, FEATURES, SAMPLES
 from bench_row_distance import forward as row_distance_forward
-from timing import environment, interleaved
+from timing import environment
 from torch import Tensor
 
 from margin_kernels import functional
+from margin_kernels.timing import interleaved
 
 
 def long_rows(

@@ -24,11 +24,12 @@ from typing import Any
 
 import compositions
 import torch
-from timing import environment, interleaved
+from timing import environment
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from margin_kernels import backends, functional
+from margin_kernels.timing import interleaved
 
 Call = Callable[[], Any]
 NORMS = (1, 2, 3, math.inf)

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import peak_bytes
-from timing import environment, interleaved
+from timing import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import margin_kernels as mk
 from margin_kernels.experiments import data, models
+from margin_kernels.timing import interleaved, peak_bytes
 
 NETWORKS = ("mlp800", "mlp1000", "lenet", "lenet5")
 LOSSES: dict[str, Callable[[], nn.Module]] = {

@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from floors import OWN, Passes, class_difference
-from memory import launches, peak_bytes
+from floors import OWN, Passes
+from launches import launches
 from modes import ADVERSARIAL, CROSS_ENTROPY, Floor, Loss, Mode, compiled, number_of_passes, of_network
 from networks import NETWORKS
-from timing import environment, interleaved
+from timing import environment
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from margin_kernels.floors import class_difference
 from margin_kernels.task.capture import Taps
 from margin_kernels.testing import flops
+from margin_kernels.timing import interleaved, peak_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

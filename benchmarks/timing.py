@@ -1,13 +1,9 @@
-"""Interleaved timing: every round runs all competitors in a new random order; a figure is a ratio of medians."""
+"""Machine, date, versions and commit of a run; times are measured by margin_kernels.timing."""
 
 import datetime
 import os
 import platform
-import random
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,43 +12,6 @@ import torch
 
 import margin_kernels
 from margin_kernels import backends
-
-
-def _host_seconds(call: Callable[[], Any], inner: int) -> float:
-    start = time.perf_counter()
-    for _ in range(inner):
-        call()
-    return time.perf_counter() - start
-
-
-def _device_seconds(call: Callable[[], Any], inner: int) -> float:
-    """Between two events on the current stream: what the device takes, or the host where it cannot keep up."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(inner):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def interleaved(
-    competitors: Mapping[str, Callable[[], Any]], rounds: int, inner: int = 1, warmup: int = 2, device: str = "cpu"
-) -> dict[str, float]:
-    """Median seconds per call of each competitor over `rounds` rounds of `inner` calls."""
-    seconds = _device_seconds if device == "cuda" else _host_seconds
-    order = list(competitors)
-    generator = random.Random(0)
-    times: dict[str, list[float]] = {name: [] for name in order}
-    for name in order:
-        for _ in range(warmup):
-            competitors[name]()
-    for _ in range(rounds):
-        generator.shuffle(order)
-        for name in order:
-            times[name].append(seconds(competitors[name], inner) / inner)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from . import functional, gradients, presets
 from .backends import BackendError
+from .bench import BenchRow, BenchTable, bench
 from .deepfool import DeepFoolResult, deepfool
 from .losses import AdversarialMarginLoss, LargeMarginLoss, MarginSensitivityLoss, OneToNLoss
 from .memory import keep_freed_memory
@@ -12,6 +13,8 @@ from .version import __version__
 __all__ = [
     "AdversarialMarginLoss",
     "BackendError",
+    "BenchRow",
+    "BenchTable",
     "DeepFoolResult",
     "Explanation",
     "LargeMarginLoss",
@@ -22,6 +25,7 @@ __all__ = [
     "OneToNLoss",
     "SuggestedGamma",
     "__version__",
+    "bench",
     "deepfool",
     "functional",
     "gradients",
