@@ -21,6 +21,7 @@ NEEDED = {
     "demo": ["--quick"],
     "toy": ["--quick"],
     "explain": ["digits_cnn"],
+    "bench": ["--model", "digits_cnn"],
     "info": [],
 }
 

@@ -1,4 +1,4 @@
-"""`margin-kernels`: train | evaluate | report | sweep | check | demo | toy | explain | info.
+"""`margin-kernels`: train | evaluate | report | sweep | check | demo | toy | explain | bench | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
@@ -45,6 +45,7 @@ from ..results import (
     write_json,
 )
 from ..training import ALONE, TIMEOUT, Meter, Output, Processes, Trainer, errors, join, resolve_device, time_steps
+from .bench import bench
 from .check import check
 from .parser import Parser, check_text, timeout
 
@@ -58,6 +59,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
   demo       train and compare eight losses on scikit-learn's digits
   toy        two rectangles in the plane: boundaries, true margins, and those that DeepFool reports
   explain    how the gradients of a shipped network are obtained, why, and what a step costs
+  bench      what a step of each loss costs on your own model or a shipped one: time, floor, memory, strategy
   info       versions, machine, backends, shipped configs
 
 margin-kernels COMMAND --help says more. Several processes train one network:
@@ -512,6 +514,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": run_demo,
     "toy": run_toy,
     "explain": explain,
+    "bench": bench,
     "info": info,
 }
 
