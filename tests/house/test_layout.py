@@ -104,7 +104,8 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 # From above to below: a file imports from its own room and from those to the right of it.
-ORDER = ("experiments", "task", "losses", "deepfool", "gradients", "functional", "backends", "triton", "reference")
+ORDER = ("experiments", "integrations", "bench", "task", "losses", "deepfool", "gradients")
+ORDER += ("functional", "backends", "triton", "reference")
 
 EXPERIMENTS = ("__main__", "cli", "demo", "report", "sweeps", "training", "objectives")
 EXPERIMENTS += ("evaluation", "models", "results", "data", "config")
@@ -165,6 +166,15 @@ def test_dependencies_point_one_way():
     assert not wrong
     above = {name for name, found in IMPORTS.items() if "margin_kernels" in found}
     assert {room(name) for name in above} == {"experiments"}  # what users import is for users
+
+
+def test_nothing_imports_the_adapters_of_other_libraries():
+    for name, found in IMPORTS.items():
+        assert room(name) == "integrations" or not any(room(other) == "integrations" for other in found), name
+    for path in (PACKAGE / "integrations").glob("*.py"):  # each is of one library, and takes nothing of the others
+        others = {f"margin_kernels.integrations.{p.stem}" for p in (PACKAGE / "integrations").glob("[a-z]*.py")}
+        own = "margin_kernels.integrations" + ("" if path.stem == "__init__" else f".{path.stem}")
+        assert not IMPORTS[own] & others, path
 
 
 def test_nothing_below_the_experiments_imports_them():
