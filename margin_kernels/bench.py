@@ -31,9 +31,12 @@ from torch.nn.functional import cross_entropy
 
 from .batchnorm import training_batchnorms
 from .floors import Passes
+from .gradients.request import Captured
 from .losses import LargeMarginLoss
 from .losses import base as options
 from .task import Explanation, MarginTask
+from .task.layout import layout_of
+from .task.reading import Inputs, Reading
 from .timing import peak_bytes, seconds_of_rounds
 
 CROSS_ENTROPY = "cross-entropy"
@@ -142,7 +145,9 @@ class _Batch:
     """One batch of the user's on a copy of the model, whose weights all tasks, steps and passes share."""
 
     def __init__(self, model: nn.Module, x: Any, y: Tensor, autocast: torch.dtype | None, task: dict[str, Any]) -> None:
-        self.model, self.x, self.y, self.options = copy.deepcopy(model), x, y, task
+        self.model, self.y, self.options = copy.deepcopy(model), y, task
+        self.inputs = Inputs((), dict(x)) if isinstance(x, Mapping) else Inputs((x,), {})
+        self.reading = Reading(task.get("output"), task.get("call"))
         self.device, self.dtype = y.device.type, autocast
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(self.trained, lr=0.0, momentum=0.9)
@@ -169,12 +174,25 @@ class _Batch:
 
     def task(self, loss: nn.Module, passes: str) -> MarginTask:
         if getattr(loss, "needs", "taps") != "taps":
-            return MarginTask(self.model, loss)
+            given = {name: self.options[name] for name in ("output", "call", "class_dim") if name in self.options}
+            return MarginTask(self.model, loss, **given)
         return MarginTask(self.model, loss, passes=passes, **self.options)
 
     def forward(self) -> Tensor:
         with self.autocast():
-            return self.model(self.x)
+            return self.reading(self.model, self.inputs)
+
+    def cross_entropy(self) -> Tensor:
+        made = self.reading(self.model, self.inputs)
+        layout = layout_of(made, self.y, self.options.get("class_dim"))
+        if layout.class_dim == 1:
+            return cross_entropy(made, self.y)
+        rows = layout.rows(made, self.y, None)
+        return cross_entropy(rows.logits, rows.target)
+
+    def loss(self, task: MarginTask) -> Tensor:
+        found: Tensor = task(*self.inputs.args, target=self.y, **self.inputs.kwargs)["loss"]
+        return found
 
     def tangent(self) -> Tensor:
         with torch.no_grad():
@@ -183,7 +201,7 @@ class _Batch:
     def step(self, task: MarginTask | None) -> Tensor:
         """A training step of a task, or of cross-entropy; the loss [], detached."""
         with self.autocast():
-            loss = cross_entropy(self.model(self.x), self.y) if task is None else task(self.x, self.y)["loss"]
+            loss = self.cross_entropy() if task is None else self.loss(task)
         loss.mean().backward()
         self.optimizer_step(None)
         return loss.detach().mean()
@@ -196,7 +214,14 @@ class _Batch:
 
     def passes(self, task: MarginTask) -> dict[str, Callable[[], Any]]:
         """The passes that floors are made of, with the taps of a task."""
-        passes = Passes(self.model, self.y, lambda model: task._taps.capture(model, self.x), self.autocast)
+        if self.logits.dim() != 2 or self.logits.shape[1] == 1:
+            raise ValueError(f"one prediction of several classes a sample is counted, got {list(self.logits.shape)}")
+        labels = (self.y.argmax(1) if self.y.is_floating_point() else self.y).clamp(0, self.logits.shape[1] - 1)
+
+        def capture(model: nn.Module) -> Captured:
+            return task._taps.capture(model, self.inputs, self.reading)
+
+        passes = Passes(self.model, labels, capture, self.autocast)
         calls: dict[str, Callable[[], Any]] = {
             "tangent": self.tangent,
             "backward": passes.backward,
@@ -221,7 +246,7 @@ class _Step:
             if loss is not None:
                 self.task = batch.task(loss, passes)
                 with batch.autocast():
-                    self.explained = self.task.explain(batch.x, batch.y)
+                    self.explained = self.task.explain(*batch.inputs.args, target=batch.y, **batch.inputs.kwargs)
                 self.run = partial(batch.step, self.task)
             value = float(self.run())
             if not math.isfinite(value):
@@ -269,13 +294,13 @@ def bench(
 
     Args:
         model: classifier, as of MarginTask
-        x: the input of one batch, on the model's device
-        y: its targets
+        x: the input of one batch, on the model's device; a mapping is keywords of the model
+        y: its targets, as of MarginTask
         losses: name -> a loss of margin_kernels.losses; rows after those that are always there
         layers: taps of losses that measure at taps, as of MarginTask
         rounds: how often each step and each pass is timed, >= 1
         autocast: None, or the dtype of autocast around every forward pass and loss
-        task: further options of MarginTask: batchnorm, batch_dim, ...
+        task: further options of MarginTask: batchnorm, batch_dim, output, call, positions, ...
 
     Raises:
         ValueError, TypeError: wrong arguments; a model that no cross-entropy step can be taken on.

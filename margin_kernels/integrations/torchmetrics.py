@@ -19,8 +19,8 @@ except ModuleNotFoundError as error:
 
 
 class MarginDistance(Metric):
-    """Distances d [N,k,L] of MarginTask, that of each sample to its nearest competitor: {"count": [L], "mean": [L],
-    "right": share with d > 0 [L], "quantiles": [Q,L]}.
+    """Distances d [N,k,L] of MarginTask ([N,P,k,L] at positions), that of each sample to its nearest competitor:
+    {"count": [L], "mean": [L], "right": share with d > 0 [L], "quantiles": [Q,L]}.
 
         metric = MarginDistance(layers=len(task.layers), low=-2.0, high=2.0)
         metric.update(task.evaluate(x, y))
@@ -28,7 +28,8 @@ class MarginDistance(Metric):
 
     All states are sums, so that processes are joined exactly. Quantiles come from a histogram of `bins` equal bins
     between low and high, to half of a bin's width; one that lies outside is -inf or inf. Infinite and undefined
-    distances, and samples that the task does not count, are left out. (Metric makes a number of what has one element.)
+    distances, degenerate ones, and samples that the task does not count are left out. (Metric makes a number of what
+    has one element.)
 
     Args:
         layers: how many, L
@@ -69,20 +70,22 @@ class MarginDistance(Metric):
         self.add_state("total", torch.zeros(layers, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, found: dict[str, Tensor] | Tensor) -> None:
-        """Takes what a task measured on one batch, with `distance` [N,k,L] and `valid` [N], or distances themselves."""
+        """Takes what a task measured on one batch, `distance`, `degenerate` and `valid`, or distances themselves."""
         measured = {"distance": found} if isinstance(found, Tensor) else found
         if "distance" not in measured:
             raise ValueError(
                 f"found must hold 'distance', got {sorted(measured)}: without gradients a task measures none, "
                 "task.evaluate does"
             )
-        distance = measured["distance"].detach()
-        if distance.dim() != 3 or distance.shape[2] != len(self.count):
+        distance = measured["distance"].detach().double()
+        if distance.dim() < 3 or distance.shape[-1] != len(self.count):
             raise ValueError(f"distance must be [N,k,{len(self.count)}], got {list(distance.shape)}")
-        nearest = distance.double().amin(1)
+        if "degenerate" in measured:
+            distance = torch.where(measured["degenerate"], math.inf, distance)
+        nearest = distance.flatten(0, -3).amin(1)
         counted = nearest.isfinite()
         if "valid" in measured:
-            counted &= measured["valid"].unsqueeze(1)
+            counted &= measured["valid"].flatten().unsqueeze(1)
         place = ((nearest.nan_to_num() - self.low) / (self.high - self.low) * self.bins).floor()
         place = place.clamp(-1, self.bins).long() + 1
         self.count += counted.sum(0)

@@ -1,5 +1,7 @@
 """`margin-kernels bench` on shipped networks and on code of the user's."""
 
+import sys
+
 import pytest
 
 from margin_kernels.experiments import cli
@@ -22,6 +24,17 @@ class Tokens(nn.Module):
 def make_batch(batch_size=8):
     return torch.randint(9, (batch_size, 3)), torch.randint(4, (batch_size,))
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = make(4, 4)
+
+    def forward(self, image):
+        return {"logits": self.head(image)}
+
+def named_batch(batch_size):
+    return {"image": torch.rand(batch_size, 6)}, torch.randint(4, (batch_size,))
+
 def breaks():
     raise RuntimeError("no weights here")
 
@@ -31,6 +44,7 @@ number, no_batch = 3, dict
 
 @pytest.fixture(autouse=True)
 def nets(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["margin_kernels.bench"], "peak_bytes", lambda run, device: 1)  # saves a second
     (tmp_path / "nets_of_a_user.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
 
@@ -62,6 +76,12 @@ def test_a_batch_of_the_users_is_measured(capsys):
     assert bench(*model) == 0
     text = capsys.readouterr().out
     assert "batch 32" in text and text.count('refused: the tap "input" needs a floating-point input') == 4
+
+
+def test_a_batch_with_names_is_keywords(capsys):
+    file = "nets_of_a_user.py"
+    assert bench("--model", f"{file}:Named", "--data", f"{file}:named_batch") == 0
+    assert "refused" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

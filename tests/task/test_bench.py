@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ def network(norm=False, dropout=0.0):
 def batch(n=16):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(n, 20, generator=generator), torch.randint(5, (n,), generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def no_profile(monkeypatch):
+    """Memory is measured for `table` alone: it takes most of the time of so small networks."""
+    monkeypatch.setattr(sys.modules["margin_kernels.bench"], "peak_bytes", lambda run, device: 1)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +112,50 @@ def test_layers_of_any_kind_have_floors():
     found = mk.bench(Tokens(), x, y, layers=("embed",), rounds=1)
     assert not found.notes and all(row.floor > 0 for row in found.rows if not row.refused)
     assert {"forward", "backward", "weights", "pass to taps", "tangent", "optimizer"} <= found.passes.keys()
+
+
+class Keywords(nn.Module):
+    """Two inputs by name, and the logits in an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, image, scale):
+        return {"logits": self.net(image * scale), "hidden": image}
+
+
+def test_a_model_with_keywords_and_an_object_is_measured():
+    x, y = batch()
+    given = {"image": x, "scale": torch.tensor(2)}
+    found = mk.bench(Keywords(), given, y, layers=("input", "net.0"), rounds=1, losses={"1-to-N": mk.OneToNLoss()})
+    assert not found.notes and all(row.floor > 0 for row in found.rows) and not any(row.refused for row in found.rows)
+    with pytest.raises(ValueError, match="model must return its logits as one tensor"):
+        mk.bench(Keywords(), given, y, rounds=1, call=lambda model, image, scale: (image, scale))
+
+
+@pytest.mark.parametrize("kind", ["soft", "ignored", "one logit", "positions"])
+def test_targets_of_every_kind_are_measured(kind):
+    model, (x, y) = network(), batch()
+    options = {"positions": 1} if kind == "positions" else {}
+    if kind == "soft":
+        y = 0.9 * F.one_hot(y, 5) + 0.02
+    elif kind == "ignored":
+        y[::3] = -100
+    elif kind == "one logit":
+        model[-1], y = nn.Linear(24, 1), (y > 2).long()
+    else:
+        x, y = x.view(4, 4, 20), y.view(4, 4)
+    prepared = _Batch(model, x, y, None, {"layers": ("0",), **options})
+    step, z = _Step(prepared, None), model(x)
+    if kind == "one logit":
+        expected = F.binary_cross_entropy_with_logits(z[:, 0], y.float())
+    else:
+        expected = F.cross_entropy(z.flatten(0, -2), y if kind == "soft" else y.flatten())
+    torch.testing.assert_close(step.run(), expected.detach())
+    found = mk.bench(model, x, y, layers=("0",), rounds=1, **options)
+    assert all(row.ratio > 0 for row in found.rows[:2])
+    assert bool(found.notes) == (kind in ("one logit", "positions"))
 
 
 class Stateful(nn.Module):

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from margin_kernels import bench as measure
+from margin_kernels.task.reading import Inputs, Reading
 
 from .. import models
 from ..config import bounds
@@ -48,7 +50,11 @@ def bench(arguments: list[str]) -> int:
     parser.add_argument("--shape", help="of one random input, as in 3x32x32 (default: a shipped model's own)")
     parser.number("--classes", bounds.MANY, 0, f"of the targets (default: {CLASSES}, of your models all)")
     parser.number("--batch-size", bounds.BATCH, BATCH, f"inputs of a batch; --data gets it too (default: {BATCH})")
-    parser.add_argument("--data", default=None, help='"package.module:make_batch" or "file.py:make_batch": gives x, y')
+    parser.add_argument(
+        "--data",
+        default=None,
+        help='"package.module:make_batch" or "file.py:make_batch": gives x, y; a dict x is keywords',
+    )
     parser.add_argument("--layers", nargs="+", help="taps (default: input; of a shipped model its hidden layers too)")
     parser.number("--rounds", bounds.TIMES, 15, "of measurements (default: 15)")
     threads = torch.get_num_threads()
@@ -109,24 +115,26 @@ def _model(name: str, given: dict[str, Any], options: Any) -> tuple[nn.Module, t
     return model, shape
 
 
-def _batch(name: str, model: nn.Module, shape: tuple[int, ...] | None, options: Any) -> tuple[Tensor, Tensor]:
+def _batch(name: str, model: nn.Module, shape: tuple[int, ...] | None, options: Any) -> tuple[Any, Tensor]:
     """A batch on the model's device, of --data or random."""
     y = None
     if options.data is None:
         assert shape is not None
-        x = torch.rand(options.batch_size, *shape)
+        x: Any = torch.rand(options.batch_size, *shape)
     else:
         found = _made("--data", options.data, {"batch_size": options.batch_size})
-        if not isinstance(found, (tuple, list)) or [type(each) for each in found] != [Tensor, Tensor]:
-            raise ValueError(f"--data {options.data} must give x and y, two tensors, got {type(found).__name__}")
+        if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[1], Tensor):
+            raise ValueError(f"--data {options.data} must give x and y, y a tensor, got {type(found).__name__}")
         x, y = found
     device = resolve_device(options.device)
-    x = x.to(device)
+    x = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, x)
+    inputs = Inputs((), x) if isinstance(x, dict) else Inputs((x,), {})
     try:
         with torch.random.fork_rng([]), torch.no_grad():
-            logits = copy.deepcopy(model)(x)
+            logits = Reading()(copy.deepcopy(model), inputs)
     except Exception as error:
-        raise ValueError(f"--model {name} raised {type(error).__name__} on {list(x.shape)}: {error}") from error
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in inputs.tensors())
+        raise ValueError(f"--model {name} raised {type(error).__name__} on {shapes}: {error}") from error
     if y is None:
         classes = options.classes or logits.shape[1]
         y = torch.randint(classes, (options.batch_size,))
