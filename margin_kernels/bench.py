@@ -258,6 +258,15 @@ class _Step:
                 raise
             self.refused = str(error).splitlines()[0]
 
+    def reason(self) -> str:
+        """Why the gradients are obtained so: where "auto" fell back to the loop, what stands in the way."""
+        if self.task is None or self.explained is None:
+            return ""
+        name = "tangent" if getattr(self.task.loss, "second_order", False) else "split"
+        if self.task.passes != "auto" or self.explained.strategy != "loop" or name not in self.explained.refused:
+            return self.explained.reason
+        return f"{self.explained.reason}; not {name}: {self.explained.refused[name]}"
+
     def floor(self, passed: bool) -> dict[str, float] | None:
         """How often the step needs each pass; None where that is not counted. passed: whether a tap needs a pass."""
         counts: dict[str, float] = {"forward": 1, "optimizer": 1}
@@ -362,7 +371,7 @@ def _measured(batch: _Batch, losses: Mapping[str, nn.Module], rounds: int) -> Be
                 step.bytes,
                 step.bytes / base if base else None,
                 "" if step.explained is None else step.explained.strategy,
-                "" if step.explained is None else step.explained.reason,
+                step.reason(),
             )
         )
     milliseconds = {name: 1e3 * seconds for name, seconds in medians.items() if name not in steps}

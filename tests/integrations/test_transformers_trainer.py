@@ -261,30 +261,35 @@ def port():
         return str(free.getsockname()[1])
 
 
-def of_a_process(rank, size, folder, address, group):
+def of_a_process(rank, size, folder, address):
+    """By process_group: the weights, the batches and the wrapper of one process."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_PORT": address}
     os.environ |= {"LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    trainer = trained(
-        folder, data=Images(ignored=(0, 1, 2, 5, 9)), per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        max_steps=2, loss=margin(process_group=group), ddp_backend="gloo",
-    )  # fmt: skip
-    weights = {name: value.detach() for name, value in trainer.model.state_dict().items()}
-    return weights, trainer.batches, type(trainer.model_wrapped).__name__
+    found = {}
+    for group in (None, "world"):
+        trainer = trained(
+            folder, data=Images(ignored=(0, 1, 2, 5, 9)), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            max_steps=2, loss=margin(process_group=group), ddp_backend="gloo",
+        )  # fmt: skip
+        weights = {name: value.detach() for name, value in trainer.model.state_dict().items()}
+        found[group] = weights, trainer.batches, type(trainer.model_wrapped).__name__
+    return found
 
 
-@pytest.mark.parametrize("group", [None, "world"])
-def test_two_processes_train_like_one(tmp_path, group):
+def test_two_processes_train_like_one(tmp_path):
     processes = Processes(2)
     try:
-        found = processes.run(of_a_process, str(tmp_path), port(), group)
+        of_both = processes.run(of_a_process, str(tmp_path), port())
     finally:
         processes.stop()
-    pairs = [batch for both in zip(*(batches for _, batches, _ in found), strict=True) for batch in both]
-    assert len(pairs) == 8
-    expected, _ = by_hand(vit(), joined(pairs, 4))
-    for weights, _, wrapper in found:
-        assert wrapper == "DistributedDataParallel"
-        torch.testing.assert_close(weights, dict(expected.state_dict()), rtol=1e-12, atol=1e-12)
+    for group in (None, "world"):
+        found = [each[group] for each in of_both]
+        parts = [batch for both in zip(*(batches for _, batches, _ in found), strict=True) for batch in both]
+        assert len(parts) == 8
+        expected, _ = by_hand(vit(), joined(parts, 4))
+        for weights, _, wrapper in found:
+            assert wrapper == "DistributedDataParallel"
+            torch.testing.assert_close(weights, dict(expected.state_dict()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ def test_a_refused_row_says_why():
     (row,) = (row for row in found.rows if row.refused)
     assert row.loss == "margin, split" and "batch norm in training mode couples the samples" in row.refused
     assert row.ratio is row.floor is row.peak_bytes is None
+    soft = found.rows[3]
+    assert soft.strategy == "loop" and "not split: " in soft.reason and "batch norm" in soft.reason
     assert f"refused: {row.refused}" in str(found) and found.to_frame().loc[row.loss, "refused"] == row.refused
 
 
