@@ -43,6 +43,10 @@ class MarginModule(LightningModule):
             raise TypeError(f"task must be a MarginTask, got {type(task).__name__}")
         self.task, self._optimizer = task, optimizer
 
+    def setup(self, stage: str) -> None:
+        if self._compiler_ctx is not None:
+            raise ValueError("the module must not be compiled: compile its task, module.task.compile()")
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the plain model."""
         return self.task.model(*args, **kwargs)

@@ -127,6 +127,11 @@ def test_a_mapping_is_a_batch_of_keywords(tmp_path):
         MarginModule(network(), sgd)
 
 
+def test_a_compiled_module_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"compile its task, module\.task\.compile"):
+        trainer(tmp_path).fit(torch.compile(MarginModule(task_of(), sgd)), DataLoader(data(), BATCH))
+
+
 def test_a_checkpoint_goes_on_where_it_was(tmp_path):
     module = MarginModule(task_of(), sgd)
     first = trainer(tmp_path)
@@ -148,7 +153,13 @@ def fit(rank, size, folder):
     weights = {name: value.detach().clone() for name, value in module.task.model.state_dict().items()}
     logged = {name: float(value) for name, value in found.callback_metrics.items()}
     (tested,) = found.test(module, DataLoader(own, BATCH // size), verbose=False)
-    return weights, logged, tested, type(found.strategy).__name__
+    watched = trainer(
+        folder, strategy="ddp", num_nodes=size, plugins=[Environment(rank, size)], use_distributed_sampler=False,
+        callbacks=[MonitorCallback(("0", "output"))],
+    )  # fmt: skip
+    watched.fit(Plain(), DataLoader(own, BATCH // size))
+    margins = {name: float(value) for name, value in watched.callback_metrics.items() if name.startswith("margin/")}
+    return weights, logged, tested, type(found.strategy).__name__, margins
 
 
 def Environment(rank, size):
@@ -189,12 +200,14 @@ def test_two_processes_train_like_one(tmp_path):
     with torch.no_grad():
         validation = sum(expected(x, y)["loss"].item() for x, y in DataLoader(data(), BATCH)) / 3
     whole = expected.evaluate(*data()[:])
-    for weights, logged, tested, strategy in found:
+    (summary,) = monitored(1)[1]
+    for weights, logged, tested, strategy, margins in found:
         assert strategy == "DDPStrategy"
         torch.testing.assert_close(weights, dict(expected.model.state_dict()), rtol=1e-12, atol=1e-12)
         assert logged["val/loss"] == pytest.approx(validation)
         assert tested["test/loss"] == pytest.approx(whole["loss"].item())
         assert tested["test/distance/1"] == pytest.approx(whole["distance"][..., 1].mean().item())
+        assert margins == pytest.approx(named(summary))
 
 
 class Plain(LightningModule):
@@ -214,29 +227,42 @@ class Plain(LightningModule):
         return sgd(self.model.parameters())
 
 
-def test_the_monitor_logs_the_margins_of_each_epoch(tmp_path):
-    expected = Plain()
-    optimizer, wanted = expected.configure_optimizers(), []
-    with mk.MarginMonitor(expected.model, ("0", "output")) as monitor:
-        for _ in range(2):
+def monitored(epochs):
+    """The network after ordinary training, and what MarginMonitor says of each epoch, by hand."""
+    module, found = Plain(), []
+    optimizer = module.configure_optimizers()
+    with mk.MarginMonitor(module.model, ("0", "output")) as monitor:
+        for _ in range(epochs):
             for batch in DataLoader(data(), BATCH):
                 optimizer.zero_grad()
-                expected.training_step(batch, 0).backward()
+                module.training_step(batch, 0).backward()
                 optimizer.step()
-            wanted.append(monitor.summary(quantiles=(0.05, 0.5, 0.95)))
+            found.append(monitor.summary(quantiles=(0.05, 0.5, 0.95)))
             monitor.reset()
+    return module.model, found
+
+
+def named(summary):
+    """A summary by the names under which it is logged."""
+    found = {}
+    for i, layer in enumerate(("0", "output")):
+        found |= {f"margin/{layer}/mean": summary.mean[i].item(), f"margin/{layer}/right": summary.right[i].item()}
+        found |= {f"margin/{layer}/q{q}": summary.quantiles[i, j].item() for j, q in enumerate((5, 50, 95))}
+    return found
+
+
+def test_the_monitor_logs_the_margins_of_each_epoch(tmp_path):
+    expected, wanted = monitored(2)
     module, callback = Plain(), MonitorCallback(("0", "output"))
     logger = CSVLogger(tmp_path, "", "")
     loader = DataLoader(data(), BATCH)
     trainer(tmp_path, logger=logger, max_epochs=2, callbacks=[callback]).fit(module, loader, loader)
-    same(module.model, expected.model, 0)
+    same(module.model, expected, 0)
     rows = [row for row in rows_of(tmp_path) if row["margin/0/mean"]]
     assert len(rows) == 2
     for row, summary in zip(rows, wanted, strict=True):
-        for i, layer in enumerate(("0", "output")):
-            assert float(row[f"margin/{layer}/mean"]) == pytest.approx(summary.mean[i].item())
-            assert float(row[f"margin/{layer}/right"]) == pytest.approx(summary.right[i].item())
-            assert float(row[f"margin/{layer}/q50"]) == pytest.approx(summary.quantiles[i, 1].item())
+        logged = {name: float(value) for name, value in row.items() if name.startswith("margin/")}
+        assert logged == pytest.approx(named(summary), rel=1e-6)
     assert not module.model[0]._forward_hooks and not module.model._forward_hooks  # it is gone again
 
 
