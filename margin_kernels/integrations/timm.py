@@ -53,6 +53,9 @@ class MarginTrainingTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         # What is called: the task, or DistributedDataParallel around it.
         self.margins: nn.Module = MarginTask(model, loss, layers, **options)
+        auto, some = self.margin_task.auto_gamma, next(model.parameters(), None)
+        if auto is not None and some is not None:
+            auto.to(some.device)
 
     @property
     def margin_task(self) -> MarginTask:

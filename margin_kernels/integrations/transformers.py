@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class MarginTrainer(transformers.Trainer):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.margin_loss, self.layers, self.task_options = loss, layers, dict(task_options or {})
+        self.margin_loss: Any = loss
+        self.layers, self.task_options = layers, dict(task_options or {})
         self.measure = measure
         self._check_options()
         # num_items_in_batch is counted, and the loss is scaled by it here, whatever the model's forward takes.
@@ -73,10 +75,12 @@ class MarginTrainer(transformers.Trainer):
         """The MarginTask of the model."""
         if self._task is None or self._task.model is not self.model:
             self._task = MarginTask(self.model, self.margin_loss, self.layers, **self.task_options)
+            if self._task.auto_gamma is not None:
+                self._task.auto_gamma.to(next(self.model.parameters()).device)
         return self._task
 
     def _check_options(self) -> None:
-        loss: Any = self.margin_loss
+        loss = self.margin_loss
         smoothing = self.args.label_smoothing_factor
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("args must be without FSDP and DeepSpeed: a MarginTask is sharded by fully_shard_task")
@@ -92,15 +96,20 @@ class MarginTrainer(transformers.Trainer):
             raise ValueError('the reduction of the loss must be "mean" or "sum", got "none"')
         if getattr(loss, "ignore_index", IGNORED) != IGNORED:
             raise ValueError(f"ignore_index must be {IGNORED}, which transformers counts by, got {loss.ignore_index}")
-        if getattr(loss, "class_weight", None) is not None and self.args.gradient_accumulation_steps > 1:
-            raise ValueError("gradient_accumulation_steps must be 1 with class_weight, whose mean is over the weights")
+        if getattr(loss, "class_weight", None) is not None:
+            # Its mean is over the weights, of which transformers counts nothing.
+            if self.args.gradient_accumulation_steps > 1:
+                raise ValueError("gradient_accumulation_steps must be 1 with class_weight")
+            if self.accelerator.num_processes > 1 and getattr(loss, "process_group", None) is None:
+                raise ValueError('process_group must be "world" with class_weight and several processes, got None')
         if smoothing:
             if getattr(loss, "label_smoothing", None) != 0:
                 raise ValueError(
                     f"label_smoothing_factor must be 0, got {smoothing}: "
                     f"{type(loss).__name__} has {getattr(loss, 'label_smoothing', 'none')} of its own"
                 )
-            loss.label_smoothing = smoothing
+            self.margin_loss = copy.deepcopy(loss)  # that of the caller stays as it is
+            self.margin_loss.label_smoothing = smoothing
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """In training the task is what is called and, with several processes, wrapped."""
@@ -141,7 +150,8 @@ class MarginTrainer(transformers.Trainer):
         own = labels.ne(IGNORED).sum().double()
         if not self.args.average_tokens_across_devices or self.accelerator.num_processes == 1:
             return own / items
-        if getattr(self.margin_loss, "process_group", None) is not None:  # the mean is that of all processes already
+        if getattr(self.margin_loss, "process_group", None) is not None and torch.is_grad_enabled():
+            # The mean is that of all processes already; without gradients each has its own.
             return self.accelerator.reduce(own, "sum") / items
         return own * self.accelerator.num_processes / items
 

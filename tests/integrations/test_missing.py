@@ -5,7 +5,20 @@ import sys
 
 import pytest
 
+from margin_kernels.integrations import missing
+
 PACKAGES = ("timm", "transformers", "lightning", "torchmetrics")
+
+
+class Absent:
+    """Finds no module of a package, whether it is installed or not."""
+
+    def __init__(self, package):
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {self.package!r}", name=self.package)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -13,7 +26,7 @@ def test_the_error_names_the_package_and_the_extra(package, monkeypatch):
     name = f"margin_kernels.integrations.{package}"
     for module in [key for key in sys.modules if key == name or key.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)  # its import raises ModuleNotFoundError
+    monkeypatch.setattr(sys, "meta_path", [Absent(package), *sys.meta_path])
     with pytest.raises(ModuleNotFoundError) as raised:
         importlib.import_module(name)
     words = str(raised.value)
@@ -21,8 +34,11 @@ def test_the_error_names_the_package_and_the_extra(package, monkeypatch):
     assert 'pip install "margin_kernels[integrations]"' in words
 
 
-def test_the_error_of_another_package_stays_as_it_is():
-    from margin_kernels.integrations import missing
+def test_a_package_that_is_too_old_is_to_be_upgraded():
+    words = str(missing("timm", ModuleNotFoundError("No module named 'timm.task'", name="timm.task")))
+    assert words.endswith("needs a timm with timm.task, which the installed one lacks: pip install --upgrade timm")
 
+
+def test_the_error_of_another_package_stays_as_it_is():
     error = ModuleNotFoundError("No module named 'regex'", name="regex")
     assert missing("transformers", error) is error

@@ -251,6 +251,7 @@ def test_label_smoothing_is_taken_over_once(tmp_path):
     loss = margin()
     trainer = trained(tmp_path, loss=loss, label_smoothing_factor=0.2)
     same(trainer.model, by_hand(vit(), trainer.batches, loss=margin(label_smoothing=0.2))[0])
+    assert loss.label_smoothing == 0 and trainer.task.loss.label_smoothing == 0.2
     with pytest.raises(ValueError, match=r"label_smoothing_factor must be 0, got 0\.2: LargeMarginLoss has 0\.1"):
         trained(tmp_path, loss=margin(label_smoothing=0.1), label_smoothing_factor=0.2)
 
