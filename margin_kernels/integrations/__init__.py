@@ -10,8 +10,8 @@ from __future__ import annotations
 
 
 def missing(package: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """The error to raise where the package of an adapter is not installed or too old; `error` itself where it is that of
-    another one."""
+    """The error to raise where the package of an adapter is not installed or too old; `error` itself where another one
+    is."""
     if error.name is None or error.name.split(".")[0] != package:
         return error
     if error.name != package:

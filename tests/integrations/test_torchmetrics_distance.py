@@ -81,6 +81,23 @@ def test_it_takes_what_a_task_measures():
         metric.update({name: value for name, value in task(x, y).items() if name != "distance"})
 
 
+def test_degenerate_terms_are_left_out_and_positions_are_samples():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(-1.2)  # of most samples every unit is dead, and the input has no direction
+    task = mk.MarginTask(model, mk.LargeMarginLoss(1.0, top_k=3), layers=("input", "output"), positions=2)
+    x, y = torch.randn(30, 5, 6, dtype=torch.float64), torch.randint(4, (30, 5))
+    y[:, 0] = -100
+    out = task.evaluate(x, y)
+    metric = MarginDistance(2, LOW, HIGH, BINS)
+    metric.update(out)
+    found, logged = metric.compute(), task.log(out)
+    assert out["distance"].shape == (30, 2, 3, 2) and 0 < found["count"][0] < found["count"][1] == 60
+    for i, name in enumerate(task.layers):
+        assert found["mean"][i].item() == pytest.approx(logged[f"distance/{name}"].item(), rel=1e-6)
+
+
 def test_what_is_not_finite_is_left_out_and_what_is_outside_the_bins_is_infinite():
     metric = MarginDistance(1, 0.0, 1.0, 10, quantiles=(0.0, 0.5, 1.0))
     metric.update(torch.tensor([-5.0, 0.45, 0.45, 7.0, math.inf, math.nan]).view(-1, 1, 1))
