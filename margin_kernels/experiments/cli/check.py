@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import check_whole
-from ..models import load_model
+from ..models import check_saved
 from ..results import CANDIDATES, RECORDS, Record, Records, Run, read_json, shape
 from ..training import Output, load_state
 from .parser import Parser
@@ -20,8 +20,8 @@ def _records(path: Path) -> list[Record]:
 # name of a file -> what reads all of it, and raises ValueError
 CHECKS: dict[str, Callable[[Path], Any]] = {
     "checkpoint.pt": lambda path: load_state(path.parent),
-    "model.safetensors": lambda path: load_model(path.parent),
-    "model.json": lambda path: load_model(path.parent),
+    "model.safetensors": lambda path: check_saved(path.parent),
+    "model.json": lambda path: check_saved(path.parent),
     RECORDS: _records,
     CANDIDATES: _records,
     "run.json": Run.read,

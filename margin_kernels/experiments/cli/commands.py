@@ -248,7 +248,7 @@ def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: M
         )
     check_images(folder, description, dataset.test, str(folder / "model.json"))
     device = resolve_device(settings.training.device)
-    hidden = models.hidden_taps(settings.model.name)
+    hidden = models.hidden_of(model, settings)
     result = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, meter.advance)
     return {"evaluation": result, "weights": models.weights_digest(folder)}
 

@@ -1,7 +1,9 @@
 """What a run is: dataclasses, read from YAML files and the command line; the configs that come with the package."""
 
 from .bounds import ConfigError, check
+from .named import called, is_code, takes, told
 from .options import (
+    DATASETS,
     OPTIONS_OF_LOSS,
     AdversarialConfig,
     AdversarialTrainingConfig,
@@ -26,6 +28,7 @@ from .reading import (
     find,
     from_dict,
     from_namespace,
+    is_key,
     keys,
     own_options,
     parse,
@@ -35,10 +38,12 @@ from .reading import (
     to_dict,
     to_yaml,
     typed,
+    value_of,
     yaml_files,
 )
 
 __all__ = [
+    "DATASETS",
     "OPTIONS_OF_LOSS",
     "AdversarialConfig",
     "AdversarialTrainingConfig",
@@ -55,6 +60,7 @@ __all__ = [
     "TrainingConfig",
     "VirtualAdversarialConfig",
     "add_arguments",
+    "called",
     "check",
     "check_keys",
     "check_whole",
@@ -63,14 +69,19 @@ __all__ = [
     "find",
     "from_dict",
     "from_namespace",
+    "is_code",
+    "is_key",
     "keys",
     "own_options",
     "parse",
     "parse_with",
     "read_yaml",
     "shipped",
+    "takes",
     "to_dict",
     "to_yaml",
+    "told",
     "typed",
+    "value_of",
     "yaml_files",
 ]

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from .options import Config
+from .options import DATASETS, Config
 
 
 class ConfigError(ValueError):
@@ -58,6 +58,7 @@ SEED = Range(0, 2**63 - 1)  # what torch's generators take
 # Of every integer that is not named here MANY holds; every other number must be finite.
 RANGES = {
     "data.validation_size": SOME,
+    "data.size": Range(1, 4096),
     "data.train_fraction": Range(0, 1, open=True),
     "data.label_noise": SHARE,
     "data.seed": SEED,
@@ -118,6 +119,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} must be {TEXT}, got {text!r}")
         if text == "":
             raise ConfigError(f"{key} must not be empty")
+    check_named(config)
     for key, count in lengths(config):
         if count > LONGEST:
             raise ConfigError(f"{key} must have at most {LONGEST:,} values, got {count:,}")
@@ -131,6 +133,49 @@ def check(config: Config) -> None:
     parts, images = config.training.accumulate, config.training.batch_size
     if parts > images:
         raise ConfigError(f"training.accumulate must be at most training.batch_size, {images}, got {parts}")
+
+
+def check_named(config: Config) -> None:
+    """Raises ConfigError for a data set that there is not, and for options of code where none is named."""
+    for section, own in (("data", config.data), ("model", config.model)):
+        check_plain(f"{section}.args", own.args)
+        if own.args and ":" not in own.name:
+            raise ConfigError(
+                f"{section}.args are for code that {section}.name names, as in file.py:name, got {own.name!r}"
+            )
+    if ":" not in config.data.name and config.data.name not in DATASETS:
+        raise ConfigError(
+            f"data.name must be one of {', '.join(DATASETS)}, or code as package.module:make or file.py:make, got "
+            f"{config.data.name!r}"
+        )
+    size = config.data.size
+    if size is not None and config.data.name != "image_folder":
+        raise ConfigError(f"data.size is for image_folder, got it with {config.data.name!r}")
+    if isinstance(size, list) and len(size) != 2:
+        raise ConfigError(f"data.size must be one number, or height and width, got {size}")
+
+
+def check_plain(key: str, value: Any) -> None:
+    """Raises ConfigError for what JSON and YAML do not keep as it is."""
+    if isinstance(value, dict):
+        for name, below in value.items():
+            if not isinstance(name, str) or not is_label(name):
+                raise ConfigError(f"a name in {key} must be {LABEL}, got {name!r}")
+            check_plain(f"{key}.{name}", below)
+    elif isinstance(value, list):
+        for number, below in enumerate(value):
+            check_plain(f"{key}[{number}]", below)
+    elif isinstance(value, str):
+        if value and not is_label(value):
+            raise ConfigError(f"{key} must be {LABEL}, got {value!r:.100}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} must be finite, got {value}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{key} must be an integer of 64 bits, got one of {value.bit_length():,}")
+    elif not isinstance(value, (int, float, NoneType)):
+        raise ConfigError(
+            f"{key} must be made of texts, numbers, true, false, null, lists and mappings, got {type(value).__name__}"
+        )
 
 
 def is_text(value: str) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "npz")
 
 
 @dataclass
@@ -13,19 +15,29 @@ class DataConfig:
     """Which images.
 
     Args:
-        name: digits, mnist, fashion_mnist or cifar10
+        name: digits, mnist, fashion_mnist, cifar10 or cifar100; image_folder (dir/train/CLASS/IMAGE, and test or val
+            beside train); npz (x_train, y_train, x_test, y_test in dir or the one file in it); or code that is called
+            and returns the splits, as package.module:make or file.py:make (README, "Your own data and model"). Naming
+            code is running it: do not use a stranger's config that names code which you have not read
         dir: folder of the files, or its parent; not needed for digits
-        validation_size: training images held out for validation (digits has its own split)
+        args: keywords for the code that name stands for
+        size: side of the square, or height and width, that the images of image_folder are resized to; null where
+            they have one size
+        validation_size: training images held out for validation (digits has its own split, and what comes with a
+            validation split keeps it): the last ones, of image_folder, npz and code random ones
         train_fraction: share of the remaining training images that is kept
         label_noise: share of training labels flipped to another class
         seed: draws the fraction and the noise, the same for every model of a comparison
-        verify: compare the files with the official checksums
+        verify: compare the files with the official checksums; the binary layout of cifar100 has none here: numbers of
+            images, and of each class, are compared
         preprocess: none (images in [0, 1]) or gcn_zca (global contrast normalisation and ZCA whitening: attacks are
             not clipped, and radii and norms are in the units of whitened images)
     """
 
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10"] = "digits"
+    name: str = "digits"
     dir: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    size: int | list[int] | None = None
     validation_size: int = 5000
     train_fraction: float = 1.0
     label_noise: float = 0.0
@@ -40,7 +52,9 @@ class ModelConfig:
 
     Args:
         name: digits_cnn, mnist_cnn, lenet5, lenet, mlp800, mlp1000, nin, resnet20, wrn28_2 or
-            wrn28_10
+            wrn28_10; or code that returns a module, as package.module:Class or file.py:Class, called with shape= (of
+            an image) and classes= where its signature has them. Naming code is running it
+        args: keywords for the code that name stands for
         dropout: probability in front of each fully connected layer but the first; after both pools of nin
         norm: batch or group, for the residual networks
         center: subtract the mean training image inside the network
@@ -49,6 +63,7 @@ class ModelConfig:
     """
 
     name: str = "digits_cnn"
+    args: dict[str, Any] = field(default_factory=dict)
     dropout: float = 0.0
     norm: Literal["batch", "group"] = "batch"
     center: bool = False
@@ -191,7 +206,8 @@ class LossConfig:
         cross_entropy_weight: factor of the auxiliary term
         auxiliary: cross_entropy, or pairwise: the logistic loss of the label and its best competitor
         label_smoothing: of the cross-entropy
-        layers: taps; input, output, module names, or hidden for every hidden layer of the network
+        layers: taps; input, output, module names, or hidden for every hidden layer of the network (of one of your own
+            what its attribute hidden_taps lists)
         batchnorm: batch or frozen statistics in the margin passes
         passes: how the margin gradients are obtained, auto, loop or split
         sensitivity: options of margin_sensitivity

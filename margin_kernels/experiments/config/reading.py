@@ -132,6 +132,19 @@ def keys(cls: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
+def is_key(name: str) -> bool:
+    """Whether a dotted name is that of a field, or of a keyword below one that takes any."""
+    return name in keys() or name.startswith(tuple(f"{key}." for key in keys() if key.endswith(".args")))
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted name; None of a keyword that is not given."""
+    found: Any = to_dict(config)
+    for part in key.split("."):
+        found = None if found is None else found.get(part)
+    return found
+
+
 def check_keys(given: dict[str, Any], where: str, prefix: str = "") -> None:
     """Raises ConfigError for a key of `given` that no field has, with the closest field names."""
     known = keys()
@@ -181,7 +194,7 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
         if item.name not in values:
             continue
         value = values[item.name]
-        nested = isinstance(value, dict) and item.default_factory is not dataclasses.MISSING
+        nested = isinstance(value, dict) and dataclasses.is_dataclass(item.default_factory)
         given[item.name] = _build(item.default_factory, value) if nested else value  # type: ignore[arg-type]
     return cls(**given)
 
@@ -202,7 +215,7 @@ def parse_with(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         section = option.partition("=")[0].removeprefix("--")
         if section in SECTIONS and option.startswith("--"):
             raise ConfigError(f"--{section} must name one of its options, as in --{section}.{SECTIONS[section]}")
-        if match and match[1] not in keys():
+        if match and not is_key(match[1]):
             raise ConfigError(f"command line: unknown key {match[1]!r}; {_suggestion(match[1], keys())}")
     try:
         return parser.parse_args(arguments)
@@ -260,6 +273,8 @@ def _words(kind: Any) -> str:
     if kind in WORDS:
         return WORDS[kind]
     below = [repr(one) if get_origin(kind) is Literal else _words(one) for one in get_args(kind)]
+    if get_origin(kind) is dict:
+        return "a mapping"
     if get_origin(kind) is list:
         return f"a list of {below[0].split(' ', 1)[-1]}s"
     return " or ".join((", ".join(below[:-1]), below[-1]) if len(below) > 1 else below)

@@ -1,9 +1,11 @@
-"""Classification data as tensors: images [N, C, H, W] in [0, 1], or whitened, integer labels [N], in train, validation
-and test splits.
+"""Classification data as tensors: images [N, C, H, W] or [N, D] in [0, 1], or whitened, integer labels [N], in train,
+validation and test splits.
 
     digits          scikit-learn's bundled 1797 scanned digits, 1x8x8, offline; stratified 60 / 20 / 20
     mnist, fashion_mnist   60,000 / 10,000 of 1x28x28; the last `validation_size` training images are held out
-    cifar10         50,000 / 10,000 of 3x32x32; the last `validation_size` training images are held out
+    cifar10, cifar100      50,000 / 10,000 of 3x32x32; the last `validation_size` training images are held out
+    image_folder, npz      folder.py, npz.py
+    package.module:make    what code of the user's returns: own.py
 
 The splits depend on nothing but the data; a training fraction and label noise are drawn once from `seed`, which is
 not the training seed: every model of a comparison sees the same images and the same wrong labels.
@@ -11,85 +13,30 @@ not the training seed: every model of a comparison sees the same images and the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import DataConfig
-from . import cifar, idx
+from ..config import DATASETS, DataConfig, is_code
+from . import cifar, folder, idx, npz, own
 from .idx import DataError
+from .split import Dataset, Split
 from .whitening import Whitening
 
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 PREPROCESSING = {"none": "images in [0, 1]", "gcn_zca": "whitened images"}  # and the words for their units
 SHIFT = 4  # pixels of an augmented image
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10")
+WIDE = 4096  # values of an image that are whitened: the covariance has as many rows and columns
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIGITS = tuple("0123456789")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images uint8 or fp32 [N, C, H, W] (uint8 is divided by 255 batch by batch) and labels int64 [N]; how the images
-    were preprocessed."""
-
-    images: Tensor
-    labels: Tensor
-    preprocess: str = "none"
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """What an attacked image is clipped to; whitened images have no bounds."""
-        return (0.0, 1.0) if self.preprocess == "none" else (-math.inf, math.inf)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, index: Tensor | slice, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """fp32 images and labels of the samples at `index`, on `device`."""
-        images, labels = self.images[index].to(device), self.labels[index].to(device)
-        return (images.float().div_(255) if images.dtype == torch.uint8 else images), labels
-
-    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples in their order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield self.batch(slice(start, start + size), device)
-
-    def mean_image(self) -> Tensor:
-        """Mean over the samples, fp32 [C, H, W]."""
-        total = torch.zeros(self.images.shape[1:], dtype=torch.float64)
-        for images, _ in self.batches(1000):
-            total += images.sum(0, dtype=torch.float64)
-        return (total / len(self)).float()
-
-    def part(self, which: slice) -> Split:
-        """The samples of a slice."""
-        return replace(self, images=self.images[which], labels=self.labels[which])
-
-    def head(self, count: int | None) -> Split:
-        """The first `count` samples (all for None)."""
-        return self if count is None else self.part(slice(count))
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Three splits, the number of classes, and the shape (C, H, W) of one image."""
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    num_classes: int
-    shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
 
 
 def load(
@@ -101,25 +48,34 @@ def load(
     seed: int = 0,
     verify: bool = True,
     preprocess: str = "none",
+    args: dict[str, Any] | None = None,
+    size: int | list[int] | None = None,
 ) -> Dataset:
-    """Reads a data set by name.
+    """Reads a data set by name, or calls the code that the name stands for.
 
     Arguments: `data_dir` the folder of the files or its parent (not for digits); `validation_size` images held out
     of the training set (not for digits); `train_fraction` in (0, 1], the share of the remaining training images that
     is kept, int(fraction * N) of them; `label_noise` in [0, 1], the share of training labels flipped to another
     class; `seed` draws both; `verify` compares checksums; `preprocess` "none" or "gcn_zca" (whitening.py, fitted to the
-    training images that are kept). Raises DataError naming the file, what was found and what was expected; ValueError
+    training images that are kept); `args` keywords for the code; `size` that images of image_folder are resized
+    to. Raises DataError naming the file, what was found and what was expected; ValueError
     for an argument out of range.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data.name must be one of {', '.join(DATASETS)}, got {name!r}")
+    if name not in DATASETS and not is_code(name):
+        raise ValueError(f"data.name must be one of {', '.join(DATASETS)}, or code as file.py:make, got {name!r}")
     if not 0 < train_fraction <= 1:
         raise ValueError(f"data.train_fraction must be in (0, 1], got {train_fraction}")
     if preprocess not in PREPROCESSING:
         raise ValueError(f"data.preprocess must be one of {', '.join(PREPROCESSING)}, got {preprocess!r}")
     if not 0 <= label_noise <= 1:
         raise ValueError(f"data.label_noise must be in [0, 1], got {label_noise}")
-    dataset = _load_digits() if name == "digits" else _load_files(name, data_dir, validation_size, verify)
+    if is_code(name):
+        where = None if data_dir is None else str(data_dir)
+        dataset = own.load_own(DataConfig(name, where, args or {}, validation_size=validation_size))
+    elif name == "digits":
+        dataset = _load_digits()
+    else:
+        dataset = _load_files(name, data_dir, validation_size, verify, size)
     generator = torch.Generator().manual_seed(seed)
     train = dataset.train
     if train_fraction < 1:
@@ -135,6 +91,8 @@ def load(
     dataset = replace(dataset, train=train)
     if preprocess == "none":
         return dataset
+    if (values := train.images[0].numel()) > WIDE:
+        raise ValueError(f"data.preprocess gcn_zca is for images of at most {WIDE:,} values, got {values:,}")
     whitening = Whitening(train.images)
     train, validation, test = (
         Split(whitening(split.images), split.labels, preprocess)
@@ -154,6 +112,8 @@ def of(config: DataConfig) -> Dataset:
         config.seed,
         config.verify,
         config.preprocess,
+        config.args,
+        config.size,
     )
 
 
@@ -179,6 +139,8 @@ def augmented(x: Tensor, kind: str, generator: torch.Generator, start: int = 0, 
         return x
     if kind not in AUGMENTATIONS:
         raise ValueError(f"training.augment must be one of {', '.join(AUGMENTATIONS)}, got {kind!r}")
+    if x.ndim != 4:
+        raise ValueError(f"training.augment must be none for vectors, got {kind!r}")
     n, _, height, width = x.shape
     whole = n if whole is None else whole
     down, right = torch.randint(0, 2 * SHIFT + 1, (2, whole, 1), generator=generator)[:, start : start + n]
@@ -205,35 +167,43 @@ def _load_digits() -> Dataset:
     def split(index: np.ndarray) -> Split:
         return Split(torch.from_numpy(images[index]), torch.from_numpy(labels[index]))
 
-    return Dataset("digits", split(train), split(validation), split(test), 10, (1, 8, 8), DIGITS)
+    return Dataset("digits", split(train), split(validation), split(test), len(DIGITS), (1, 8, 8), DIGITS)
 
 
-def _load_files(name: str, data_dir: str | Path | None, validation_size: int, verify: bool) -> Dataset:
+def _load_files(
+    name: str, data_dir: str | Path | None, validation_size: int, verify: bool, size: int | list[int] | None
+) -> Dataset:
     if data_dir is None:
         raise DataError(
             f"{name} is read from files: pass --data-dir with their folder or its parent (only digits comes bundled)."
         )
     try:
-        folder = Path(data_dir).expanduser()
+        place = Path(data_dir).expanduser()
     except RuntimeError:
         raise DataError(f"{data_dir}: --data-dir names the home of a user that there is not.") from None
-    if not folder.exists():
-        raise DataError(f"{folder}: --data-dir does not exist.")
-    arrays = cifar.load_cifar(folder, verify) if name == "cifar10" else idx.load_idx(name, folder, verify)
+    if not place.exists():
+        raise DataError(f"{place}: --data-dir does not exist.")
+    if name == "image_folder":
+        return folder.load_folder(place, size, validation_size)
+    if name == "npz":
+        return npz.load_npz(place, validation_size)
+    if name in cifar.LAYOUTS:
+        arrays = cifar.load_cifar(place, verify, cifar.LAYOUTS[name])
+    else:
+        arrays = idx.load_idx(name, place, verify)
     images, labels, test_images, test_labels = (
         torch.from_numpy(np.array(a)) for a in arrays
     )  # frombuffer gives read-only memory
     if not 0 < validation_size < len(labels):
         raise ValueError(f"data.validation_size must be from 1 to {len(labels) - 1}, got {validation_size}")
     first = len(labels) - validation_size
-    names = {"mnist": DIGITS, "fashion_mnist": FASHION, "cifar10": CIFAR}[name]
-    channels, height, width = images.shape[1:]
+    names = {"mnist": DIGITS, "fashion_mnist": FASHION, "cifar10": CIFAR, "cifar100": cifar.FINE}[name]
     return Dataset(
         name,
         Split(images[:first], labels[:first]),
         Split(images[first:], labels[first:]),
         Split(test_images, test_labels),
-        10,
-        (channels, height, width),
+        len(names),
+        tuple(images.shape[1:]),
         names,
     )

@@ -40,7 +40,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Shape = tuple[int, int, int]
+from margin_kernels.task.capture import resolve
+
+from ..config import Config, ConfigError, called, is_code
+
+Shape = tuple[int, ...]
 
 
 def _flat(layers: list[tuple[str, nn.Module]], shape: Shape) -> int:
@@ -242,8 +246,30 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
 
 
 def hidden_taps(name: str) -> tuple[str, ...]:
-    """Names of the modules whose outputs are the hidden layers of model `name`, in forward order."""
+    """Names of the modules whose outputs are the hidden layers of the shipped model `name`, in forward order."""
     return _entry(name)[1]
+
+
+def hidden_of(model: nn.Module, config: Config) -> tuple[str, ...]:
+    """The hidden taps of the network of a config: of one of the user's what its attribute `hidden_taps` lists, or else
+    what the layers of a large margin loss name besides input and output. Raises ConfigError where these say hidden and
+    nothing says what that is."""
+    name = config.model.name
+    if not is_code(name):
+        return hidden_taps(name)
+    layers = config.loss.layers if config.loss.kind == "large_margin" else []
+    own = getattr(model, "hidden_taps", None)
+    own = own() if callable(own) else own
+    if own is not None and (isinstance(own, str) or not all(isinstance(tap, str) for tap in own)):
+        raise ConfigError(f"{name}: hidden_taps must be a list of names of modules, got {own!r:.100}")
+    if own is None and "hidden" in layers:
+        known = [module for module, _ in model.named_modules() if module]
+        raise ConfigError(
+            f"loss.layers has hidden, but {name} has no attribute hidden_taps: name its modules in loss.layers, of "
+            f"{', '.join(known[:30])}{', ...' if len(known) > 30 else ''}"
+        )
+    names = [tap for tap in (layers if own is None else own) if tap not in ("input", "output")]
+    return resolve(model, names) if names else ()
 
 
 class Center(nn.Module):
@@ -279,8 +305,16 @@ def build(
     name: str, shape: Shape, classes: int, center: bool = False, init: str = "default", **options: Any
 ) -> nn.Module:
     """A freshly initialised network: [N, *shape] -> logits [N, classes]. `center` puts Center in front; `options`:
-    dropout, and norm for the residual networks."""
-    network = _entry(name)[0](shape, classes, **options)
+    dropout, and norm for the residual networks; of code of the user's `args`, its keywords. Raises ConfigError for what
+    that code raises, or where it returns no module."""
+    if is_code(name):
+        network = called("model", name, options.pop("args", {}), {"shape": tuple(shape), "classes": classes})
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"model.name {name} must return a torch.nn.Module, got {type(network).__name__}")
+        for option in (*options, *(["center"] if center else [])):
+            raise ConfigError(f"model.{option} is for shipped networks: give {name} its options by model.args")
+    else:
+        network = _entry(name)[0](shape, classes, **options)
     _initialise(network, init)
     if center:
         return nn.Sequential(OrderedDict([("center", Center(shape)), *network.named_children()]))
@@ -295,10 +329,10 @@ def default_shape(name: str) -> Shape:
 
 def has_norm(name: str) -> bool:
     """Whether network `name` takes the option norm."""
-    return "norm" in inspect.signature(_entry(name)[0]).parameters
+    return not is_code(name) and "norm" in inspect.signature(_entry(name)[0]).parameters
 
 
 def _entry(name: str) -> tuple[Callable[..., nn.Module], tuple[str, ...]]:
     if name not in MODELS:
-        raise ValueError(f"model.name must be one of {', '.join(MODELS)}, got {name!r}")
+        raise ValueError(f"model.name must be one of {', '.join(MODELS)}, or code as file.py:Class, got {name!r}")
     return MODELS[name]

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..config import is_code
 from ..results import digest, read_json, write_atomic, write_json
 from .networks import build
 
@@ -29,9 +30,18 @@ def save_model(folder: Path, model: nn.Module, description: dict[str, Any]) -> N
     write_atomic(folder / "model.safetensors", lambda file: file.write(content))
 
 
-def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network of a run's folder, in eval mode, and its description. Raises CheckpointError where a file is
-    missing, damaged or of another program."""
+def check_saved(folder: Path) -> None:
+    """Reads the weights of a run's folder. Raises CheckpointError as `load_model`, but runs no code of the user's: of
+    such a network checksum and numbers alone are looked at."""
+    weights, description = _read(folder)
+    if is_code(str(description.get("name"))):
+        check_weights(weights, weights)
+    else:
+        load_model(folder)
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the description of a run's folder, as their checksum says."""
     description_path, weights_path = _existing(folder, "model.json"), _existing(folder, "model.safetensors")
     description = read_json(description_path)
     with _opened(weights_path) as file:
@@ -43,9 +53,20 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise CheckpointError(
             f"{weights_path} is damaged, or not the one of {description_path}: it has another checksum; train it again."
         )
+    return weights, description
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network of a run's folder, in eval mode, and its description. The code that a network of the user's
+    stands in is imported and called. Raises CheckpointError where a file is missing, damaged or of another program."""
+    weights, description = _read(folder)
+    description_path, weights_path = folder / "model.json", folder / "model.safetensors"
     try:
-        with torch.device("meta"):  # no memory: a description may ask for any size
+        if is_code(description["name"]):  # which meta tensors may not suit
             check_weights(weights, _described(description).state_dict())
+        else:
+            with torch.device("meta"):  # no memory: a description may ask for any size
+                check_weights(weights, _described(description).state_dict())
         model = _described(description)
         model.load_state_dict(weights)
     except Exception as error:  # a description of another program: any type

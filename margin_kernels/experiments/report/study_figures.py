@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from ..config import value_of
 from ..evaluation import METHODS
 from ..results import MEASURES, Measure, Record, Study, summary
 from .figures import COLOURS, MARKERS, STYLES, Figure, draw
@@ -52,7 +52,7 @@ def swept(study: Study) -> Swept | None:
     keys = dict.fromkeys(key for record in firsts.values() for key in record.values)
     found = []
     for key in keys:
-        values = {point: attrgetter(key)(record.config) for point, record in firsts.items()}
+        values = {point: value_of(record.config, key) for point, record in firsts.items()}
         numbers = all(isinstance(value, (int, float)) for value in values.values())
         if numbers and not key.startswith("training.") and len(set(values.values())) > 1:
             words, factor = AXES.get(key, (key.rsplit(".", 1)[-1].replace("_", " "), 1))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from margin_kernels import deepfool
 
 from .. import data
-from ..config import DataConfig, EvaluationConfig
+from ..config import DataConfig, EvaluationConfig, is_code
 from ..evaluation import attacks
 from ..models import load_model
 from ..results import Record, Study
@@ -53,6 +53,8 @@ def all_figures(study: Study, data_dir: str | None) -> tuple[dict[str, list[Figu
     if not kept:
         return {}, "No attacked images: no weights were kept; margin-kernels sweep --keep-weights does."
     settings = study.records[0].config.data
+    if any(is_code(name) for record in study.records for name in (record.config.data.name, record.config.model.name)):
+        return {}, "No attacked images: data or network are code, which no report runs; margin-kernels attack does."
     if settings.name != "digits" and data_dir is None:
         return (
             {},
@@ -63,9 +65,11 @@ def all_figures(study: Study, data_dir: str | None) -> tuple[dict[str, list[Figu
     for point, records in kept.items():
         # the points may differ in their training images, to which whitening is fitted; the others share the test images
         first = next(iter(records.values())).config.data
-        wanted = DataConfig(first.name) if first.preprocess == "none" else first
+        wanted = first if first.preprocess != "none" else replace(first, train_fraction=1.0, label_noise=0.0, seed=0)
         if wanted != loaded:
             dataset, loaded = data.of(replace(wanted, dir=data_dir)), wanted
+        if len(dataset.shape) != 3 or dataset.shape[0] not in (1, 3):
+            return {}, f"No attacked images: data of shape {list(dataset.shape)} are no pictures."
         groups[f"Attacked test images{place(point)}"] = figures(study, point, records, dataset)
     return groups, ""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, from_dict, keys, own_options
+from ..config import Config, from_dict, is_key, own_options
 from . import shape
 from .files import finite, read_json
 
@@ -128,7 +128,7 @@ class Record(Run):
     def from_dict(cls, values: dict[str, Any]) -> Record:
         config = {**values["config"], "name": values["cell"]}
         for key in values["values"]:
-            if key not in keys():
+            if not is_key(key):
                 raise ValueError(f"values must have keys of a config, got {key!r}")
         choice = [Tried(**tried) for tried in values.get("choice", [])]
         return cls(**{**values, "config": from_dict(config), "choice": choice})

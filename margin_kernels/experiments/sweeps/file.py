@@ -342,7 +342,8 @@ def _typed(where: str, values: dict[str, Any]) -> Config:
         ("model.name", settings.model.name, models.MODELS),
         ("loss.kind", settings.loss.kind, objectives.OBJECTIVES),
     ):
-        _known(f"{where}: {key}", "value", [value], tuple(allowed))
+        if key != "model.name" or not config.is_code(value):
+            _known(f"{where}: {key}", "value", [value], tuple(allowed))
     return settings
 
 

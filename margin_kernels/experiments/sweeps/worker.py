@@ -75,7 +75,7 @@ def run(folder: Path) -> None:
         return
     model, _ = models.load_model(folder)
     device = resolve_device(settings.training.device)
-    hidden = models.hidden_taps(settings.model.name)
+    hidden = models.hidden_of(model, settings)
     start = time.perf_counter()
     evaluation = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, tick)
     seconds = {**record.seconds, "evaluation": time.perf_counter() - start}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from margin_kernels.task.auto_gamma import positive_median
 from margin_kernels.task.suggest_gamma import nearest_distances
 
 from .. import models, objectives
-from ..config import Config, LossConfig, check, complete, exponent, to_dict, to_yaml
+from ..config import Config, LossConfig, check, complete, exponent, is_code, to_dict, to_yaml, told
 from ..data import Dataset, augmented
 from ..evaluation import hits, signed_distance, tap_names
 from ..results import Run, differing, flatten, machine, shape, versions, write_csv, write_json, write_text
@@ -97,9 +98,11 @@ class Trainer:
             raise ValueError("training.precision must be bf16 or fp32 on the CPU, got fp16, which needs a CUDA device")
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self.hidden = models.hidden_taps(config.model.name)
-        options: dict[str, Any] = {"dropout": config.model.dropout}
-        if models.has_norm(config.model.name):
+        own = is_code(config.model.name)
+        options: dict[str, Any] = {"args": config.model.args} if own else {"dropout": config.model.dropout}
+        if own and config.model.dropout:
+            options["dropout"] = config.model.dropout  # which `build` refuses
+        if models.has_norm(config.model.name) or (own and config.model.norm != "batch"):
             options["norm"] = config.model.norm
         if config.model.center:
             options["center"] = True
@@ -116,14 +119,23 @@ class Trainer:
             self.model = models.build(
                 config.model.name, dataset.shape, dataset.num_classes, init=config.model.init, **options
             ).to(self.device)
-            with torch.no_grad():
-                self.model.eval()(torch.zeros(1, *dataset.shape, device=self.device))
+            with told(f"model.name {config.model.name}") if own else nullcontext(), torch.no_grad():
+                logits = self.model.eval()(torch.zeros(1, *dataset.shape, device=self.device))
         except RuntimeError as error:
             raise ValueError(
                 f"model.name must be a network for images of shape {list(dataset.shape)}, got {config.model.name!r}: "
                 f"{error}"
             ) from None
+        if not isinstance(logits, Tensor) or logits.shape != (1, dataset.num_classes):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"model.name must be a network that returns logits [N, {dataset.num_classes}], got {got} of "
+                f"{config.model.name} for one image"
+            )
+        self.hidden = models.hidden_of(self.model, config)
         self.model.train()
+        if settings.channels_last and len(dataset.shape) != 3:
+            raise ValueError(f"training.channels_last must be false for data of shape {list(dataset.shape)}")
         if config.model.center:
             mean: Any = self.model.get_buffer("center.mean")
             mean.copy_(dataset.train.mean_image())
@@ -425,6 +437,8 @@ class Trainer:
     def drawn(self) -> str | None:
         """What each process draws by itself in training, in words."""
         config = self.config
+        if is_code(config.model.name):
+            return "random numbers of the network"
         if config.model.dropout > 0:
             return "dropout masks"
         if config.loss.kind == "vat":
