@@ -546,10 +546,26 @@ def test_a_finished_run_is_extended_and_is_then_as_one_that_was_as_long_from_the
 def test_a_cosine_schedule_is_not_extended_and_no_run_is_shortened(tmp_path, capsys):
     assert train(tmp_path / "a", "--schedule.name", "cosine", "--training.epochs", "1") == 0
     assert train(tmp_path / "a", "--schedule.name", "cosine", "--training.epochs", "2", "--resume") == 1
-    assert "written with other settings (training.epochs)" in said(capsys)
+    text = said(capsys)
+    assert "training.epochs must be 1, got 2: the learning rate of a cosine schedule is 0 after 1 epochs" in text
+    assert f"--model.initial {tmp_path / 'a'} in another --out" in text
+    remedy = ["--schedule.name", "cosine", "--training.epochs", "2", "--model.initial", str(tmp_path / "a")]
+    assert train(tmp_path / "c", *remedy) == 0
+    assert len((tmp_path / "c/metrics.csv").read_text().splitlines()) == 3
     assert train(tmp_path / "b", "--training.epochs", "2") == 0
     assert train(tmp_path / "b", "--training.epochs", "1", "--resume") == 1
-    assert "written with other settings (training.epochs)" in said(capsys)
+    assert "training.epochs must be at least 2, which are trained already, got 1" in said(capsys)
+
+
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(tmp_path, capsys):
+    assert train(tmp_path / "a", "--training.epochs", "1") == 0
+    weights = (tmp_path / "a/model.safetensors").read_bytes()
+    assert train(tmp_path / "a", "--training.epochs", "1", "--resume") == 0
+    assert "nothing is left: a higher --training.epochs extends the run" in capsys.readouterr().out
+    assert train(tmp_path / "b", "--training.epochs", "3", "--training.stop_at_train_accuracy", "0") == 0
+    assert train(tmp_path / "b", "--training.epochs", "5", "--training.stop_at_train_accuracy", "0", "--resume") == 0
+    assert "nothing is left: training.stop_at_train_accuracy was reached" in capsys.readouterr().out
+    assert (tmp_path / "a/model.safetensors").read_bytes() == weights
 
 
 # signals, kills and full disks, in processes of their own

@@ -146,7 +146,7 @@ def test_keys_that_a_mapping_merges_may_be_replaced(tmp_path):
         (["--training.epochs", "1.5"], "training.epochs must be an integer, got 1.5"),
         (
             ["--data.name", "imagenet"],
-            "data.name must be 'digits', 'mnist', 'fashion_mnist' or 'cifar10', got imagenet",
+            "data.name must be one of digits, mnist, fashion_mnist, cifar10, cifar100, image_folder, npz, or code as",
         ),
         (["--training.accumulate", "65"], "training.accumulate must be at most training.batch_size, 64, got 65"),
         (["--training.batch_size", "1000001"], "training.batch_size must be at most 1e+06, got 1000001"),

@@ -122,7 +122,10 @@ def train(arguments: list[str], processes: Processes = ALONE) -> int:
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent (same as --data.dir)")
     parser.add_argument("--out", default=None, help="folder of the run (default: runs/NAME)")
     parser.add_argument(
-        "--resume", action="store_true", help="continue from the folder's checkpoint; --training.epochs may be more"
+        "--resume",
+        action="store_true",
+        help="continue from the folder's checkpoint; a higher --training.epochs extends the run, bit for bit as if it "
+        "had been as long from the start (not a cosine schedule, whose rates depend on the end)",
     )
     parser.add_argument("--overwrite", action="store_true", help="throw away the run that the folder holds")
     parser.add_argument(
@@ -167,6 +170,10 @@ def train(arguments: list[str], processes: Processes = ALONE) -> int:
             before = trainer.resume()
             by = "" if before == processes.size else f", which {before} process{'es' * (before > 1)} wrote"
             console.print(f"resuming after epoch {trainer.epoch}{by}")
+            if trainer.stopped:
+                console.print("nothing is left: training.stop_at_train_accuracy was reached")
+            elif trainer.epoch == settings.training.epochs:
+                console.print("nothing is left: a higher --training.epochs extends the run")
         else:
             processes.first(f"the check of {folder}", replace_run)
         start = time.perf_counter()

@@ -482,6 +482,8 @@ class Trainer:
         if self.config.schedule.name != "cosine" and self.config.training.epochs >= state["epoch"]:
             resumable.add("training.epochs")  # a longer run is the same up to here
         changed = [key for key in differing(complete(state["config"]), to_dict(self.config)) if key not in resumable]
+        if changed == ["training.epochs"]:
+            raise models.CheckpointError(self._other_epochs(state["config"]["training"]["epochs"], state["epoch"]))
         if changed:
             raise models.CheckpointError(
                 f"{self.folder}: the checkpoint was written with other settings ({', '.join(changed)}); "
@@ -502,6 +504,18 @@ class Trainer:
         shape.check(self.measured, {"gamma?": [shape.NUMBER], "layer_weights?": [shape.NUMBER]}, "measured")
         if not set(self.measured) <= {"gamma", "layer_weights"}:
             raise ValueError(f"measured must be gamma and layer_weights, got {', '.join(self.measured)}")
+
+    def _other_epochs(self, before: int, reached: int) -> str:
+        """Why the run cannot go on to the epochs that are asked for, and what can be done."""
+        asked = self.config.training.epochs
+        if asked < reached:
+            return f"{self.folder}: training.epochs must be at least {reached}, which are trained already, got {asked}"
+        return (
+            f"{self.folder}: training.epochs must be {before}, got {asked}: the learning rate of a cosine schedule is 0 "
+            f"after {before} epochs, and a run of {asked} has other rates from the first step on. Start anew with "
+            f"--overwrite, or train on from these weights with a cosine of its own: --model.initial {self.folder} in "
+            "another --out. Schedules constant, step and exponential can be extended, bit for bit"
+        )
 
     def _restore_random(self, states: list[dict[str, Any]]) -> None:
         """The random numbers of this process, of `states` that stand for one process each."""
