@@ -1,15 +1,20 @@
 """`margin-kernels` where its extra is not installed: one sentence that says what to install."""
 
+import argparse
 import os
 import re
 import subprocess
 import sys
 import tomllib
 
+import jsonargparse
 import pytest
 from support import ROOT
 
+from margin_kernels import info
 from margin_kernels.experiments import __main__ as command_line
+from margin_kernels.experiments import config, sweeps
+from margin_kernels.experiments.cli import commands
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REMEDY = 'pip install "margin_kernels[experiments]"'
@@ -47,6 +52,51 @@ def test_any_other_missing_module_keeps_its_traceback(monkeypatch):
 def test_with_the_extra_the_command_runs(capsys):
     assert command_line.main(["--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: margin-kernels COMMAND")
+
+
+class Parsed(Exception):
+    """What a command's parser looked like when it was to read its arguments."""
+
+
+def options_of(command, monkeypatch):
+    """The options that a command shows: (flags, help)."""
+
+    def stop(parser, *given, **options):
+        raise Parsed(parser)
+
+    for kind in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
+        monkeypatch.setattr(kind, "parse_args", stop)
+    with pytest.raises(Parsed) as caught:
+        commands.run_command(command, [])
+    (parser,) = caught.value.args
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    return [(action.option_strings or [action.dest], action.help) for action in shown]
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_no_option_is_without_help(command, monkeypatch):
+    options = options_of(command, monkeypatch)
+    without = [flags for flags, text in options if not text or len(text) < 5 or text == "Path to a configuration file."]
+    assert not without
+    if command == "train":
+        flags = {flag for names, _ in options for flag in names}
+        assert {f"--{key}" for key in config.keys()} <= flags  # noqa: SIM118 (no mapping)
+        assert "--loss.sensitivity" not in flags and "--data" not in flags  # which are refused
+
+
+def test_every_command_is_in_the_usage():
+    assert set(re.findall(r"^  (\w+)  ", commands.USAGE, re.MULTILINE)) == set(commands.COMMANDS)
+    assert str(commands.__doc__).partition(": ")[2].partition(".")[0].split(" | ") == list(commands.COMMANDS)
+
+
+def test_info_is_that_of_the_library_and_the_shipped_files(capsys):
+    assert command_line.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("\n".join(info.lines()) + "\n\n")
+    assert text.splitlines()[-2:] == [
+        f"configs        {', '.join(config.shipped())}",
+        f"sweeps         {', '.join(sweeps.shipped())}",
+    ]
 
 
 def test_the_script_and_the_names_of_the_extra_are_those_of_pyproject():

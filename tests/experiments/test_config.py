@@ -1,11 +1,14 @@
 """A run is described by a file and overrides; what does not fit is refused by name."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
 import yaml
+from support import resolved
 
+import margin_kernels as mk
 from margin_kernels.experiments import config
 from margin_kernels.experiments.config import ConfigError
 
@@ -61,6 +64,7 @@ def test_shipped_configs_parse_and_build(name):
 
     parsed = config.parse(["--config", name])
     assert parsed.name == name
+    resolved.check(f"config {name}", [parsed])
     shape = {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}.get(parsed.data.name, (1, 28, 28))
     model = models.build(parsed.model.name, shape, 10)
     task = objectives.build(model, parsed.loss, models.hidden_taps(parsed.model.name))
@@ -96,3 +100,38 @@ def test_every_field_is_an_option_and_documented():
             assert f"{field.name}:" in str(type(part).__doc__), (type(part).__name__, field.name)
             assert any(key.split(".")[-1] == field.name or f".{field.name}." in key for key in NAMES), field.name
     assert set(yaml.safe_load(config.to_yaml(config.Config()))) == {key.split(".")[0] for key in NAMES}
+
+
+# section -> the part of the library whose options it holds
+LIBRARY = {
+    "loss": (mk.LargeMarginLoss, mk.MarginTask),
+    "loss.sensitivity": (mk.MarginSensitivityLoss,),
+    "loss.adversarial": (mk.AdversarialMarginLoss,),
+    "loss.one_to_n": (mk.OneToNLoss,),
+}
+# option -> why its default is not that of the library, in words of its help
+DIFFERENT = {
+    "loss.layers": "MarginTask, which knows no hidden layers, has the input alone",
+    "loss.one_to_n.weight_norm": "by the norm of its weight row",  # a switch: the library is given the layer
+}
+
+
+@pytest.mark.parametrize("section", LIBRARY)
+def test_defaults_are_those_of_the_library(section):
+    part = config.Config()
+    for name in section.split("."):
+        part = getattr(part, name)
+    own = {item.name: getattr(part, item.name) for item in dataclasses.fields(part)}
+    compared = set()
+    for owner in LIBRARY[section]:
+        for name, parameter in inspect.signature(owner.__init__).parameters.items():
+            if name not in own:
+                continue
+            compared.add(name)
+            if f"{section}.{name}" in DIFFERENT:
+                assert own[name] != parameter.default, name
+                assert DIFFERENT[f"{section}.{name}"] in " ".join(str(type(part).__doc__).split()), name
+            else:
+                assert own[name] == parameter.default, (section, name)
+    assert len(compared) > 3
+    assert section == "loss" or compared == set(own)  # a section holds options of its loss alone

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from support import resolved
 from support.tiny_sweeps import EVALUATION, TINY, changed, records, run, run_in_processes, write
 
 from margin_kernels.experiments import cli, data, models, sweeps
@@ -455,5 +456,6 @@ def test_shipped_sweeps_read_and_build(name):
     for budget in ("quick", "cpu", "full"):
         cells = sweeps.read(path, budget)
         assert cells and len({cell.name for cell in cells}) == len(cells)
+        resolved.check(f"sweep {name} {budget}", [cell.config for cell in cells])
         for label in {cell.config.model.name for cell in cells}:
             models.build(label, (1, 28, 28), 10)

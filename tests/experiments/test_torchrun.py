@@ -22,6 +22,7 @@ from margin_kernels.experiments.training.processes import ElsewhereError
 
 SGD = ("--optimiser.name", "sgd", "--optimiser.lr", "0.05", "--training.threads", "1", "--training.batch_size", "48")
 LARGE_MARGIN = ("--loss.kind", "large_margin", "--loss.top_k", "2", "--loss.gamma", "[0.5,1,2,4,4]")
+LARGE_MARGIN += ("--loss.cross_entropy_weight", "1")
 TWO = ("--training.epochs", "2")
 MEDIAN = (*TWO, "--loss.gamma", "1.5", "--loss.gamma_unit", "median", "--loss.cross_entropy_epochs", "1")
 SENSITIVITY = ("--loss.kind", "margin_sensitivity", "--loss.sensitivity.classification", "cross_entropy")

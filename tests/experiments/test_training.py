@@ -3,11 +3,15 @@
 import csv
 import json
 import math
+import sys
+import tomllib
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support import ROOT
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,15 +38,17 @@ def settings(*arguments):
 
 SENSITIVITY = ("--loss.kind", "margin_sensitivity")
 ONE_TO_N = ("--loss.kind", "one_to_n", "--loss.one_to_n.delta", "5", "--loss.one_to_n.bound", "positive")
-MARGIN = ("--loss.kind", "large_margin", "--loss.top_k", "2", "--loss.gamma", "[0.5,1,2,4,4]")
+CROSS_ENTROPY = ("--loss.cross_entropy_weight", "1")
+MARGIN = ("--loss.kind", "large_margin", "--loss.top_k", "2", "--loss.gamma", "[0.5,1,2,4,4]", *CROSS_ENTROPY)
 MEDIAN = (
     *("--loss.kind", "large_margin", "--loss.top_k", "2", "--loss.second_order", "true"),
     *("--loss.cross_entropy_epochs", "1", "--loss.gamma", "[2,1.5,3]", "--loss.gamma_unit", "median"),
-    *("--loss.layer_weights", "[16,1,2]"),
+    *("--loss.layer_weights", "[16,1,2]", *CROSS_ENTROPY),
 )
 AUTO = (
     *("--loss.kind", "large_margin", "--loss.top_k", "1", "--loss.competitors", "soft", "--loss.gamma", "auto"),
     *("--loss.gamma_factor", "1.5", "--loss.alpha", "1", "--loss.label_smoothing", "0.1", "--loss.warmup", "6"),
+    *CROSS_ENTROPY,
 )
 
 
@@ -581,6 +587,38 @@ def test_settings_that_cannot_run_here_say_so(digits):
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"training.device must be cpu, got .* sees no CUDA device"):
             Trainer(settings("--training.device", "cuda"), digits)
+
+
+def test_without_tensorboard_its_extra_is_named(digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    asked = settings("--training.tensorboard", "true")
+    with pytest.raises(ValueError, match=r'tensorboard needs a package: pip install "margin_kernels\[tensorboard\]"'):
+        Trainer(asked, digits, tmp_path)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["tensorboard"] == ["tensorboard"]
+
+
+def test_tensorboard_is_given_every_number_of_every_epoch(digits, tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name, value, epoch):
+            written.append((name, value, epoch))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    trainer = Trainer(settings("--training.tensorboard", "true"), digits, tmp_path)
+    trainer.run()
+    names = {name for name, _, _ in written}
+    assert {"train_loss", "validation_accuracy", "lr", "distance/input", "distance/output"} <= names
+    for record in trainer.history:
+        assert ("train_loss", record["train_loss"], record["epoch"]) in written
+        assert ("distance/input", record["distance"]["input"], record["epoch"]) in written
 
 
 @pytest.mark.parametrize("options", [MARGIN, SENSITIVITY, ()], ids=["large margin", "sensitivity", "cross-entropy"])

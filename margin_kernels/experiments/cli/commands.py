@@ -23,6 +23,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from margin_kernels import LargeMarginLoss, MarginTask
+from margin_kernels.info import lines as installed
 from margin_kernels.memory import keep_freed_memory
 
 from .. import config, data, models, sweeps
@@ -35,13 +36,11 @@ from ..results import (
     Records,
     Run,
     locked,
-    machine,
     read_json,
     replacing,
     settle,
     shape,
     summary,
-    versions,
     write_json,
 )
 from ..training import ALONE, TIMEOUT, Meter, Output, Processes, Trainer, errors, join, resolve_device, time_steps
@@ -60,7 +59,7 @@ USAGE = """usage: margin-kernels COMMAND [options]
   toy        two rectangles in the plane: boundaries, true margins, and those that DeepFool reports
   explain    how the gradients of a shipped network are obtained, why, and what a step costs
   bench      what a step of each loss costs on your own model or a shipped one: time, floor, memory, strategy
-  info       versions, machine, backends, shipped configs
+  info       versions, machine, backends, shipped configs and sweeps
 
 margin-kernels COMMAND --help says more. Several processes train one network:
 torchrun --nproc-per-node 2 -m margin_kernels.experiments train ...
@@ -309,7 +308,7 @@ def make_report(arguments: list[str]) -> int:
         "for their own report",
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder of the report")
-    parser.add_argument("--title", default=None)
+    parser.add_argument("--title", default=None, help="heading of the page (default: made of names and data)")
     parser.add_argument(
         "--sweep", default=None, help="sweep file with published values (default: the shipped one of that name)"
     )
@@ -499,14 +498,14 @@ def explain(arguments: list[str]) -> int:
 
 
 def info(arguments: list[str]) -> int:
-    parser = Parser(prog="margin-kernels info", description="What is installed and what runs here.")
+    parser = Parser(
+        prog="margin-kernels info",
+        description="What is installed and what runs here, as `python -m margin_kernels.info` has it, and the shipped "
+        "configs and sweeps.",
+    )
     parser.parse_args(arguments)
-    console = Output()
-    for name, value in {**versions(), **machine()}.items():
-        console.print(f"{name:15} {value}")
-    console.print(f"{'cuda devices':15} {torch.cuda.device_count()}")
-    console.print(f"{'configs':15} {', '.join(config.shipped())}")
-    console.print(f"{'sweeps':15} {', '.join(sweeps.shipped())}")
+    print("\n".join(installed()))
+    print(f"\nconfigs        {', '.join(config.shipped())}\nsweeps         {', '.join(sweeps.shipped())}")
     return 0
 
 

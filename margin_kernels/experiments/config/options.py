@@ -177,7 +177,8 @@ class VirtualAdversarialConfig:
 
 @dataclass
 class LossConfig:
-    """Which loss, the options of LargeMarginLoss, which the others ignore, and a section for each other loss.
+    """Which loss, the options of LargeMarginLoss, which the others ignore, and a section for each other loss. Defaults
+    are those of the library's losses.
 
     Args:
         kind: cross_entropy, hinge, squared_hinge, large_margin, margin_sensitivity, adversarial_margin, one_to_n,
@@ -203,11 +204,12 @@ class LossConfig:
         space: logit or probability scores
         second_order: differentiate the gradient norms too
         margin_weight: factor of the margin term
-        cross_entropy_weight: factor of the auxiliary term
+        cross_entropy_weight: factor of the auxiliary term; gamma auto needs one above 0
         auxiliary: cross_entropy, or pairwise: the logistic loss of the label and its best competitor
         label_smoothing: of the cross-entropy
         layers: taps; input, output, module names, or hidden for every hidden layer of the network (of one of your own
-            what its attribute hidden_taps lists)
+            what its attribute hidden_taps lists). All of these by default, as [E]; MarginTask, which knows no hidden
+            layers, has the input alone
         batchnorm: batch or frozen statistics in the margin passes
         passes: how the margin gradients are obtained, auto, loop or split
         sensitivity: options of margin_sensitivity
@@ -225,7 +227,7 @@ class LossConfig:
     warmup: int = 50
     p: float | Literal["inf"] = 2.0
     competitors: Literal["hard", "soft"] = "hard"
-    top_k: int = 9
+    top_k: int = 1
     aggregation: Literal["max", "sum", "mean", "mean_distance"] = "max"
     alpha: float | None = None
     eps: float = 1e-6
@@ -235,7 +237,7 @@ class LossConfig:
     space: Literal["logit", "probability"] = "logit"
     second_order: bool = False
     margin_weight: float = 1.0
-    cross_entropy_weight: float = 1.0
+    cross_entropy_weight: float = 0.0
     auxiliary: Literal["cross_entropy", "pairwise"] = "cross_entropy"
     label_smoothing: float = 0.0
     layers: list[str] = field(default_factory=lambda: ["input", "hidden", "output"])
@@ -323,7 +325,7 @@ class TrainingConfig:
         threads: CPU threads, or null for torch's choice
         distance_samples: validation images whose distance to the boundary is measured after each epoch; 0 for none
         distance_p: norm of that measurement, the same for every model of a comparison
-        tensorboard: write TensorBoard events as well
+        tensorboard: write TensorBoard events into the run's folder as well; needs the extra [tensorboard]
     """
 
     epochs: int = 30
@@ -389,7 +391,18 @@ class EvaluationConfig:
 
 @dataclass
 class Config:
-    """One run."""
+    """One run.
+
+    Args:
+        name: of the run, and of its folder
+        data: which images
+        model: which network
+        loss: which loss
+        optimiser: which optimiser
+        schedule: learning rate over the epochs
+        training: how to train
+        evaluation: what to measure
+    """
 
     name: str = "run"
     data: DataConfig = field(default_factory=DataConfig)

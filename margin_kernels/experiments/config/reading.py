@@ -5,11 +5,13 @@ margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --loss.gamma 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import functools
 import json
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from types import NoneType
@@ -118,8 +120,19 @@ def _expanded(value: Any, seen: dict[int, int | None]) -> int:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """--config, one dotted option per field of Config, and --print_config."""
-    parser.add_class_arguments(Config, None, help="")
+    parser.add_class_arguments(Config, None, help="The run")
+    for action in parser._actions:  # --data FILE and its like are refused
+        if set(action.option_strings) & {f"--{section}" for section in _sections(Config)}:
+            action.help = argparse.SUPPRESS
     parser.add_argument("--config", action="config", help="a YAML file, or the name of a shipped config")
+
+
+def _sections(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the dataclasses in a config."""
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield prefix + name
+            yield from _sections(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
 def keys(cls: type = Config, prefix: str = "") -> list[str]:

@@ -110,6 +110,7 @@ def margin_loss(norm: str, gamma: list[float], top_k: int) -> LossConfig:
         layer_weights=weights,
         layer_reduction="sum",
         second_order=True,
+        cross_entropy_weight=1.0,
     )
 
 

@@ -62,7 +62,7 @@ def _adversarial(aggregation: Any, gradient: Any) -> LossConfig:
 
 LOSSES = {
     "cross-entropy": LossConfig(),
-    "large margin l2": LossConfig("large_margin", gamma=1.0, p=2.0, top_k=1, layers=["input"]),
+    "large margin l2": LossConfig("large_margin", gamma=1.0, p=2.0, cross_entropy_weight=1.0, layers=["input"]),
     **{
         f"{aggregation.upper()} EXP, {gradient.replace('_', ' ')}": _adversarial(aggregation, gradient)
         for aggregation in ("avg", "min")

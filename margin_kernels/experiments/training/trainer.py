@@ -511,8 +511,8 @@ class Trainer:
         if asked < reached:
             return f"{self.folder}: training.epochs must be at least {reached}, which are trained already, got {asked}"
         return (
-            f"{self.folder}: training.epochs must be {before}, got {asked}: the learning rate of a cosine schedule is 0 "
-            f"after {before} epochs, and a run of {asked} has other rates from the first step on. Start anew with "
+            f"{self.folder}: training.epochs must be {before}, got {asked}: the learning rate of a cosine schedule is "
+            f"0 after {before} epochs, and a run of {asked} has other rates from the first step on. Start anew with "
             f"--overwrite, or train on from these weights with a cosine of its own: --model.initial {self.folder} in "
             "another --out. Schedules constant, step and exponential can be extended, bit for bit"
         )
@@ -542,7 +542,7 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
-                "training.tensorboard is set, but tensorboard is not installed: pip install tensorboard"
+                'training.tensorboard needs a package: pip install "margin_kernels[tensorboard]"'
             ) from error
         self.writer = SummaryWriter(str(self.folder / "tensorboard"))
 
