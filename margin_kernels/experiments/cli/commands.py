@@ -376,7 +376,12 @@ def run_sweep(arguments: list[str]) -> int:
     parser.add_argument("sweep", help=f"a YAML file, or one of {', '.join(sweeps.shipped())}")
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results (default: sweeps/NAME)")
-    parser.add_argument("--budget", default="full", help="quick, cpu, full: what the file offers (default: full)")
+    parser.add_argument(
+        "--budget",
+        default=None,
+        help="what the file offers: quick shows that it works, cpu is made for two cores, full is what the paper did "
+        "(default: cpu, and full where the file has no such budget)",
+    )
     parser.number("--jobs", bounds.PROCESSES, 1, "cells at a time (default: 1)")
     parser.number("--threads", bounds.PROCESSES, 1, "CPU threads of each (default: 1)")
     parser.add_argument(
@@ -385,13 +390,19 @@ def run_sweep(arguments: list[str]) -> int:
         help="training device of all cells (default: as the file says); cuda: all GPUs in turn",
     )
     parser.add_argument("--keep-weights", action="store_true", help="keep the weights of every cell")
-    parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left to do")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the cells and what is left to do, with the time that each will take, estimated from a few steps",
+    )
+    parser.add_argument("--no-estimate", action="store_true", help="time nothing beforehand")
     parser.add_argument(
         "--cells", nargs="+", metavar="PATTERN", default=["*"], help='only cells with such names: "l1*" "*seed0"'
     )
     options = parser.parse_args(arguments)
     path = sweeps.find(options.sweep)
-    every = sweeps.read(path, options.budget)
+    budget = sweeps.budget_of(path, options.budget)
+    every = sweeps.read(path, budget)
     cells = sweeps.select(every, options.cells)
     out = options.out or Path("sweeps") / path.stem
     console = Output()
@@ -401,14 +412,23 @@ def run_sweep(arguments: list[str]) -> int:
     runner = sweeps.Runner(cells, out, how, console)
     if options.dry_run:
         states = [runner.state(cell) for cell in cells]
+        left = [cell for cell, state in zip(cells, states, strict=True) if state != "finished"]
+        costs = estimated(left, options, runner, console)
         for cell, state in zip(cells, states, strict=True):
-            console.print(f"{state:8}  {cell.config.training.epochs:4} epochs  {cell.name}")
-        done = states.count("finished")
-        console.print(f"{len(cells)} cells, {done} finished, {len(cells) - done} to do")
+            cost = costs.of.get(cell.name)
+            time_left = "" if options.no_estimate else f"{'-' if cost is None else sweeps.duration(cost):>10}  "
+            console.print(f"{state:8}  {cell.config.training.epochs:4} epochs  {time_left}{cell.name}", soft_wrap=True)
+        console.print(f"budget {budget}: {len(cells)} cells, {len(cells) - len(left)} finished, {len(left)} to do")
+        for line in costs.lines(options.jobs):
+            console.print(line, soft_wrap=True)
         return 0
     for device in {options.device} if options.device else {cell.config.training.device for cell in cells}:
         resolve_device(device)
     try:
+        if left := [cell for cell in cells if runner.state(cell) != "finished"]:
+            console.print(f"budget {budget}: {len(left)} of {len(cells)} cells to do", soft_wrap=True)
+            for line in estimated(left, options, runner, console).lines(options.jobs):
+                console.print(line, soft_wrap=True)
         failed = runner.run()
         status = 1 if failed else 0
     except KeyboardInterrupt as stopped:
@@ -417,13 +437,29 @@ def run_sweep(arguments: list[str]) -> int:
     wanted = [cell.name for cell in every if not cell.candidate]
     records = Records(out / RECORDS)
     found = [records[name] for name in wanted if name in records]
-    table_rows = summary.write_summary(out, path.stem, options.budget, found, failed)
+    table_rows = summary.write_summary(out, path.stem, budget, found, failed)
     if table_rows:
-        summary.show(console, table_rows, f"{path.stem}, {options.budget}: {len(found)} of {len(wanted)} cells")
+        summary.show(console, table_rows, f"{path.stem}, {budget}: {len(found)} of {len(wanted)} cells")
     for name, error in failed.items():
         print(f"{name} failed: {error}", file=sys.stderr)
     console.print(f"{out / 'summary.csv'}, {out / 'summary.json'}", soft_wrap=True)
     return status
+
+
+def estimated(
+    cells: list[sweeps.Cell], options: argparse.Namespace, runner: sweeps.Runner, console: Output
+) -> sweeps.Estimate:
+    """What the cells that are left will take; nothing of cells with --no-estimate."""
+    cells = [] if options.no_estimate else cells
+    device = "cuda:0" if options.device == "cuda" else options.device
+    return sweeps.estimate(
+        cells,
+        options.data_dir,
+        options.threads,
+        device,
+        runner.trained,
+        lambda line: console.print(line, soft_wrap=True),
+    )
 
 
 def run_demo(arguments: list[str]) -> int:

@@ -5,13 +5,14 @@ from margin_kernels.modes import eval_mode
 from . import attacks, histogram
 from .attacks import ifgsm, logit_gap
 from .distance import signed_distance, tap_names
-from .measure import METHODS, SIDES, accuracy, check_images, evaluate, hits
+from .measure import METHODS, SIDES, accuracy, boundary_norms, check_images, evaluate, hits
 
 __all__ = [
     "METHODS",
     "SIDES",
     "accuracy",
     "attacks",
+    "boundary_norms",
     "check_images",
     "eval_mode",
     "evaluate",

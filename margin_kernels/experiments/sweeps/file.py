@@ -100,8 +100,8 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
         )
     conditions = []
     for point in points:
-        typed = _dotted(to_dict(_typed(f"{path}: {point.label}", _merge(base, _nested(point.values)))))
-        values = _nested({key: typed[key] for key in point.values})
+        typed = _typed(f"{path}: {point.label}", _merge(base, _nested(point.values)))
+        values = _nested({key: config.value_of(typed, key) for key in point.values})
         for model in models:
             conditions.append((point, model, values))
             for key in model.options[0]:
@@ -165,6 +165,13 @@ def read(path: Path, budget: str = "full") -> list[Cell]:
                 )
             )
     return list(cells.values())
+
+
+def budget_of(path: Path, asked: str | None) -> str:
+    """The budget that is asked for; without one "cpu" where the file has it, and else "full"."""
+    if asked is not None:
+        return asked
+    return "cpu" if "cpu" in _mapping(path, "budgets", _content(path).get("budgets")) else "full"
 
 
 def published(path: Path) -> dict[tuple[str, str], dict[str, float]]:

@@ -5,7 +5,7 @@ from .checkpoint import load_state
 from .optimiser import build_optimiser, learning_rate
 from .processes import ALONE, TIMEOUT, Processes, ProcessesError, join
 from .progress import Meter, Output
-from .timing import time_steps
+from .timing import of_its_own_loss, time_steps
 from .trainer import EXPECTED, RESUMABLE, Trainer, TrainingError, resolve_device
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "join",
     "learning_rate",
     "load_state",
+    "of_its_own_loss",
     "resolve_device",
     "time_steps",
 ]

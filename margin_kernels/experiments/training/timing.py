@@ -26,7 +26,7 @@ def time_steps(
     batch = torch.arange(min(baseline.training.batch_size, len(dataset.train)))
     results = {}
     for name, config in configs.items():
-        trainer = Trainer(_of_its_own_loss(config), dataset)
+        trainer = Trainer(of_its_own_loss(config), dataset)
         for _ in range(3):
             reference.step(batch)
             trainer.step(batch)
@@ -39,7 +39,7 @@ def time_steps(
     return results
 
 
-def _of_its_own_loss(config: Config) -> Config:
+def of_its_own_loss(config: Config) -> Config:
     """The config whose steps are of its own loss from the first one on."""
     return replace(config, loss=replace(config.loss, cross_entropy_epochs=0, gamma_unit="absolute"))
 
