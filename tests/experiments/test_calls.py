@@ -15,6 +15,7 @@ HUGE = str(10**20)
 # command -> arguments with which it parses
 NEEDED = {
     "evaluate": ["nowhere"],
+    "attack": ["nowhere"],
     "report": ["nowhere"],
     "sweep": ["sensitivity_mnist_mlp", "--dry-run"],
     "check": ["nowhere"],

@@ -137,7 +137,7 @@ def test_a_dry_run_and_the_start_of_a_sweep_tell_times_and_a_finished_one_none(t
     assert run(path, tmp_path / "out", "--dry-run", "--jobs", "2") == 0
     text = capsys.readouterr().out
     for name in ("cross-entropy", "hinge"):
-        assert re.search(rf"^to do        2 epochs +[\d.]+ s  {name}__seed0$", text, re.MULTILINE)
+        assert re.search(rf"^ +[\d.]+ s  to do        2 epochs  {name}__seed0$", text, re.MULTILINE)
     assert re.search(
         r"^about [\d.]+ s of one process in all, about [\d.]+ s with --jobs 2 if each has cores", text, re.MULTILINE
     )
@@ -160,7 +160,8 @@ def test_what_cannot_be_timed_is_told_and_the_rest_is_counted(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "no estimate for own (gone.py:Net, cross_entropy): model.name: gone.py is no file" in text
     assert (
-        re.search(r"to do        2 epochs +-  own__seed0", text) and "(without 1 cells that could not be timed)" in text
+        re.search(r" +-  to do        2 epochs  own__seed0", text)
+        and "(without 1 cells that could not be timed)" in text
     )
     missing = write(tmp_path, changed(base={**TINY["base"], "data": {"name": "mnist"}}), "mnist.yaml")
     assert run(missing, tmp_path / "out", "--dry-run") == 0

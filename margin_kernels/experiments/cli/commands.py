@@ -1,4 +1,4 @@
-"""`margin-kernels`: train | evaluate | report | sweep | check | demo | toy | explain | bench | info.
+"""`margin-kernels`: train | evaluate | attack | report | sweep | check | demo | toy | explain | bench | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
@@ -27,31 +27,28 @@ from margin_kernels.info import lines as installed
 from margin_kernels.memory import keep_freed_memory
 
 from .. import config, data, models, sweeps
-from ..config import Config, bounds
-from ..evaluation import check_images, evaluate
+from ..config import bounds
 from ..report import page, study_page, table
 from ..results import (
     RECORDS,
-    REPLACED,
     Records,
     Run,
     locked,
-    read_json,
     replacing,
     settle,
-    shape,
     summary,
-    write_json,
 )
-from ..training import ALONE, TIMEOUT, Meter, Output, Processes, Trainer, errors, join, resolve_device, time_steps
+from ..training import ALONE, TIMEOUT, Meter, Output, Processes, Trainer, errors, join, resolve_device
 from .bench import bench
 from .check import check
+from .evaluate import attack, evaluate_runs, read_compared
 from .parser import Parser, check_text, timeout
 
 USAGE = """usage: margin-kernels COMMAND [options]
 
   train      train a network; --config FILE or the name of a shipped config, dotted overrides, --print_config
   evaluate   measure trained networks: accuracy, attacks, distances, cost of a step
+  attack     attacked test images of a trained network: arrays and a picture
   report     compare evaluated runs, or show sweeps: one HTML page, CSV, JSON, PNG
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
   check      whether checkpoints, weights and records are as they were written
@@ -190,114 +187,6 @@ def train(arguments: list[str], processes: Processes = ALONE) -> int:
     return 0
 
 
-def evaluate_runs(arguments: list[str]) -> int:
-    parser = Parser(prog="margin-kernels evaluate", description="Measures trained networks on the test split.")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders written by train")
-    parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent")
-    parser.add_argument("--device", default=None, help="default: the device of the run")
-    parser.number("--eps", bounds.RADIUS, None, "l_inf radius of the table (default: the run's)")
-    parser.add_argument("--attacker", default=None, help="folder of a run whose network makes black-box images")
-    parser.add_argument("--no-timing", action="store_true", help="do not time training steps")
-    options = parser.parse_args(arguments)
-    console = Output()
-    for folder in options.runs:  # all of them before the first is measured
-        if not ((folder / "config.yaml").is_file() or (folder / REPLACED).is_dir()):
-            raise models.CheckpointError(
-                f"{folder / 'config.yaml'}: missing; {folder} is not the folder of a training run"
-            )
-    with Meter(len(options.runs), "evaluating", console) as meter:
-        for folder in options.runs:
-            with locked(folder, "a training or another evaluation", remedy="wait for it to end"):
-                settle(folder)
-                write_json(folder / "evaluation.json", measured(folder, options, meter))
-    compared = [read_compared(folder) for folder in options.runs]
-    table.show(console, compared, "Test split")
-    console.print(f"next: margin-kernels report {' '.join(map(str, options.runs))} --out report")
-    return 0
-
-
-def measured(folder: Path, options: argparse.Namespace, meter: Meter) -> dict[str, Any]:
-    """What evaluation.json holds of a run."""
-    settings = read_config(folder, options)
-    meter.advance(0, f"evaluating {settings.name}")
-    dataset = data.of(settings.data)
-    evaluation = evaluate_run(folder, settings, dataset, meter)
-    if settings.evaluation.timing_repeats and not options.no_timing:
-        base = replace(settings, loss=config.LossConfig())
-        timed = time_steps(base, {settings.name: settings}, dataset, settings.evaluation.timing_repeats)
-        evaluation["timing"] = timed[settings.name]
-    return evaluation
-
-
-def read_config(folder: Path, options: argparse.Namespace) -> Config:
-    """A run's config with the options of the command line applied."""
-    path = folder / "config.yaml"
-    config.check_whole(path)
-    settings = config.parse(["--config", str(path)])
-    if options.data_dir is not None:
-        settings = replace(settings, data=replace(settings.data, dir=options.data_dir))
-    if options.device is not None:
-        settings = replace(settings, training=replace(settings.training, device=options.device))
-    measured = {key: value for key in ("eps", "attacker") if (value := getattr(options, key)) is not None}
-    settings = replace(settings, evaluation=replace(settings.evaluation, **measured))
-    config.check(settings)
-    return settings
-
-
-def evaluate_run(folder: Path, settings: Config, dataset: data.Dataset, meter: Meter) -> dict[str, Any]:
-    """Evaluates the network of one run on the test split."""
-    model, description = models.load_model(folder)
-    if description["name"] != settings.model.name:
-        raise ValueError(
-            f"{folder / 'config.yaml'}: model.name must be {description['name']}, as in model.json, "
-            f"got {settings.model.name}"
-        )
-    check_images(folder, description, dataset.test, str(folder / "model.json"))
-    device = resolve_device(settings.training.device)
-    hidden = models.hidden_of(model, settings)
-    result = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, meter.advance)
-    return {"evaluation": result, "weights": models.weights_digest(folder)}
-
-
-def read_compared(folder: Path) -> table.Compared:
-    """A run as report and table want it: a folder, or FOLDER/records.jsonl:CELL, a cell of a sweep."""
-    path, _, cell = str(folder).rpartition(":")
-    if Path(path).is_file():
-        found = Records(Path(path))
-        if cell not in found:
-            raise ValueError(f"{path}: no record of {cell}; there are {', '.join(r.cell for r in found.all())}")
-        record = found[cell]
-        try:
-            shape.check(record.machine, shape.MACHINE, "machine")
-            shape.check_evaluation(record.measurements, shape.EVALUATION)
-        except ValueError as error:
-            raise ValueError(f"{path}: {cell} cannot be reported: {error}") from None
-        return table.Compared(" ".join(filter(None, record.place)), record.run, record.measurements, record.timing)
-    if (folder / REPLACED).is_dir():
-        raise ValueError(
-            f"{folder}: another run is replacing this one, or was stopped while it did: wait for it, or let "
-            "`margin-kernels evaluate` put back what was there"
-        )
-    for name in ("run.json", "evaluation.json"):
-        if not (folder / name).is_file():
-            command = "train" if name == "run.json" else "evaluate"
-            raise ValueError(f"{folder / name}: missing; run `margin-kernels {command}` first")
-    run = Run.read(folder / "run.json")
-    evaluation = read_json(folder / "evaluation.json")
-    try:
-        shape.check(evaluation, {"evaluation": dict, "timing?": shape.TIMING, "weights": str}, "evaluation.json")
-        shape.check_evaluation(evaluation["evaluation"], shape.EVALUATION)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'evaluation.json'}: {error}; run `margin-kernels evaluate` again") from None
-    if evaluation["weights"] != models.weights_digest(folder):
-        raise ValueError(
-            f"{folder / 'evaluation.json'} was measured on other weights than those of {folder}: run "
-            "`margin-kernels evaluate` again"
-        )
-    label = run.config.name.replace("_", " ")
-    return table.Compared(label, run, evaluation["evaluation"], evaluation.get("timing"))
-
-
 def make_report(arguments: list[str]) -> int:
     parser = Parser(prog="margin-kernels report", description="Compares evaluated runs on one page.")
     parser.add_argument(
@@ -413,11 +302,11 @@ def run_sweep(arguments: list[str]) -> int:
     if options.dry_run:
         states = [runner.state(cell) for cell in cells]
         left = [cell for cell, state in zip(cells, states, strict=True) if state != "finished"]
-        costs = estimated(left, options, runner, console)
+        costs = estimated(left, options, runner)
         for cell, state in zip(cells, states, strict=True):
             cost = costs.of.get(cell.name)
-            time_left = "" if options.no_estimate else f"{'-' if cost is None else sweeps.duration(cost):>10}  "
-            console.print(f"{state:8}  {cell.config.training.epochs:4} epochs  {time_left}{cell.name}", soft_wrap=True)
+            beside = "" if options.no_estimate else f"{'-' if cost is None else sweeps.duration(cost):>10}  "
+            console.print(f"{beside}{state:8}  {cell.config.training.epochs:4} epochs  {cell.name}", soft_wrap=True)
         console.print(f"budget {budget}: {len(cells)} cells, {len(cells) - len(left)} finished, {len(left)} to do")
         for line in costs.lines(options.jobs):
             console.print(line, soft_wrap=True)
@@ -426,8 +315,9 @@ def run_sweep(arguments: list[str]) -> int:
         resolve_device(device)
     try:
         if left := [cell for cell in cells if runner.state(cell) != "finished"]:
-            console.print(f"budget {budget}: {len(left)} of {len(cells)} cells to do", soft_wrap=True)
-            for line in estimated(left, options, runner, console).lines(options.jobs):
+            timing = "" if options.no_estimate else "; a few steps of each network and loss are timed"
+            console.print(f"budget {budget}: {len(left)} of {len(cells)} cells to do{timing}", soft_wrap=True)
+            for line in estimated(left, options, runner).lines(options.jobs):
                 console.print(line, soft_wrap=True)
         failed = runner.run()
         status = 1 if failed else 0
@@ -446,20 +336,11 @@ def run_sweep(arguments: list[str]) -> int:
     return status
 
 
-def estimated(
-    cells: list[sweeps.Cell], options: argparse.Namespace, runner: sweeps.Runner, console: Output
-) -> sweeps.Estimate:
+def estimated(cells: list[sweeps.Cell], options: argparse.Namespace, runner: sweeps.Runner) -> sweeps.Estimate:
     """What the cells that are left will take; nothing of cells with --no-estimate."""
     cells = [] if options.no_estimate else cells
     device = "cuda:0" if options.device == "cuda" else options.device
-    return sweeps.estimate(
-        cells,
-        options.data_dir,
-        options.threads,
-        device,
-        runner.trained,
-        lambda line: console.print(line, soft_wrap=True),
-    )
+    return sweeps.estimate(cells, options.data_dir, options.threads, device, runner.trained)
 
 
 def run_demo(arguments: list[str]) -> int:
@@ -550,6 +431,7 @@ TRAINING = ("train", "demo", "toy")  # the commands that take training steps in 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate_runs,
+    "attack": attack,
     "report": make_report,
     "sweep": run_sweep,
     "check": check,

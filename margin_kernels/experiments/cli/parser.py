@@ -16,9 +16,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self.allowed: dict[str, Range] = {}
 
-    def number(self, flag: str, allowed: Range, default: float | None, about: str) -> None:
-        """Adds an option `flag` for a number within `allowed`: an integer where `default` is one."""
-        kind = int if isinstance(default, int) else float
+    def number(self, flag: str, allowed: Range, default: float | None, about: str, whole: bool = False) -> None:
+        """Adds an option `flag` for a number within `allowed`: an integer where `default` is one, or for `whole`."""
+        kind = int if whole or isinstance(default, int) else float
         self.allowed[flag] = allowed
         self.add_argument(flag, type=kind, default=default, help=about)
 

@@ -2,7 +2,7 @@
 
 from margin_kernels.modes import eval_mode
 
-from . import attacks, histogram
+from . import attacks, by_name, histogram
 from .attacks import ifgsm, logit_gap
 from .distance import signed_distance, tap_names
 from .measure import METHODS, SIDES, accuracy, boundary_norms, check_images, evaluate, hits
@@ -13,6 +13,7 @@ __all__ = [
     "accuracy",
     "attacks",
     "boundary_norms",
+    "by_name",
     "check_images",
     "eval_mode",
     "evaluate",

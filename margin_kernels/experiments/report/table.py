@@ -106,6 +106,15 @@ def sections(models: list[Compared]) -> list[Section]:
             Row("ratio", "ratio to cross-entropy", _timing("ratio"), "{:.2f}x".format),
         ]
         groups.append(Section("Cost of training", cost))
+    named = {}
+    for model in models:
+        for name, found in model.evaluation.get("attacks", {}).items():
+            label = f"{name.removeprefix('foolbox:')}, {found['norm']} {found['eps']:g}"
+            named[name, found["norm"], found["eps"]] = Row(
+                f"{name}_{found['eps']:g}", label, _named(name, found), _percent, True
+            )
+    if named:
+        groups.append(Section("Accuracy, other attacks", list(named.values())))
     for side, title in (("black_box", "Accuracy, black box"), ("reverse", "Accuracy of the attacker")):
         if any(side in model.evaluation for model in models):
             rows = [replace(row, key=f"{side}_{row.key}", value=_side(side, row.key)) for row in attacked]
@@ -115,6 +124,16 @@ def sections(models: list[Compared]) -> list[Section]:
         rows = [Row(f"noise_{sigma:g}", f"sigma {sigma:g}", _noise(sigma), _percent, True) for sigma in sigmas]
         groups.append(Section("Accuracy under Gaussian noise", rows))
     return groups
+
+
+def _named(name: str, asked: dict[str, Any]) -> Callable[[Compared], float | None]:
+    """The accuracy under an attack of that radius; a model that was attacked within another has none."""
+
+    def value(model: Compared) -> float | None:
+        found = model.evaluation.get("attacks", {}).get(name, {})
+        return found.get("accuracy") if found.get("eps") == asked["eps"] else None
+
+    return value
 
 
 def _side(side: str, key: str) -> Callable[[Compared], float | None]:

@@ -58,6 +58,7 @@ EVALUATION = {
         ("fgsm_ce?", "fgsm_gap?", "ifgsm_ce?", "ifgsm_gap?", "worst?", "zero_ce?", "zero_gap?", "saturated?"), MAYBE
     ),
     "deepfool_missed?": MAYBE,
+    "attacks?": {str: {"eps": NUMBER, "norm": LABEL, "samples": int, "accuracy": NUMBER}},
 }
 
 

@@ -109,7 +109,6 @@ def estimate(
     threads: int,
     device: str | None,
     trained: Callable[[Cell], bool],
-    say: Callable[[str], None] = lambda line: None,
 ) -> Estimate:
     """Times each distinct network and loss of `cells` once. `trained`: whether a cell has only to be evaluated."""
     of: dict[str, float | None] = {}
@@ -131,7 +130,6 @@ def estimate(
                     dataset = _whole(config, datasets)
                     if key not in found:
                         found[key] = None
-                        say(f"timing a few steps of {label}")
                         found[key] = costs(config, dataset)
                 except (
                     Exception
