@@ -121,8 +121,9 @@ def _expanded(value: Any, seen: dict[int, int | None]) -> int:
 def add_arguments(parser: ArgumentParser) -> None:
     """--config, one dotted option per field of Config, and --print_config."""
     parser.add_class_arguments(Config, None, help="The run")
-    for action in parser._actions:  # --data FILE and its like are refused
-        if set(action.option_strings) & {f"--{section}" for section in _sections(Config)}:
+    refused = {f"--{section}" for section in _sections(Config)}  # --data FILE and its like
+    for action in parser._actions:
+        if not refused.isdisjoint(action.option_strings):
             action.help = argparse.SUPPRESS
     parser.add_argument("--config", action="config", help="a YAML file, or the name of a shipped config")
 
