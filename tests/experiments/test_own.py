@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import textwrap
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -155,6 +156,21 @@ def test_a_sweep_of_code_trains_in_a_process_of_its_own(mine):
         name: {"n": int(name[-9:-7])} for name in found
     }
     assert cli.main(["report", str(mine / "out"), "--out", "page"]) == 0
+
+
+def test_weights_that_meet_another_text_of_their_network_are_told(mine):
+    assert cli.main(["train", *arguments(), "--out", "run"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.load_model(mine / "run")
+    (mine / "mine.py").write_text(SOURCE.replace("nn.ReLU()", "nn.Tanh()"))
+    with pytest.warns(UserWarning, match="run: the file of mine.py:Net has another text than when these weights were"):
+        models.load_model(mine / "run")
+    with pytest.warns(UserWarning, match="run: the file of mine.py:Net has another text than when the checkpoint was"):
+        assert cli.main(["train", *arguments("--training.epochs", "3"), "--out", "run", "--resume"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.load_model(mine / "run")  # which the new text has trained
 
 
 def test_hidden_layers_of_ones_own_network_are_named_by_it_or_by_the_loss(mine):

@@ -426,7 +426,7 @@ def info(arguments: list[str]) -> int:
     return 0
 
 
-CLASSES = 10  # of `explain`, as in all data sets here
+CLASSES = 10  # of `explain`, which has no data
 TRAINING = ("train", "demo", "toy")  # the commands that take training steps in their own process
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,

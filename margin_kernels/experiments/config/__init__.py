@@ -1,7 +1,7 @@
 """What a run is: dataclasses, read from YAML files and the command line; the configs that come with the package."""
 
 from .bounds import ConfigError, check
-from .named import called, is_code, takes, told
+from .named import called, is_code, takes, text_digest, told
 from .options import (
     DATASETS,
     OPTIONS_OF_LOSS,
@@ -78,6 +78,7 @@ __all__ = [
     "read_yaml",
     "shipped",
     "takes",
+    "text_digest",
     "to_dict",
     "to_yaml",
     "told",

@@ -3,6 +3,7 @@ and classes, so that `load_model` needs no config. The weights hold a checksum o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..config import is_code
+from ..config import is_code, text_digest
 from ..results import digest, read_json, write_atomic, write_json
 from .networks import build
 
@@ -69,6 +70,12 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
                 check_weights(weights, _described(description).state_dict())
         model = _described(description)
         model.load_state_dict(weights)
+        if is_code(description["name"]) and description.get("code") != text_digest("model", description["name"]):
+            warnings.warn(
+                f"{folder}: the file of {description['name']} has another text than when these weights were trained: "
+                "numbers may be those of another network",
+                stacklevel=2,
+            )
     except Exception as error:  # a description of another program: any type
         raise CheckpointError(
             f"{description_path}: not the network of {weights_path} ({type(error).__name__}: {error}); train it again."

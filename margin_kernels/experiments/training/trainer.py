@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +28,7 @@ from margin_kernels.task.auto_gamma import positive_median
 from margin_kernels.task.suggest_gamma import nearest_distances
 
 from .. import models, objectives
-from ..config import Config, LossConfig, check, complete, exponent, is_code, to_dict, to_yaml, told
+from ..config import Config, LossConfig, check, complete, exponent, is_code, text_digest, to_dict, to_yaml, told
 from ..data import Dataset, augmented
 from ..evaluation import hits, signed_distance, tap_names
 from ..results import Run, differing, flatten, machine, shape, versions, write_csv, write_json, write_text
@@ -114,6 +115,8 @@ class Trainer:
         }
         if dataset.train.preprocess != "none":
             self.description["preprocess"] = dataset.train.preprocess
+        if own:
+            self.description["code"] = text_digest("model", config.model.name)
         torch.manual_seed(settings.seed)
         try:
             self.model = models.build(
@@ -201,7 +204,7 @@ class Trainer:
     def _start_from(self, folder: Path) -> None:
         """The weights of another run, which must have trained the same network."""
         model, description = models.load_model(folder)
-        if description != self.description:
+        if {**description, "code": None} != {**self.description, "code": None}:
             raise ValueError(f"model.initial: {folder} holds {description}, and this run trains {self.description}")
         self.model.load_state_dict(model.state_dict())
 
@@ -422,6 +425,7 @@ class Trainer:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "order": self.order.get_state(),
+            "code": self.description.get("code"),
             **first,
             **({"others": others} if others else {}),
         }
@@ -488,6 +492,12 @@ class Trainer:
             raise models.CheckpointError(
                 f"{self.folder}: the checkpoint was written with other settings ({', '.join(changed)}); "
                 "resume with the same config, or start anew with --overwrite."
+            )
+        if state.get("code") != self.description.get("code"):
+            warnings.warn(
+                f"{self.folder}: the file of {self.config.model.name} has another text than when the checkpoint was "
+                "written: this may be another network from here on",
+                stacklevel=2,
             )
         models.check_weights(state["model"], self.model.state_dict())
         self.model.load_state_dict(state["model"])
