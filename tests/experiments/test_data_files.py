@@ -132,7 +132,6 @@ def test_a_network_for_the_classes_of_a_folder_is_trained_and_measured(folder):
     options += ["--training.epochs", "1", "--evaluation.timing_repeats", "0", "--evaluation.deepfool_samples", "4"]
     assert cli.main(["train", *options, "--out", run]) == 0
     assert cli.main(["evaluate", run]) == 0
-    assert cli.main(["report", run, "--out", str(path / "page")]) == 0
 
 
 ARRAYS = {

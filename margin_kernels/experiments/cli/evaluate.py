@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def evaluate_run(
     model = load_run(folder, settings, dataset)
     device = resolve_device(settings.training.device)
     hidden, asked = models.hidden_of(model, settings), settings.evaluation
+    if options.attack and not math.isfinite(dataset.test.bounds[1]):
+        raise ValueError("--attack needs images with bounds: whitened ones (data.preprocess) have none")
     result = evaluate(model.to(device), dataset.test, hidden, asked, device, meter.advance)
     if options.attack:
         count = asked.attack_samples if options.attack_samples is None else options.attack_samples

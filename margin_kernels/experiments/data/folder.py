@@ -64,8 +64,10 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 
 
 def _opened(path: Path) -> Any:
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError("image_folder needs a package: pip install pillow") from error
     try:
         return Image.open(path)
     except Exception as error:  # a damaged image raises nearly anything
