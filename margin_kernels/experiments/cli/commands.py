@@ -1,4 +1,4 @@
-"""`margin-kernels`: train | evaluate | attack | report | sweep | check | demo | toy | explain | bench | info.
+"""`margin-kernels`: train | evaluate | report | sweep | attack | check | demo | toy | explain | bench | info.
 
 margin-kernels train --config mnist_large_margin_l2 --data-dir DIR --out runs/l2 --loss.gamma 2
 margin-kernels evaluate runs/ce runs/l2 --data-dir DIR
@@ -48,9 +48,9 @@ USAGE = """usage: margin-kernels COMMAND [options]
 
   train      train a network; --config FILE or the name of a shipped config, dotted overrides, --print_config
   evaluate   measure trained networks: accuracy, attacks, distances, cost of a step
-  attack     attacked test images of a trained network: arrays and a picture
   report     compare evaluated runs, or show sweeps: one HTML page, CSV, JSON, PNG
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
+  attack     attacked test images of a trained network: arrays and a picture
   check      whether checkpoints, weights and records are as they were written
   demo       train and compare eight losses on scikit-learn's digits
   toy        two rectangles in the plane: boundaries, true margins, and those that DeepFool reports
@@ -431,9 +431,9 @@ TRAINING = ("train", "demo", "toy")  # the commands that take training steps in 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate_runs,
-    "attack": attack,
     "report": make_report,
     "sweep": run_sweep,
+    "attack": attack,
     "check": check,
     "demo": run_demo,
     "toy": run_toy,
