@@ -187,7 +187,7 @@ class _Batch:
         layout = layout_of(made, self.y, self.options.get("class_dim"))
         if layout.class_dim == 1:
             return cross_entropy(made, self.y)
-        rows = layout.rows(made, self.y, None)
+        rows = layout.rows(made, self.y, None, None)
         return cross_entropy(rows.logits, rows.target)
 
     def loss(self, task: MarginTask) -> Tensor:

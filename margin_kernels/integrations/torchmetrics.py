@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..losses import base
+from ..task.log import rows_that_count
 from . import missing
 
 try:
@@ -85,7 +86,7 @@ class MarginDistance(Metric):
         nearest = distance.flatten(0, -3).amin(1)
         counted = nearest.isfinite()
         if "valid" in measured:
-            counted &= measured["valid"].flatten().unsqueeze(1)
+            counted &= rows_that_count(measured).unsqueeze(1)
         place = ((nearest.nan_to_num() - self.low) / (self.high - self.low) * self.bins).floor()
         place = place.clamp(-1, self.bins).long() + 1
         self.count += counted.sum(0)

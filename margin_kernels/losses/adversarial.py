@@ -212,8 +212,8 @@ class AdversarialMarginLoss(MarginLoss):
         loss = self._mean(terms.sum(), targets, terms.dtype).detach()
         return {
             "loss": loss,
-            "nll": found.nll,
-            "gap": found.gap,
+            "nll": found.nll.detach(),
+            "gap": found.gap.detach(),
             "competitor": found.competitor,
             "valid": targets.valid,
         }

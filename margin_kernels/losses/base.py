@@ -320,7 +320,7 @@ class TapLoss(MarginLoss):
         """
         logits, target = self.whole(logits), whole(target)
         if is_one_logit(logits):
-            logits, target = two_classes(logits, target)
+            logits, target = two_classes(logits, target, getattr(self, "ignore_index", None))
         captured = explicit(logits, activations, batch_dim)
         loss: Tensor = self.statistics(logits, target, captured, sample_weight=whole(sample_weight)).loss
         return loss

@@ -230,7 +230,8 @@ class LargeMarginLoss(TapLoss):
                     'gamma must be a number or a list without a MarginTask, which keeps the medians of "auto"'
                 )
             with torch.no_grad():
-                usable = (norm > least) & valid.view(-1, 1, 1)
+                counts = valid if targets.share is None else targets.share > 0
+                usable = (norm > least) & counts.view(-1, 1, 1)
                 together = Group(self.process_group or WORLD)
                 median, on = medians.step(-gap.unsqueeze(2) / (self.eps + norm), usable, self.warmup, together)
                 median = median if captured.chosen is None else median[captured.chosen]
@@ -241,7 +242,7 @@ class LargeMarginLoss(TapLoss):
             gap, norm, gamma, cap, weights, least, self.eps, self.aggregation, reduction, self.backend
         )
         loss = loss if on is None else torch.where(on, loss, 0)
-        degenerate = (norm.detach() <= least) & ~gap.detach().isnan().unsqueeze(-1)
+        degenerate = (norm.detach() <= least) & (~gap.detach().isnan() & valid.unsqueeze(1)).unsqueeze(-1)
         shortfall = gamma - distance
         active = (shortfall > 0) & (shortfall < cap) & ~degenerate & valid.view(-1, 1, 1)
         active = active if on is None else active & on
@@ -271,8 +272,8 @@ class LargeMarginLoss(TapLoss):
         loss = self._total(nothing, found, logits, targets).detach()
         return {
             "loss": loss,
-            "nll": found.nll,
-            "gap": found.gap,
+            "nll": found.nll.detach(),
+            "gap": found.gap.detach(),
             "competitor": found.competitor,
             "valid": targets.valid,
         }
@@ -327,6 +328,7 @@ class LargeMarginLoss(TapLoss):
         if self.auxiliary == "cross_entropy":
             return cross_entropy(found, logits, targets, self.label_smoothing)
         wide = rows_of(logits).to(torch.promote_types(logits.dtype, torch.float32))
+        wide = torch.where(targets.valid.unsqueeze(1), wide, 0)
         own = targets.safe(logits.shape[1]).unsqueeze(1)
         return targets.weighed(F.softplus(wide.gather(1, found.competitor[:, :1]) - wide.gather(1, own)).squeeze(1))
 

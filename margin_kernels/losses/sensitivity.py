@@ -97,8 +97,8 @@ class MarginSensitivityLoss(TapLoss):
         ValueError, TypeError: naming the argument, its value, and what is allowed; more than one tap; a tangent that
             would not be exact, with the operation that it fails at.
 
-    Soft targets [N,C] (mixup, distillation), with classification="cross_entropy": that of the soft target, and S of its
-    largest class, of equal ones the lowest.
+    Soft targets [N,C] (mixup, distillation): the cross-entropy of the soft target, of two classes the hinges of both in
+    its shares, and S of its largest class, of equal ones the lowest.
     A NaN or infinite logit makes the loss of its sample NaN. Equal norms: the stronger competitor is differentiated.
     Source: Matyasko, Chau. Margin Maximization for Robust Classification using Deep Learning. IJCNN 2017, eq. 14, 18
     and 19; `power` and `weight` of the presets are those of the authors' code.
@@ -255,8 +255,14 @@ class MarginSensitivityLoss(TapLoss):
         """The hinge or the cross-entropy of each row, [N], weighed."""
         if self.classification == "cross_entropy":
             return cross_entropy(found, logits, targets, self.label_smoothing)
-        if targets.soft is not None:
+        gap = found.gap[:, 0]
+        if targets.soft is None:
+            return targets.weighed(F.relu(1 + gap))
+        if targets.soft.shape[1] > 2:
             raise ValueError(
-                'classification must be "cross_entropy" for soft targets, of which the hinge knows nothing, got "hinge"'
+                'classification must be "cross_entropy" for soft targets of more than two classes, got "hinge"'
             )
-        return targets.weighed(F.relu(1 + found.gap[:, 0]))
+        share = targets.soft if targets.class_weight is None else targets.soft * targets.class_weight
+        own = share.gather(1, targets.label.unsqueeze(1)).squeeze(1)
+        terms = own * F.relu(1 + gap) + (share.sum(1) - own) * F.relu(1 - gap)
+        return terms if targets.sample is None else terms * targets.sample

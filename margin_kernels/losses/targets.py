@@ -84,6 +84,9 @@ def read(
         raise ValueError(
             f"class_weight must hold one weight for each of {logits.shape[1]} classes, got {len(class_weight)}"
         )
+    for name, tensor in (("target", target), ("sample_weight", sample_weight)):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(f"{name} must not require grad, for the loss is not differentiated in it: detach it")
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     rows = logits.shape[0] * logits.shape[2:].numel()
     weights = None
@@ -93,7 +96,7 @@ def read(
     if isinstance(target, Tensor) and target.is_floating_point():
         soft, label = _soft(target, rows, logits, wide)
         valid = torch.ones_like(label, dtype=torch.bool)
-        factor = sample if weights is None else _times(soft @ weights, sample)
+        factor = sample if weights is None else _times((soft * weights).sum(1), sample)
         share = sample
         return Targets(label, NOTHING, soft, valid, weights, sample, factor, share)
     valid = target != ignore_index
@@ -150,7 +153,7 @@ def _weighed_by_class(logits: Tensor, weight: Tensor) -> Tensor:
     z = logits.to(weight.dtype)
     finite = z != -math.inf
     below = torch.where(finite, torch.logsumexp(z, 1, keepdim=True) - torch.where(finite, z, 0), 0)
-    return below @ weight / finite.sum(1)
+    return (below * weight).sum(1) / finite.sum(1)
 
 
 def _times(values: Tensor, factor: Tensor | None) -> Tensor:
@@ -198,33 +201,33 @@ def _readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not tracing() and not is_functorch_wrapped(tensor)
 
 
-def two_classes(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def two_classes(logits: Tensor, target: Tensor, ignored: int | None = None) -> tuple[Tensor, Tensor]:
     """One logit f [N] or [N,1] as two classes, z = (0, f) [N,2], whose softmax is sigmoid(f) and whose gap is -f for
     class 1 and f for class 0; and the targets as theirs.
 
-    target [N] or [N,1]: integers or bool, 1 against 0 or -1; or floating: these numbers, or the probability of class 1.
-    On a GPU floating targets are soft targets. Raises ValueError for other values where they lie on the CPU.
+    target [N] or [N,1]: integers or bool, 1 against 0 or -1, or `ignored`; or floating, soft targets: the probability
+    of class 1, or -1 and +1. Raises ValueError for other values where they lie on the CPU.
     """
     if not isinstance(target, Tensor) or target.shape not in (logits.shape, logits.shape[:1]):
         shape = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f"target must be [N] = [{len(logits)}] for one logit, got {shape}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    return with_zero(logits), _of_one_logit(target.reshape(-1))
+    return with_zero(logits), _of_one_logit(target.reshape(-1), ignored)
 
 
-def _of_one_logit(target: Tensor) -> Tensor:
+def _of_one_logit(target: Tensor, ignored: int | None) -> Tensor:
     hard = not target.is_floating_point()
+    left_out = target == ignored if hard and ignored is not None else torch.zeros_like(target, dtype=torch.bool)
     if _readable(target):
-        whole = (target == 1) | (target == 0) | (target == -1)
+        whole = (target == 1) | (target == 0) | (target == -1) | left_out
         allowed = whole if hard else whole | ((target > 0) & (target < 1))
         if not bool(allowed.all()):
             raise ValueError(f"target must be 0 or 1, or -1 or +1, for one logit, got {target[~allowed][0].item()}")
-        if bool((target == -1).any()) and not bool((target.abs() == 1).all()):
-            raise ValueError("target must be 0 or 1, or -1 or +1, for one logit, got a batch with -1 and 0")
-        hard = hard or bool(whole.all())
+        if bool(((target == -1) & ~left_out).any()) and not bool(((target.abs() == 1) | left_out).all()):
+            raise ValueError("target must be 0 or 1, or -1 or +1, for one logit, got a batch with -1 and others")
     if hard:
         label = target.long()
-        return torch.where(label == -1, 0, label)
+        return torch.where((label == -1) & ~left_out, 0, label)
     share = torch.where(target == -1, 0, target)
     return torch.stack([1 - share, share], 1)

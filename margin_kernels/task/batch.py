@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ..gradients.request import Captured
 from ..losses.base import MarginLoss
 from ..losses.targets import NEEDS_CLASSES
 from .layout import Layout, Rows, draw, layout_of, seen_from
-from .reading import Inputs
+from .reading import Inputs, mapped
 
 # Of predictions at positions: the fields that a loss has for all of them, not for those at which margins are measured.
 OF_ALL = ("nll", "classification")
@@ -27,6 +26,7 @@ class Batch(NamedTuple):
     rows: Rows
     all_rows: Rows
     position: Tensor | None = None
+    counted: Tensor | None = None  # [N,T] bool, of all positions
 
     @property
     def given(self) -> tuple[Tensor, Tensor]:
@@ -58,6 +58,8 @@ class Batch(NamedTuple):
             found[name] = value.reshape(*(every if of_all else drawn), *value.shape[1:])
         if self.position is not None:
             found["position"] = self.position
+            if self.counted is not None:
+                found["valid"] = self.counted.reshape(every)
         return found
 
 
@@ -70,7 +72,12 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tup
 
 def usable(tree: Any) -> Any:
     """The same with clones in the place of tensors that were made in inference mode, which keep no versions."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, tree)
+    return mapped(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf, tree)
+
+
+def ignored_by(loss: MarginLoss) -> int | None:
+    """The target of samples that a loss leaves out."""
+    return getattr(loss, "ignore_index", None)
 
 
 class Batches:
@@ -92,14 +99,14 @@ class Batches:
 
     def of(self, loss: MarginLoss, made: Tensor, y: Tensor, sample_weight: Tensor | None) -> Batch:
         """A batch of a loss that measures at no tap: all predictions as rows."""
-        layout = self.layout(made, y)
+        layout, ignored = self.layout(made, y), ignored_by(loss)
         if layout.one_logit and not loss.takes_one_logit:
             raise ValueError(NEEDS_CLASSES.format(name=type(loss).__name__))
         if layout.dense and loss.needs == "model":
             raise ValueError(
                 f"{type(loss).__name__} takes one prediction a sample, [N,C], got logits {list(made.shape)}"
             )
-        rows = layout.rows(made, y, sample_weight)
+        rows = layout.rows(made, y, sample_weight, ignored)
         return Batch(layout, rows, rows)
 
     def at_taps(
@@ -107,9 +114,9 @@ class Batches:
     ) -> tuple[Batch, Captured]:
         """The rows that a loss at taps is given, and the forward pass as they see it; `made` are the logits of the
         loss, those of `captured` may be others."""
-        layout = self.layout(made, y)
+        layout, ignored = self.layout(made, y), ignored_by(loss)
         if not layout.dense:
-            rows = layout.rows(made, y, sample_weight)
+            rows = layout.rows(made, y, sample_weight, ignored)
             batch = Batch(layout, rows, rows)
             if rows.logits is made:
                 return batch, captured
@@ -124,10 +131,11 @@ class Batches:
             )
         if loss.reduction == "none":
             raise ValueError('reduction must be "mean" or "sum" for predictions at positions, got "none"')
-        index, stands_for = draw(layout.counted(y, loss.ignore_index), self.positions)
-        rows, slots = layout.drawn(made, y, sample_weight, index, stands_for)
-        batch = Batch(layout, rows, layout.rows(made, y, sample_weight, in_place=True), index)
+        counted = layout.counted(y, ignored)
+        index, stands_for = draw(counted, self.positions)
+        rows, slots = layout.drawn(made, y, sample_weight, ignored, index, stands_for)
+        batch = Batch(layout, rows, layout.rows(made, y, sample_weight, ignored, in_place=True), index, counted)
         if captured.logits is made:
             return batch, seen_from(captured, slots, rows.logits)
-        passed, slots = layout.drawn(captured.logits, y, sample_weight, index, stands_for)
+        passed, slots = layout.drawn(captured.logits, y, sample_weight, ignored, index, stands_for)
         return batch, seen_from(captured, slots, passed.logits)

@@ -188,7 +188,7 @@ class Taps:
             inputs = inputs if aliased is x else inputs.with_tensor(x, aliased)
             # Now, for a model that changes its input in place moves the tensor along the graph.
             entries[name] = Tap(name, get_gradient_edge(aliased), aliased.shape)
-        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, inputs):
+        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, inputs.tensors()):
             logits = whole((reading or Reading())(model, inputs))
         if not logits.requires_grad:
             raise ValueError("the logits do not require grad: they depend differentiably on no tap and no parameter")

@@ -101,7 +101,9 @@ class CompiledStep:
         device = y.device.type
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         modes = tuple(module.training for module in task.modules())
-        kinds = (spec, plain, tuple(map(_kind, (*tensors, y))), modes, autocast, task.loss.key())
+        names_of = [id(leaf) for leaf in leaves]
+        same = tuple(map(names_of.index, names_of))
+        kinds = (spec, plain, same, tuple(map(_kind, (*tensors, y))), modes, autocast, task.loss.key())
         step = self._steps.get((*kinds, self._values(task)))
         if step is None:
             step = self._compile(task, inputs, y, sample_weight, list(state), tensors, autocast)
@@ -144,8 +146,9 @@ class CompiledStep:
         autocast: tuple[bool, torch.dtype],
     ) -> Callable[..., Any]:
         before = self._plain(task)
-        _rehearse(task, inputs, y, sample_weight)
+        _rehearse(task, inputs, y, sample_weight, tensors)
         leaves, spec = tree_flatten((inputs, sample_weight))
+        places = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
         after = self._plain(task)
         self._changing |= {place for place in after if before.get(place) != after[place]}
         enabled, dtype = autocast
@@ -155,9 +158,9 @@ class CompiledStep:
         def step(tensors: list[Tensor], y: Tensor, numbers: Tensor) -> tuple[dict[str, Tensor], list[Tensor | None]]:
             state = dict(zip(names, tensors, strict=False))
             given = iter(tensors[len(names) :])
-            inputs, weight = tree_unflatten(
-                [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
-            )
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            # A tensor that is given twice is one.
+            inputs, weight = tree_unflatten([filled[places[id(leaf)]] for leaf in leaves], spec)
             # No cache: its half-precision weights would outlive the recording.
             live = task.loss.recorded(numbers)
             with live, torch.autocast(y.device.type, dtype, enabled, cache_enabled=False):
@@ -191,15 +194,23 @@ def _kind(tensor: Tensor) -> Any:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
-def _rehearse(task: Task, inputs: Inputs, y: Tensor, sample_weight: Tensor | None) -> None:
+def _rehearse(task: Task, inputs: Inputs, y: Tensor, sample_weight: Tensor | None, tensors: Sequence[Tensor]) -> None:
     """One step as it is without a compiler: raises its errors, tries out what recordings cannot, and leaves the model's
     buffers and the random numbers as they were. Raises ValueError for what has no compiled form."""
-    random = RandomState.now(inputs)
+    random = RandomState.now(inputs.tensors())
     buffers = [(buffer, buffer.clone()) for buffer in task.buffers()]
     with random.replayed(), alone():  # other processes may have compiled theirs
         found = task.uncompiled(inputs, y, sample_weight)
-        loss, shared = found["loss"], crossed(found["output"])
+        loss, shared, leaves = found["loss"], crossed(found["output"]), _leaves(found["output"])
         drew = random.changed()
+    known = {id(tensor) for tensor in tensors}
+    # The marks of inputs without gradient are empty.
+    unknown = [leaf for leaf in leaves if id(leaf) not in known and leaf.numel()]
+    if unknown:
+        raise ValueError(
+            "a compiled task trains its own parameters alone, and the loss depends on another tensor that requires "
+            f"grad, of shape {list(unknown[0].shape)}: make it a parameter of the model, detach it, or do not compile"
+        )
     with torch.no_grad():
         for buffer, saved in buffers:
             buffer.copy_(saved)
@@ -213,6 +224,22 @@ def _rehearse(task: Task, inputs: Inputs, y: Tensor, sample_weight: Tensor | Non
             f"{type(task.loss).__name__} runs the model several times with the same dropout masks, which a compiled "
             "step cannot: train without dropout, or do not compile"
         )
+
+
+def _leaves(logits: Tensor) -> list[Tensor]:
+    """The leaves in the graph of the logits."""
+    found, seen, waiting = [], {logits.grad_fn}, [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
 
 
 class _Handed(torch.autograd.Function):

@@ -62,10 +62,17 @@ class Layout(NamedTuple):
             return logits
         return with_zero(logits)
 
-    def rows(self, logits: Tensor, target: Tensor, weight: Tensor | None, in_place: bool = False) -> Rows:
+    def rows(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignored: int | None,
+        in_place: bool = False,
+    ) -> Rows:
         """All predictions as rows; in_place: logits [N,C,*S] as [N,C,S], which is a view, for their N S rows."""
         if self.class_dim is None:
-            return Rows(*two_classes(logits, target), weight)
+            return Rows(*two_classes(logits, target, ignored), weight)
         if not self.dense:
             return Rows(logits, target, weight)
         if in_place and self.class_dim == 1 and self.shape[1] > 1:
@@ -75,10 +82,16 @@ class Layout(NamedTuple):
         target = self._targets(target)
         if weight is not None:
             weight = weight.flatten() if weight.shape == self._counted() else self._of_each_sample(weight)
-        return Rows(*_classes(rows, target), weight)
+        return Rows(*_classes(rows, target, ignored), weight)
 
     def drawn(
-        self, logits: Tensor, target: Tensor, weight: Tensor | None, index: Tensor, stands_for: Tensor
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignored: int | None,
+        index: Tensor,
+        stands_for: Tensor,
     ) -> tuple[Rows, list[Tensor]]:
         """The predictions at positions index [N,P] as rows n P + p, each with a weight `stands_for` [N,P]; and the
         logits [N,C] of each p."""
@@ -89,7 +102,7 @@ class Layout(NamedTuple):
         if classes == 1:
             slots = [with_zero(f) for f in slots]
         every = self._targets(target)
-        _, every = _classes(flat.new_zeros(len(every), classes), every)
+        _, every = _classes(flat.new_zeros(len(every), classes), every, ignored)
         at = (index + torch.arange(n, device=index.device).unsqueeze(1) * prod(self.positions)).flatten()
         factor = stands_for.flatten()
         if weight is not None:
@@ -122,8 +135,8 @@ class Layout(NamedTuple):
         return target.flatten()
 
 
-def _classes(rows: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return two_classes(rows, target) if rows.shape[1] == 1 else (rows, target)
+def _classes(rows: Tensor, target: Tensor, ignored: int | None) -> tuple[Tensor, Tensor]:
+    return two_classes(rows, target, ignored) if rows.shape[1] == 1 else (rows, target)
 
 
 def layout_of(logits: Tensor, target: Tensor, class_dim: int | None) -> Layout:
@@ -143,7 +156,7 @@ def layout_of(logits: Tensor, target: Tensor, class_dim: int | None) -> Layout:
     for d in (1, last):
         without = [size for i, size in enumerate(shape) if i != d]
         with_one = [1 if i == d else size for i, size in enumerate(shape)]
-        soft = target.is_floating_point() and target.shape == shape
+        soft = target.is_floating_point() and target.shape == shape and shape[1] > 1
         if soft or list(target.shape) == without or (shape[d] == 1 and list(target.shape) == with_one):
             fitting.append(d)
     given = None if class_dim is None else class_dim % logits.dim()

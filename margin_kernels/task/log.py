@@ -16,40 +16,55 @@ def flat(out: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Tensor]:
     """As MarginTask.log; layers: the names of the taps."""
     found: dict[str, Tensor] = {}
     valid = out.get("valid")
+    drawn = None if valid is None else rows_that_count(out)
     for name, value in out.items():
         if not isinstance(value, Tensor) or name in NOT_NUMBERS:
             continue
-        value = value.detach()
+        value = value.detach().float()
         if value.dim() == 0:
-            found[name] = value.float()
+            found[name] = value
         elif name == "degenerate":
-            found[name] = value.sum().float()
-        elif name not in ("distance", "norm", "active") or len(layers) == 0:
-            found[name] = _mean(value.float(), valid)
-    found |= _accuracy(out)
-    if layers and "distance" in out and "active" in out:
+            found[name] = value.sum()
+        elif name == "loss":  # reduction="none": its terms have their weights
+            found[name] = value.mean()
+        elif valid is not None and value.shape == valid.shape:
+            found[name] = _mean(value, valid)
+        elif name == "gap" and drawn is not None:  # the strongest competitor's
+            found[name] = _mean(value.reshape(len(drawn), -1)[:, 0], drawn)
+        elif value.dim() == 1 and name not in ("norm", "distance"):
+            found[name] = _mean(value, drawn)
+    found |= _accuracy(out, valid if "position" not in out else None)
+    if layers and "active" in out:
         found |= _of_layers(out, layers)
-    return {name: value if value.dtype == torch.float32 else value.float() for name, value in found.items()}
+    return found
 
 
-def _mean(values: Tensor, valid: Any) -> Tensor:
-    """The mean over the rows that are valid, where their mask fits, of the entries that are finite."""
-    keep = values.isfinite()
-    if isinstance(valid, Tensor) and valid.shape == values.shape[: valid.dim()]:
-        keep = keep & valid.view(*valid.shape, *[1] * (values.dim() - valid.dim()))
-    return torch.where(keep, values, 0).sum() / keep.sum()
+def rows_that_count(out: Mapping[str, Any]) -> Tensor:
+    """Which rows of gap, norm and distance are not ignored, [R] bool."""
+    valid: Tensor = out["valid"]
+    if "position" in out:
+        valid = valid.flatten(1).gather(1, out["position"])
+    return valid.flatten()
 
 
-def _accuracy(out: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The share of predictions that are the target."""
-    output, target, valid = out.get("output"), out.get("target"), out.get("valid")
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """The mean over the rows that are valid; NaN and infinity stay."""
+    if valid is None:
+        return values.mean()
+    return torch.where(valid, values, 0).sum() / valid.sum()
+
+
+def _accuracy(out: Mapping[str, Any], valid: Tensor | None) -> dict[str, Tensor]:
+    """The share of predictions that are the target; one that is NaN is none."""
+    output, target = out.get("output"), out.get("target")
     if not isinstance(output, Tensor) or not isinstance(target, Tensor) or output.shape[:1] != target.shape[:1]:
         return {}
     output = output.detach()
     if output.numel() == target.numel():  # one logit
-        right = (output.reshape(target.shape) > 0) == (target > 0)
+        output = output.reshape(target.shape)
+        right = ((output > 0) == (target > 0)) & ~output.isnan()
     elif output.dim() == 2:
-        right = output.argmax(1) == target
+        right = (output.argmax(1) == target) & ~output.isnan().any(1)
     else:
         return {}
     return {"accuracy": _mean(right.float(), valid)}
@@ -57,12 +72,11 @@ def _accuracy(out: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _of_layers(out: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Tensor]:
     distance, usable = out["distance"].detach().float(), ~out["degenerate"]
-    rows = usable.flatten(0, -3).any(1)
     nearest = torch.where(usable, distance, torch.inf).flatten(0, -3).amin(1)
     active = out["active"].flatten(0, -3).any(1).float()
-    valid = out["valid"].flatten()
+    rows = usable.flatten(0, -3).any(1) & rows_that_count(out).unsqueeze(1)
     found = {}
     for i, name in enumerate(layers):
-        found[f"distance/{name}"] = _mean(nearest[:, i], valid & rows[:, i])
-        found[f"active/{name}"] = _mean(active[:, i], valid & rows[:, i])
+        found[f"distance/{name}"] = _mean(nearest[:, i], rows[:, i])
+        found[f"active/{name}"] = _mean(active[:, i], rows[:, i])
     return found

@@ -6,16 +6,56 @@ model(*args, **kwargs), or call(model, *args, **kwargs)     ->  what it returns 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..outputs import described, logits_in
 
 Output = str | int | None
+
+
+def leaves_of(value: Any) -> Iterator[Any]:
+    """What stands in tuples, lists, mappings and dataclasses, nested."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from leaves_of(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from leaves_of(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from leaves_of(getattr(value, field.name))
+    else:
+        yield value
+
+
+def mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """The same with change(leaf) in the place of every leaf; containers of the same types, themselves where nothing in
+    them has changed."""
+    if isinstance(value, (Mapping, tuple, list)):
+        items: list[tuple[Any, Any]] = list(value.items() if isinstance(value, Mapping) else enumerate(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    else:
+        return change(value)
+    found = [(key, item, mapped(change, item)) for key, item in items]
+    if all(item is new for _, item, new in found):
+        return value
+    if isinstance(value, tuple):
+        entries = [new for _, _, new in found]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    changed = copy.copy(value)
+    for key, _, new in found:
+        if is_dataclass(changed):
+            object.__setattr__(changed, key, new)
+        else:
+            changed[key] = new
+    return changed
 
 
 class Inputs(NamedTuple):
@@ -30,7 +70,7 @@ class Inputs(NamedTuple):
         if items:
             found = self._at(items)
         else:
-            leaves = tree_leaves(self)
+            leaves = list(leaves_of(self))
             several = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             if len({id(leaf) for leaf in several}) > 1:
                 raise ValueError(
@@ -55,10 +95,12 @@ class Inputs(NamedTuple):
         if isinstance(only, Mapping if isinstance(first, str) else (list, tuple)):
             root = only
         found: Any = root
+        if isinstance(first, str) and is_dataclass(self.args[0] if len(self.args) == 1 and not self.kwargs else None):
+            found = self.args[0]
         for item in (first, *rest):
             try:
-                found = found[item]
-            except (TypeError, KeyError, IndexError) as error:
+                found = getattr(found, str(item)) if is_dataclass(found) else found[item]
+            except (AttributeError, TypeError, KeyError, IndexError) as error:
                 name = "input" + "".join(f"[{part}]" for part in items)
                 raise ValueError(f"layer {name!r}: the model's arguments have no item [{item}] ({error})") from error
         return found
@@ -67,11 +109,11 @@ class Inputs(NamedTuple):
         """The arguments with another tensor wherever they hold `old`."""
         if not self.kwargs and len(self.args) == 1 and self.args[0] is old:
             return Inputs((new,), {})
-        changed: Inputs = tree_map(lambda leaf: new if leaf is old else leaf, self)
+        changed: Inputs = mapped(lambda leaf: new if leaf is old else leaf, self)
         return changed
 
     def tensors(self) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(self) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in leaves_of(self) if isinstance(leaf, Tensor)]
 
 
 class Reading:

@@ -15,6 +15,7 @@ from ..modes import eval_mode
 from ..outputs import described
 from ..process_group import Group, alone
 from .auto_gamma import nearest, positive_median
+from .log import rows_that_count
 from .task import MarginTask
 
 TRAIN_FIRST = "train first: the network is wrong on half of the samples"
@@ -84,5 +85,5 @@ def _evaluated(task: MarginTask, batch: Any) -> dict[str, Any]:
 
 
 def _nearest_of(out: dict[str, Any]) -> Tensor:
-    distance, usable = out["distance"], ~out["degenerate"]
-    return nearest(distance.flatten(0, -3), usable.flatten(0, -3))
+    usable = ~out["degenerate"].flatten(0, -3) & rows_that_count(out).view(-1, 1, 1)
+    return nearest(out["distance"].flatten(0, -3), usable)

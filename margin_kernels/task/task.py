@@ -22,7 +22,7 @@ from ..replay import ReplayedModel
 from ..sharding import check_holders, is_sharded, logits_without_graph, whole, whole_logits
 from ..tracing import tracing
 from .auto_gamma import AutoGamma, Held
-from .batch import Batch, Batches, arguments, usable
+from .batch import Batch, Batches, arguments, ignored_by, usable
 from .capture import Taps, in_graph
 from .exclusive import check_unchanged, exclusive
 from .explain import Explanation, explained
@@ -145,6 +145,7 @@ class MarginTask(nn.Module):
         self._trials = Trials()
         self._explained: Explanation | None = None
         self._warned = False
+        self._told = False  # that a loss without gradients has nothing to measure
         self._checked = False  # whether logits without a graph are known to be whole
         self._compiled: Any = None
         # The class of the task when it was last looked at, which fully_shard changes, and what its steps do then.
@@ -276,7 +277,9 @@ class MarginTask(nn.Module):
         # Tensors of inference mode have no versions, by which the end of the network is found.
         with torch.inference_mode(False), torch.no_grad():
             inputs, y, sample_weight = usable((inputs, y, sample_weight))
-            looking = self.loss.needs == "taps" and not tracing()
+            looking = self.loss.needs == "taps"
+            if looking and tracing():
+                raise ValueError("a task under torch.compile has no loss without gradients: call the task itself")
             with watching_the_end(self.model, self._taps) if looking else nullcontext() as end:
 
                 def run() -> Tensor:
@@ -285,7 +288,7 @@ class MarginTask(nn.Module):
                 made = whole(run()) if self._checked else logits_without_graph(self.model, run)
             self._checked = True
             layout = self._batches.layout(made, y)
-            batch = Batch(layout, rows := layout.rows(made, y, sample_weight), rows)
+            batch = Batch(layout, rows := layout.rows(made, y, sample_weight, ignored_by(self.loss)), rows)
             found = self.loss.logit_statistics(*batch.given, **batch.weights)
             if self.loss.needs != "logits":
                 found["partial"] = True
@@ -301,6 +304,13 @@ class MarginTask(nn.Module):
         """The loss with the margins that need no backward pass, and whether others are missing."""
         captured = end.captured(made)
         if captured is None:
+            if getattr(self.loss, "cross_entropy_weight", 1) == 0 and not self._told:
+                self._told = True
+                warnings.warn(
+                    "the loss without gradients is 0: it has no cross-entropy, and no tap near the logits, where "
+                    "margins need no backward pass; evaluate() measures all",
+                    stacklevel=5,
+                )
             return None, True
         if batch.rows.logits is not made:
             with torch.enable_grad():
@@ -407,7 +417,7 @@ class MarginTask(nn.Module):
         inputs, y = arguments(args, kwargs, target)
         if y is None:
             raise ValueError("explain takes the model's arguments and a target: explain(x, y), explain(x, target=y)")
-        random = RandomState.now(inputs)
+        random = RandomState.now(inputs.tensors())
         buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
         try:
             with torch.enable_grad(), random.replayed():
@@ -438,7 +448,7 @@ class MarginTask(nn.Module):
         with exclusive(self.model) if self.batchnorm == "frozen" else nullcontext():
             training = training_batchnorms(self.model)
             if training and self.batchnorm == "frozen":
-                with running_statistics(training), RandomState.now(inputs).replayed():
+                with running_statistics(training), RandomState.now(inputs.tensors()).replayed():
                     captured = self._taps.capture(self.model, inputs, self._reading)
                 return whole_logits(self._reading(self.model, inputs)), captured
             if training:

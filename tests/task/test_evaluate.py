@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -283,3 +284,42 @@ def test_transforms_of_functions_are_refused_with_what_to_take_instead(kind) -> 
         torch.func.vmap(lambda one: task(one[None], y[:1])["loss"])(x)
     # functional_call by itself is a call like another.
     torch.testing.assert_close(loss_of(parameters), task(x, y)["loss"].sum())
+
+
+def test_logs_keep_what_is_not_finite() -> None:
+    model, (x, y) = net(), batch()
+    task = MarginTask(model, LargeMarginLoss(2.0, reduction="none"), ("input",))
+    x[0, 0, 0, 0] = float("nan")
+    log = task.log(task(x, y))
+    assert log["loss"].isnan() and log["nll"].isnan() and log["distance/input"].isnan()
+    right = (model(x[1:]).argmax(1) == y[1:]).sum() / N
+    torch.testing.assert_close(log["accuracy"], right.float())
+
+
+def test_logs_of_positions_leave_out_ignored_ones() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, CLASSES, 1)).double()
+    x, _ = batch()
+    y = torch.randint(CLASSES, (N, 4, 4))
+    y[:, :2] = -100
+    task = MarginTask(model, LargeMarginLoss(2.0, cross_entropy_weight=1.0), ("input", "1"), positions=3)
+    out = task(x, y)
+    log = task.log(out)
+    torch.testing.assert_close(log["nll"], F.cross_entropy(model(x), y).float())
+    assert out["valid"].shape == y.shape and out["valid"].sum() == (y >= 0).sum()
+    torch.testing.assert_close(log["distance/1"], out["distance"].amin(2)[..., 1].mean().float())
+    y[0] = -100  # no position of a sample counts
+    out = task(x, y)
+    assert out["degenerate"].sum() == 0 and task.log(out)["degenerate"] == 0
+    torch.testing.assert_close(task.log(out)["distance/1"], out["distance"][1:].amin(2)[..., 1].mean().float())
+
+
+def test_a_loss_without_gradients_that_measures_nothing_warns_once() -> None:
+    model, (x, y) = net(), batch()
+    task = MarginTask(model, LargeMarginLoss(2.0))
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=r"the loss without gradients is 0: .* evaluate\(\) measures all"):
+            assert task(x, y)["loss"] == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            task(x, y)

@@ -1,7 +1,8 @@
 """Models with any arguments and outputs: what a task makes of them is what a plain model x -> logits gives."""
 
-from collections import namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -313,3 +314,58 @@ def test_positions_are_drawn_anew_in_compiled_steps() -> None:
     out = one(x, y)
     gap = every(x, y)["gap"].gather(1, out["position"][..., None])
     torch.testing.assert_close(out["gap"], gap, rtol=1e-12, atol=1e-12)
+
+
+@dataclass
+class Batch:
+    image: Tensor
+    table: Tensor
+    name: str = "a batch"
+
+
+@pytest.mark.parametrize("kind", ["user dict", "dataclass", "ordered dict"])
+def test_batches_of_any_container_are_looked_into(kind) -> None:
+    model, image, table, y = two()
+    make = {"user dict": UserDict, "ordered dict": OrderedDict, "dataclass": lambda found: Batch(**found)}[kind]
+    given = make({"image": image, "table": table})
+    loss = LargeMarginLoss(2.0)
+    layers = ("input[image]", "input[table]", "head")
+
+    def call(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch.image, batch.table) if kind == "dataclass" else model(batch["image"], batch["table"])
+
+    expected = MarginTask(model, loss, layers)(image=image, table=table, target=y)
+    task = MarginTask(model, loss, layers, call=call)
+    found = task(given, y)
+    assert torch.equal(found["norm"], expected["norm"])
+    with torch.inference_mode():
+        inside = make({"image": image.clone(), "table": table.clone()})
+        assert torch.equal(task.evaluate(inside, y.clone())["norm"], expected["norm"])
+    assert (given.image if kind == "dataclass" else given["image"]) is image  # the caller's stays
+
+
+def test_a_tensor_that_is_given_twice_is_one() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(5, CLASSES).double()
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.head(a * b)
+
+    torch.manual_seed(0)
+    model, (x, y) = Product(), batch()
+    eager, compiled = (MarginTask(model, LargeMarginLoss(2.0)) for _ in range(2))
+    compiled.compile(backend="aot_eager")
+    assert_same(compiled, compiled(x, x, target=y), eager(x, x, target=y), model, model)
+    with pytest.raises(ValueError, match="got 2 floating-point inputs"):
+        compiled(x, x.clone(), target=y)
+
+
+def test_a_compiled_step_trains_no_tensor_from_elsewhere() -> None:
+    model, (x, y) = net(), batch()
+    scale = torch.ones((3,), requires_grad=True)
+    task = MarginTask(model, LargeMarginLoss(2.0), call=lambda model, x: model(x) * scale.sum())
+    task.compile(backend="aot_eager")
+    with pytest.raises(ValueError, match=r"the loss depends on another tensor .* of shape \[3\]"):
+        task(x, y)

@@ -518,5 +518,94 @@ def test_options_that_a_target_rules_out_are_refused() -> None:
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             MarginTask(model, LargeMarginLoss())(x, HARD, sample_weight=weight)
-    with pytest.raises(ValueError, match="for one logit, got a batch with -1 and 0"):
+    with pytest.raises(ValueError, match="for one logit, got a batch with -1 and others"):
         MarginTask(net(1), LargeMarginLoss())(x, torch.tensor([0, 1, -1, 0, 1, 1]))
+
+
+def test_floating_targets_of_one_logit_are_soft_whatever_their_values() -> None:
+    """Their mean divides by the number of samples, as for soft targets, also where all are 0 or 1, and compiled."""
+    model, x = net(1), inputs()
+    labels = torch.tensor([0, 1, 1, 0, 1, 1])
+    loss = LargeMarginLoss(1.0, cross_entropy_weight=1.0, class_weight=[0.5, 2.0])
+    whole = MarginTask(model, loss)(x, labels.double())["loss"]
+    nearly = MarginTask(model, loss)(x, torch.where(labels == 0, 1e-12, 1.0).double())["loss"]
+    torch.testing.assert_close(whole, nearly, rtol=1e-9, atol=1e-9)
+    two = nn.Sequential(model, _WithZero())
+    soft_two = F.one_hot(labels, 2).double()
+    assert_same(model, whole, MarginTask(two, loss)(x, soft_two)["loss"])
+    compiled = MarginTask(model, loss)
+    compiled.compile(backend="aot_eager")
+    assert_same(model, compiled(x, labels.double())["loss"], whole)
+
+
+def test_the_hinge_of_a_soft_target_of_two_classes_is_the_mean_of_both() -> None:
+    model, x = net(1), inputs()
+    share = torch.tensor([0.1, 0.9, 0.5, 1.0, 0.0, 0.3]).double()
+    out = MarginTask(model, MarginSensitivityLoss(0.0))(x, share)
+    f = model(x)[:, 0]
+    assert_same(model, out["loss"], (share * F.relu(1 - f) + (1 - share) * F.relu(1 + f)).mean())
+
+
+@pytest.mark.parametrize("ignored", [-100, 255, -1])
+def test_one_logit_leaves_ignored_samples_out(ignored) -> None:
+    model, x = net(1), inputs()
+    y = torch.tensor([0, 1, ignored, 0, ignored, 1])
+    kept = y != ignored
+    loss = LargeMarginLoss(1.0, cross_entropy_weight=1.0, ignore_index=ignored)
+    assert_same(model, MarginTask(model, loss)(x, y)["loss"], MarginTask(model, loss)(x[kept], y[kept])["loss"])
+
+
+def test_one_logit_at_every_pixel_takes_the_targets_of_binary_cross_entropy_at_once() -> None:
+    torch.manual_seed(0)
+    model, x = Dense("NCHW", 1, positions=4).double(), inputs()
+    y = torch.randint(2, (N, 1, 2, 2)).double()
+    loss = LargeMarginLoss(1.0, cross_entropy_weight=1.0, margin_weight=0.0)
+    found = MarginTask(model, loss, ("input",), positions=1)(x, y)["loss"]
+    torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(model(x), y))
+
+
+@pytest.mark.parametrize("loss", [LargeMarginLoss, MarginSensitivityLoss, AdversarialMarginLoss])
+def test_weights_and_smoothing_keep_their_precision_under_autocast(loss) -> None:
+    torch.manual_seed(0)
+    model = Net().float()
+    x, weights = inputs().float(), [0.123, 1.7, 0.31, 2.9]
+    how = {"classification": "cross_entropy", "top_k": 1} if loss is MarginSensitivityLoss else {}
+    how |= {"cross_entropy_weight": 1.0} if loss is LargeMarginLoss else {}
+    task = MarginTask(model, loss(class_weight=weights, label_smoothing=0.1, **how))
+    for target in (HARD, soft().float()):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = model(x)
+            found = task(x, target)
+        expected = F.cross_entropy(z.float(), target, torch.tensor(weights), label_smoothing=0.1)
+        with torch.no_grad():
+            statistics = task.loss.logit_statistics(z, target)
+        torch.testing.assert_close(statistics["loss"], expected, rtol=1e-4, atol=1e-5)
+        assert torch.isfinite(found["loss"])
+
+
+def test_targets_and_weights_that_want_a_gradient_are_refused() -> None:
+    model, x = net(), inputs()
+    with pytest.raises(ValueError, match="target must not require grad"):
+        MarginTask(model, LargeMarginLoss(cross_entropy_weight=1.0))(x, soft().requires_grad_())
+    with pytest.raises(ValueError, match="sample_weight must not require grad"):
+        MarginTask(model, LargeMarginLoss())(x, HARD, sample_weight=torch.ones(N, requires_grad=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_ignored_rows_hold_does_not_matter(value) -> None:
+    y = HARD.clone()
+    y[2] = -100
+    z = torch.randn(N, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for loss in (
+        LargeMarginLoss(cross_entropy_weight=1.0, auxiliary="pairwise"),
+        LargeMarginLoss(cross_entropy_weight=1.0, label_smoothing=0.1),
+        MarginSensitivityLoss(0.0),
+    ):
+        bad = z.clone()
+        bad[2] = value
+        found = []
+        for logits in (z, bad):
+            leaf = logits.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(loss(leaf, y, [leaf]), leaf)
+            found.append(grad)
+        assert torch.equal(*found)

@@ -8,12 +8,7 @@ margin-kernels bench --model nets.py:make --data nets.py:make_batch --batch-size
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +19,7 @@ from margin_kernels import bench as measure
 from margin_kernels.task.reading import Inputs, Reading
 
 from .. import models
-from ..config import bounds
+from ..config import bounds, called_by, is_code
 from ..training import resolve_device
 from .parser import Parser
 
@@ -57,7 +52,6 @@ def bench(arguments: list[str]) -> int:
     )
     parser.add_argument("--layers", nargs="+", help="taps (default: input; of a shipped model its hidden layers too)")
     parser.number("--rounds", bounds.TIMES, 15, "of measurements (default: 15)")
-    threads = torch.get_num_threads()
     threads = torch.get_num_threads()
     parser.number("--threads", bounds.PROCESSES, threads, f"of the CPU (default: {threads}, as torch takes)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
@@ -93,7 +87,7 @@ def _model(name: str, given: dict[str, Any], options: Any) -> tuple[nn.Module, t
     """The model, and the shape of one random input, None where --data has to give it."""
     shape = None if options.shape is None else _shape(options.shape)
     torch.manual_seed(0)
-    if ":" not in name:
+    if not is_code(name):
         if name not in models.MODELS:
             raise ValueError(
                 '--model must be "package.module:make", "file.py:make" or one of '
@@ -107,7 +101,7 @@ def _model(name: str, given: dict[str, Any], options: Any) -> tuple[nn.Module, t
             return models.build(name, image, options.classes or CLASSES, **given), image
         except TypeError as error:
             raise ValueError(f"--args must fit {name}, got {list(given)} ({error})") from error
-    model = _made("--model", name, given)
+    model = called_by("--model", "--args", name, given, {})
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {name} must give an nn.Module, got {type(model).__name__}")
     if shape is None and options.data is None:
@@ -122,7 +116,7 @@ def _batch(name: str, model: nn.Module, shape: tuple[int, ...] | None, options: 
         assert shape is not None
         x: Any = torch.rand(options.batch_size, *shape)
     else:
-        found = _made("--data", options.data, {"batch_size": options.batch_size})
+        found = called_by("--data", "--batch-size", options.data, {"batch_size": options.batch_size}, {})
         if not isinstance(found, (tuple, list)) or len(found) != 2 or not isinstance(found[1], Tensor):
             raise ValueError(f"--data {options.data} must give x and y, y a tensor, got {type(found).__name__}")
         x, y = found
@@ -147,44 +141,3 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(side.isdecimal() and len(side) < 6 and 1 <= int(side) <= SIDE for side in sides):
         raise ValueError(f"--shape must be sides in [1, {SIDE}] with x between them, as in 3x32x32, got {text!r}")
     return tuple(map(int, sides))
-
-
-def _made(option: str, name: str, given: dict[str, Any]) -> Any:
-    """What the code `name` gives, called with the keywords `given`. Raises ValueError with its own words."""
-    where, _, what = name.rpartition(":")
-    if not where or not what.isidentifier():
-        raise ValueError(f'{option} must be "package.module:name" or "file.py:name", got {name!r}')
-    try:
-        module = _file(Path(where)) if where.endswith(".py") else _module(where)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{option} {name} cannot be imported: {type(error).__name__}: {error}") from error
-    made = getattr(module, what, None)
-    if not callable(made):
-        names = [known for known in vars(module) if not known.startswith("_")]
-        raise ValueError(f"{option} {name} must be a function or a class, {where} has {', '.join(names[:10])}")
-    try:
-        return made(**given)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{option} {name} raised {type(error).__name__}: {error}") from error
-
-
-def _file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    _search(path.resolve().parent)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _module(name: str) -> ModuleType:
-    _search(Path.cwd())
-    return importlib.import_module(name)
-
-
-def _search(folder: Path) -> None:
-    """Modules of a folder are found, after all others."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))

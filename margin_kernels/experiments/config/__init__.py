@@ -1,7 +1,7 @@
 """What a run is: dataclasses, read from YAML files and the command line; the configs that come with the package."""
 
 from .bounds import ConfigError, check
-from .named import called, is_code, takes, text_digest, told
+from .named import called, called_by, is_code, takes, text_digest, told
 from .options import (
     DATASETS,
     OPTIONS_OF_LOSS,
@@ -61,6 +61,7 @@ __all__ = [
     "VirtualAdversarialConfig",
     "add_arguments",
     "called",
+    "called_by",
     "check",
     "check_keys",
     "check_whole",

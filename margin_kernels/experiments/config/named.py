@@ -38,9 +38,14 @@ def is_code(name: str) -> bool:
 def called(key: str, name: str, arguments: dict[str, Any], offered: dict[str, Any]) -> Any:
     """What the code `name` of the option `key`.name returns, called with the keywords `arguments` of `key`.args, and
     with those of `offered` that its signature names. Raises ConfigError."""
-    function = _found(f"{key}.name", name)
+    return called_by(f"{key}.name", f"{key}.args", name, arguments, offered)
+
+
+def called_by(option: str, of: str, name: str, arguments: dict[str, Any], offered: dict[str, Any]) -> Any:
+    """The same for an option of any name, with the one that holds the arguments."""
+    function = _found(option, name)
     arguments = copy.deepcopy(arguments)  # the config's own
-    with told(f"{key}.name {name}"):
+    with told(f"{option} {name}"):
         try:
             signature = inspect.signature(function)
         except ValueError:  # of some functions in C
@@ -51,8 +56,8 @@ def called(key: str, name: str, arguments: dict[str, Any], offered: dict[str, An
         try:
             signature.bind(**arguments)
         except TypeError as error:
-            raise ConfigError(f"{key}.args must fit {name}{signature}, got {list(arguments)}: {error}") from None
-    with told(f"{key}.name {name}"):
+            raise ConfigError(f"{of} must fit {name}{signature}, got {list(arguments)}: {error}") from None
+    with told(f"{option} {name}"):
         return function(**arguments)
 
 
