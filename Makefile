@@ -6,7 +6,7 @@
 #   make test-triton  the Triton kernels without a GPU: interpreted by the op tests, compiled for sm_90
 #   make test-all     test, test-triton, cpptest
 #   make nightly      what a change rarely breaks: cpptest under ASan and UBSan, 2,000 drawn networks, a toy op compiled, growth,
-#                     every cell of the table of several processes
+#                     every cell of the table of several processes, runs killed at every write, device code for sm_80 too
 #   make release      source archive and wheel in dist/, each installed in an empty environment and tried
 #
 # PYTHON  the interpreter for .venv          TORCH  what to install as torch, e.g. TORCH="torch==2.12.*"
@@ -50,8 +50,10 @@ test-triton: install
 test-all: test test-triton cpptest
 
 nightly: test-fuzz
-	MARGIN_KERNELS_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/house/test_contributing.py tests/task/test_growth.py tests/distributed
+	MARGIN_KERNELS_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/house/test_contributing.py tests/task/test_growth.py tests/distributed tests/experiments/test_failures.py \
+	    tests/experiments/test_torchrun.py
 	$(MAKE) cpptest SANITIZE=ON
+	if command -v nvcc >/dev/null; then $(MAKE) cpptest CUDA_CHECK=ON; fi
 
 bench: install
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only --benchmark-min-rounds=1 --benchmark-max-time=0.01 \
@@ -78,7 +80,8 @@ format: install
 CPPTEST := build/$(if $(filter ON,$(SANITIZE)),sanitize,cmake)
 cpptest: install
 	cmake -S . -B $(CPPTEST) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	    -DMARGIN_KERNELS_CUDA_CHECK=$(or $(CUDA_CHECK),OFF) -DMARGIN_KERNELS_SANITIZE=$(or $(SANITIZE),OFF)
+	    -DMARGIN_KERNELS_CUDA_CHECK=$(or $(CUDA_CHECK),OFF) -DMARGIN_KERNELS_SANITIZE=$(or $(SANITIZE),OFF) \
+	    -DMARGIN_KERNELS_CUDA_CHECK_ARCHITECTURES="$(or $(CUDA_ARCHITECTURES),80;90)"
 	cmake --build $(CPPTEST)
 	ctest --test-dir $(CPPTEST) --output-on-failure --parallel $(JOBS)
 

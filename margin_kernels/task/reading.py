@@ -91,12 +91,10 @@ class Inputs(NamedTuple):
         first, *rest = items
         # An only argument that holds tensors is looked into.
         only = self.args[0] if len(self.args) == 1 and not self.kwargs else None
-        root: Any = self.kwargs if isinstance(first, str) else self.args
-        if isinstance(only, Mapping if isinstance(first, str) else (list, tuple)):
-            root = only
-        found: Any = root
-        if isinstance(first, str) and is_dataclass(self.args[0] if len(self.args) == 1 and not self.kwargs else None):
-            found = self.args[0]
+        named = isinstance(first, str)
+        found: Any = self.kwargs if named else self.args
+        if isinstance(only, Mapping if named else (list, tuple)) or (named and is_dataclass(only)):
+            found = only
         for item in (first, *rest):
             try:
                 found = getattr(found, str(item)) if is_dataclass(found) else found[item]

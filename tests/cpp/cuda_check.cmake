@@ -1,4 +1,4 @@
-# Compiles one .cu for sm_80 and sm_90 with the flags of torch's extension builder, prints registers, shared memory and
+# Compiles one .cu for ARCHITECTURES (80;90) with the flags of torch's extension builder, prints registers, shared memory and
 # spills of each kernel, fails where registers spill. Needs no GPU and no CUDA build of torch: the one header that such a
 # build would generate is an empty one here.
 get_filename_component(folder ${OBJECT} DIRECTORY)
@@ -7,7 +7,10 @@ set(includes -I${CSRC} -I${folder}/stub)
 foreach(include ${TORCH_INCLUDES})
   list(APPEND includes -isystem ${include})
 endforeach()
-set(architectures -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90)
+set(architectures "")
+foreach(architecture ${ARCHITECTURES})
+  list(APPEND architectures -gencode arch=compute_${architecture},code=sm_${architecture})
+endforeach()
 execute_process(
   COMMAND ${NVCC} -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -D__CUDA_NO_HALF_OPERATORS__
           -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__ -D__CUDA_NO_HALF2_OPERATORS__

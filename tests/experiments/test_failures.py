@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import ROOT, tiny_sweeps
 from support.command_line import COMMAND, SMALL
+from support.processes import NIGHTLY
 
 from margin_kernels.experiments import cli, config, data, models
 from margin_kernels.experiments.results import Records, digest, files, merged, sealed, sealed_line, unsealed
@@ -608,10 +609,17 @@ def replace(*paths):
 os.replace = replace
 sys.exit(cli.main(sys.argv[2:]))
 """
+
+
+def some_of(writes):
+    """Every write, of which `make test` tries the first and each fourth, `make nightly` all."""
+    return [pytest.param(write, marks=() if write % 4 == 0 else NIGHTLY) for write in range(writes)]
+
+
 WRITES = 9  # config; metrics, run and checkpoint of two epochs; model.json and weights
 
 
-@pytest.mark.parametrize("write", range(WRITES))
+@pytest.mark.parametrize("write", some_of(WRITES))
 def test_a_run_killed_at_a_write_goes_on_bit_for_bit(trained, tmp_path, write):
     arguments = ["train", *SMALL, *QUICK, "--training.epochs", "2", "--out", str(tmp_path / "a")]
     killed = subprocess.run(
@@ -626,7 +634,7 @@ def test_a_run_killed_at_a_write_goes_on_bit_for_bit(trained, tmp_path, write):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("write", range(WRITES))
+@pytest.mark.parametrize("write", some_of(WRITES))
 def test_a_sweep_killed_at_a_write_ends_with_the_same_records(tmp_path, write):
     """Its cells run in its process: job; config, metrics, run, checkpoint; model.json, weights; two summaries."""
     (tmp_path / "tiny.yaml").write_text(SWEEP.format(epochs=1))
@@ -648,7 +656,7 @@ def test_a_sweep_killed_at_a_write_ends_with_the_same_records(tmp_path, write):
 REPORTED = 13  # tables; curves of four attacks; histograms of DeepFool's norm and of five taps; the page
 
 
-@pytest.mark.parametrize("write", range(REPORTED))
+@pytest.mark.parametrize("write", some_of(REPORTED))
 def test_a_report_killed_at_a_write_is_made_again_whole(run, tmp_path, write):
     (run / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     assert cli.main(["evaluate", "--no-timing", str(run)]) == 0

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import ROOT
 from support.command_line import COMMAND, SMALL
+from support.processes import NIGHTLY
 
 from margin_kernels.experiments import cli, config, data, models
 from margin_kernels.experiments.cli.commands import run_command
@@ -65,18 +66,29 @@ def train(rank, size, arguments, count, folder=None, epochs=None, resume=False):
     ("size", "count", "arguments"),
     [
         (2, 49, ("--optimiser.momentum", "0.9")),
-        (2, 107, ("--loss.kind", "hinge", "--training.accumulate", "3", "--training.augment", "crop")),
-        (3, 107, ("--optimiser.momentum", "0.9", *TWO)),
+        pytest.param(
+            *(2, 107, ("--loss.kind", "hinge", "--training.accumulate", "3", "--training.augment", "crop")),
+            marks=NIGHTLY,
+        ),
+        pytest.param(*(3, 107, ("--optimiser.momentum", "0.9", *TWO)), marks=NIGHTLY),
         (3, 49, LARGE_MARGIN),
-        (3, 107, (*LARGE_MARGIN, "--loss.batchnorm", "frozen", "--loss.second_order", "true")),
+        pytest.param(
+            *(3, 107, (*LARGE_MARGIN, "--loss.batchnorm", "frozen", "--loss.second_order", "true")), marks=NIGHTLY
+        ),
         (3, 107, (*LARGE_MARGIN, *MEDIAN)),
-        (3, 107, ("--loss.kind", "hinge", "--training.accumulate", "3", "--training.augment", "crop_flip")),
-        (3, 49, ("--loss.kind", "squared_hinge", "--training.accumulate", "5", "--training.clip_norm", "0.5")),
+        pytest.param(
+            *(3, 107, ("--loss.kind", "hinge", "--training.accumulate", "3", "--training.augment", "crop_flip")),
+            marks=NIGHTLY,
+        ),
+        pytest.param(
+            *(3, 49, ("--loss.kind", "squared_hinge", "--training.accumulate", "5", "--training.clip_norm", "0.5")),
+            marks=NIGHTLY,
+        ),
         (3, 49, SENSITIVITY),
         (3, 49, ADVERSARIAL),
-        (3, 107, ("--loss.kind", "fgsm_training", "--data.label_noise", "0.2")),
+        pytest.param(*(3, 107, ("--loss.kind", "fgsm_training", "--data.label_noise", "0.2")), marks=NIGHTLY),
         (3, 49, ONE_TO_N),
-        (3, 107, ADVERSARIAL[:2]),
+        pytest.param(*(3, 107, ADVERSARIAL[:2]), marks=NIGHTLY),
         (3, 49, AUTO),
     ],
 )
