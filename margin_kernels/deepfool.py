@@ -36,7 +36,7 @@ from .deepfool_checks import (
 from .deprecation import renamed
 from .gradients.autograd_graph import without_hooks
 from .gradients.loop import pair_gradient, passes_to
-from .outputs import logits_in, with_zero
+from .outputs import is_one_logit, logits_in, with_zero
 from .random_state import RandomState
 from .replay import ReplayedModel, untouched
 from .sharding import check_plain, crossed, whole, whole_logits
@@ -150,8 +150,7 @@ class _Reads:
         found = logits_in(made)
         if not isinstance(found, Tensor) or not found.is_floating_point():
             return made
-        one = found.ndim == 1 or (found.ndim == 2 and found.shape[1] == 1)
-        return with_zero(found) if one else found
+        return with_zero(found) if is_one_logit(found) else found
 
 
 @contextmanager

@@ -29,6 +29,11 @@ def described(made: Any) -> str:
     return name
 
 
+def is_one_logit(logits: Any) -> bool:
+    """Whether logits are those of a model with one, [N] or [N,1]."""
+    return isinstance(logits, Tensor) and (logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1))
+
+
 def with_zero(f: Tensor) -> Tensor:
     """One logit f [N] or [N,1] as those of the classes z = (0, f), [N,2], whose softmax is sigmoid(f)."""
     f = f.reshape(-1, 1)

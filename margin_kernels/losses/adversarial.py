@@ -28,6 +28,7 @@ from ..deepfool import Search, convolves, differentiable, host_sees, outside_inf
 from ..deepfool_checks import check_search, described
 from ..deprecation import former, renamed
 from ..gradients.loop import pair_gradient
+from ..outputs import is_one_logit
 from ..process_group import Group
 from ..reference.dual_norm import dual_exponent
 from ..replay import ReplayedModel
@@ -41,14 +42,13 @@ from .base import (
     fraction,
     group_exists,
     integer,
-    is_one_logit,
     non_negative,
     one_of,
     optional,
     positive,
     weights_of_classes,
 )
-from .targets import Targets, cross_entropy
+from .targets import Targets, cross_entropy, ranked
 
 AGGREGATIONS = ("avg", "min")
 SHRINKAGES = ("lin", "exp", "inv")
@@ -220,8 +220,7 @@ class AdversarialMarginLoss(MarginLoss):
 
     def _cross_entropy(self, logits: Tensor, targets: Targets) -> tuple[functional.Competitors, Tensor]:
         """What `competitors` gives, and the cross-entropy of each row, [N], weighed."""
-        smoothed = self.label_smoothing > 0 and self.class_weight is None
-        found = functional.competitors(logits, targets.label, 1, targets.ignored, smoothed, backend=self.backend)
+        found = ranked(logits, targets, 1, self.smoothed, self.backend)
         return found, cross_entropy(found, logits, targets, self.label_smoothing)
 
     def _mean(self, total: Tensor, targets: Targets, dtype: torch.dtype) -> Tensor:
@@ -254,7 +253,7 @@ class AdversarialMarginLoss(MarginLoss):
         if self.gradient == "unrolled" and self.weight > 0:  # before a sample crosses its boundary and needs it
             check_order(nodes_of(logits))
         targets = self.targets(logits, target, sample_weight)
-        ranked, terms_of_labels = self._cross_entropy(logits, targets)
+        found_at_x, terms_of_labels = self._cross_entropy(logits, targets)
         target = differentiable(targets.safe(logits.shape[1]))
         x = differentiable(x.detach())
         training = training_batchnorms(model)
@@ -304,7 +303,7 @@ class AdversarialMarginLoss(MarginLoss):
         loss = self._mean(terms_of_labels.sum() + regularizer, targets, terms_of_labels.dtype)
         return AdversarialMargins(
             loss,
-            ranked.nll.detach(),
+            found_at_x.nll.detach(),
             distance,
             result.success,
             correct,

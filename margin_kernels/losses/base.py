@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gradients.request import Captured, Request, explicit
+from ..outputs import is_one_logit
 from ..process_group import Group
 from ..process_group import check as group_exists
 from ..sharding import check_holders, whole, whole_logits
@@ -226,6 +227,11 @@ class MarginLoss(nn.Module):
         """What target [N] int64 or [N,C] and sample_weight [N] say of the rows of logits [N,C]."""
         return of_targets.read(logits, target, self.ignore_index, self.class_weight, sample_weight)
 
+    @property
+    def smoothed(self) -> bool:
+        """Whether the term of label smoothing comes with the competitors."""
+        return bool(self.label_smoothing > 0 and self.class_weight is None)
+
     def reduced(self, values: Tensor, share: Tensor | None = None) -> Tensor:
         """values [N] as `reduction` says: as they are, their sum, or their sum over that of `share` [N], 1 each where
         None is given; with a process_group over the samples of all its processes, for processes that average."""
@@ -288,11 +294,6 @@ class MarginLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """What the logits alone show, detached."""
         raise NotImplementedError
-
-
-def is_one_logit(logits: Any) -> bool:
-    """Whether logits are those of a model with one, [N] or [N,1]."""
-    return isinstance(logits, Tensor) and (logits.dim() == 1 or (logits.dim() == 2 and logits.shape[1] == 1))
 
 
 class TapLoss(MarginLoss):

@@ -288,16 +288,11 @@ class LargeMarginLoss(TapLoss):
         """What the auxiliary term takes of all rows."""
         targets = self.targets(logits, target, sample_weight)
         k = 1 if self.auxiliary == "pairwise" else 0
-        return ranked(logits, targets, k, self._smoothed, self.backend), logits, targets
-
-    @property
-    def _smoothed(self) -> bool:
-        """Whether the term of label smoothing comes with the competitors."""
-        return self.label_smoothing > 0 and self.class_weight is None
+        return ranked(logits, targets, k, self.smoothed, self.backend), logits, targets
 
     def gaps(self, logits: Tensor, targets: Targets) -> functional.Competitors:
         """competitor and gap [N,k] in the loss's space, nll [N] of logits [N,C]: all that needs no activations."""
-        found = ranked(logits, targets, self.top_k, self._smoothed, self.backend)
+        found = ranked(logits, targets, self.top_k, self.smoothed, self.backend)
         if self.competitors == "soft":
             return found._replace(gap=-found.phi.unsqueeze(1))
         if self.space == "probability":

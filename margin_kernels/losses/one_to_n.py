@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import checks, functional
 from ..backends import BACKENDS
 from ..deprecation import former, renamed
+from ..outputs import is_one_logit
 from ..reference.one_to_n import BOUNDS, logsumexp, one_to_n
 from .base import (
     REDUCTIONS,
@@ -18,7 +19,6 @@ from .base import (
     flag,
     group_exists,
     integer,
-    is_one_logit,
     one_of,
     optional,
     positive,

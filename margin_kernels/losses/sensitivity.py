@@ -248,8 +248,7 @@ class MarginSensitivityLoss(TapLoss):
         k = self.top_k if top_k is None else top_k
         if k is not None and logits.dim() > 1 and k > most:
             raise ValueError(f"top_k must be at most the number of classes - 1 = {most}, got {k}")
-        smoothed = self.label_smoothing > 0 and self.class_weight is None
-        return ranked(logits, targets, k or most, smoothed, self.backend)
+        return ranked(logits, targets, k or most, self.smoothed, self.backend)
 
     def _classification(self, found: functional.Competitors, logits: Tensor, targets: Targets) -> Tensor:
         """The hinge or the cross-entropy of each row, [N], weighed."""

@@ -93,7 +93,7 @@ def read(
     if class_weight is not None:
         weights = torch.tensor(class_weight, dtype=wide).to(logits.device, non_blocking=True)
     sample = None if sample_weight is None else _sample_weight(sample_weight, rows, logits.device, wide)
-    if isinstance(target, Tensor) and target.is_floating_point():
+    if target.is_floating_point():
         soft, label = _soft(target, rows, logits, wide)
         valid = torch.ones_like(label, dtype=torch.bool)
         factor = sample if weights is None else _times((soft * weights).sum(1), sample)

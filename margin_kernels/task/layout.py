@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..gradients.request import Captured
 from ..losses.targets import two_classes
-from ..outputs import with_zero
+from ..outputs import is_one_logit, with_zero
 from .reading import shape_of_targets
 
 
@@ -80,8 +80,7 @@ class Layout(NamedTuple):
         else:
             rows = logits.movedim(self.class_dim, -1).flatten(0, -2)
         target = self._targets(target)
-        if weight is not None:
-            weight = weight.flatten() if weight.shape == self._counted() else self._of_each_sample(weight)
+        weight = None if weight is None else self._of_each_row(weight)
         return Rows(*_classes(rows, target, ignored), weight)
 
     def drawn(
@@ -106,8 +105,7 @@ class Layout(NamedTuple):
         at = (index + torch.arange(n, device=index.device).unsqueeze(1) * prod(self.positions)).flatten()
         factor = stands_for.flatten()
         if weight is not None:
-            all_weights = weight.flatten() if weight.shape == self._counted() else self._of_each_sample(weight)
-            factor = factor * all_weights[at]
+            factor = factor * self._of_each_row(weight)[at]
         return Rows(torch.stack(slots, 1).flatten(0, 1), every[at], factor), slots
 
     def counted(self, target: Tensor, ignore_index: int | None) -> Tensor:
@@ -120,7 +118,9 @@ class Layout(NamedTuple):
     def _counted(self) -> torch.Size:
         return torch.Size([self.shape[0], *self.positions])
 
-    def _of_each_sample(self, weight: Tensor) -> Tensor:
+    def _of_each_row(self, weight: Tensor) -> Tensor:
+        if weight.shape == self._counted():
+            return weight.flatten()
         if weight.shape != self.shape[:1]:
             raise ValueError(
                 f"sample_weight must have shape {list(self.shape[:1])} or {list(self._counted())}, got "
@@ -147,7 +147,7 @@ def layout_of(logits: Tensor, target: Tensor, class_dim: int | None) -> Layout:
     shape = logits.shape
     if logits.dim() == 0:
         raise ValueError("logits must have shape [N, C], got a single number")
-    if logits.dim() == 1 or (logits.dim() == 2 and shape[1] == 1):
+    if is_one_logit(logits):
         return Layout(None, shape)
     if logits.dim() == 2 or not isinstance(target, Tensor):
         return Layout(1, shape)

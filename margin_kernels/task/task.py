@@ -290,14 +290,11 @@ class MarginTask(nn.Module):
             layout = self._batches.layout(made, y)
             batch = Batch(layout, rows := layout.rows(made, y, sample_weight, ignored_by(self.loss)), rows)
             found = self.loss.logit_statistics(*batch.given, **batch.weights)
-            if self.loss.needs != "logits":
-                found["partial"] = True
+            partial = self.loss.needs != "logits"
             if end is not None and not layout.dense:
                 loss, partial = self._near_the_end(batch, made, end)
                 found |= {} if loss is None else {"loss": loss}
-                found |= {"partial": True} if partial else {}
-                if not partial:
-                    del found["partial"]
+            found |= {"partial": True} if partial else {}
             return batch.fields(made, found)
 
     def _near_the_end(self, batch: Batch, made: Tensor, end: End) -> tuple[Tensor | None, bool]:
