@@ -3,6 +3,7 @@
 #   make demo     trains eight losses on scanned digits and writes demo/index.html
 #   make test     the tests                 make bench    every benchmark, few rounds
 #   make lint     ruff, mypy, clang-format  make cpptest  the C++ library and its tests
+#   make docs     the site, build/site/index.html
 #   make test-triton  the Triton kernels without a GPU: interpreted by the op tests, compiled for sm_90
 #   make test-all     test, test-triton, cpptest
 #   make nightly      what a change rarely breaks: cpptest under ASan and UBSan, 2,000 drawn networks, a toy op compiled, growth,
@@ -18,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test test-fuzz test-triton test-all nightly bench lint format cpptest release clean
+.PHONY: install demo docs test test-fuzz test-triton test-all nightly bench lint format cpptest release clean
 
 install: $(STAMP)
 
@@ -26,12 +27,17 @@ $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*.* csrc/*/*.* python
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[experiments,test,dev]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[experiments,test,docs,dev]"
 	$(BIN)/python -m margin_kernels.info
 	touch $(STAMP)
 
 demo: install
 	$(BIN)/margin-kernels demo --out demo $(DEMO)
+
+# Strict: a link to nothing, a page outside the navigation and a name that is not documented are errors.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html: open it, or for the search: $(BIN)/python -m http.server --directory build/site"
 
 # A process for each core, with one thread each.
 test: install

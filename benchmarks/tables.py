@@ -1,4 +1,4 @@
-"""The tables of the READMEs, as Markdown, from benchmarks/results/.
+"""The tables of the pages, as Markdown, from benchmarks/results/ and the options of the experiments.
 
     python benchmarks/tables.py            prints all tables under their names
     python benchmarks/tables.py --write    puts them into the pages, between `<!-- table NAME -->` and `<!-- /table -->`
@@ -9,15 +9,25 @@ its models have chosen on validation images. A test holds the pages to the resul
 
 import argparse
 import csv
+import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
 
-from margin_kernels.experiments import sweeps
+import docstring_parser
+
+from margin_kernels.experiments import config, sweeps
 from margin_kernels.experiments.results import MEASURES, RECORDS, Records
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PAGES = (RESULTS.parents[1] / "README.md", *(RESULTS / name / "README.md" for name in (".", "papers", "presets")))
+ROOT = RESULTS.parents[1]
+PAGES = (
+    ROOT / "README.md",
+    *(RESULTS / name / "README.md" for name in (".", "papers", "presets")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("experiments", "losses/adversarial", "losses/one-to-n")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("losses/sensitivity", "papers", "performance")),
+)
 BLOCK = re.compile(r"(<!-- table (\S+)((?: \S+)*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 # Step tables that are also shown side by side.
 OVERVIEW = ("step_cpu", "step_cpu_resnet20", "step_cpu_large", "step_cpu_resnet50")
@@ -404,9 +414,39 @@ def toy(run: dict) -> str:
     )
 
 
+def options_of(section: type) -> str:
+    """A row for each option of a section of the experiments' config that is no section itself: from the dataclass."""
+    described = docstring_parser.parse(inspect.cleandoc(section.__doc__ or ""))
+    meanings = {entry.arg_name: " ".join((entry.description or "").split()) for entry in described.params}
+    rows = []
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.default_factory):
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        text = meanings[field.name].replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+        rows.append([f"`{field.name}`", f"`{json.dumps(default)}`", text])
+    return table(["option", "default", "meaning"], rows)
+
+
+def options() -> dict[str, str]:
+    """The sections of the experiments' config, by dotted name."""
+    found: dict[str, str] = {}
+
+    def add(section: type, name: str) -> None:
+        found[f"options/{name}"] = options_of(section)
+        for field in dataclasses.fields(section):
+            if dataclasses.is_dataclass(field.default_factory):
+                add(field.default_factory, f"{name}.{field.name}")
+
+    for field in dataclasses.fields(config.Config):
+        if dataclasses.is_dataclass(field.default_factory):
+            add(field.default_factory, field.name)
+    return found
+
+
 def all_tables() -> dict[str, str]:
     """Every table by its name."""
-    tables = {}
+    tables = options()
     for name in ("digits", "mnist"):
         path = RESULTS / name / "results.csv"
         if path.is_file():

@@ -105,7 +105,7 @@ class AdversarialMarginLoss(MarginLoss):
         max_iter, overshoot, top_k: as in `deepfool`.
         gradient: "unrolled": through all steps, second order in the network. "first_order": the same steps with the
             gradients w of the scores taken as constants. "envelope": by the envelope theorem at the boundary point
-            x* = x + Delta, d m = d g(x*) / ||grad_x g(x*)||_q with g the gap that x* closes; one forward and one
+            b = x + Delta, d m = d g(b) / ||grad_x g(b)||_q with g the gap that b closes; one forward and one
             backward pass, exact where Delta is the shortest way to the boundary.
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
         ignore_index: samples with this target count for nothing, and "min" does not look at them.

@@ -17,7 +17,7 @@ class DataConfig:
     Args:
         name: digits, mnist, fashion_mnist, cifar10 or cifar100; image_folder (dir/train/CLASS/IMAGE, and test or val
             beside train); npz (x_train, y_train, x_test, y_test in dir or the one file in it); or code that is called
-            and returns the splits, as package.module:make or file.py:make (README, "Your own data and model"). Naming
+            and returns the splits, as package.module:make or file.py:make (docs/experiments.md). Naming
             code is running it: do not use a stranger's config that names code which you have not read
         dir: folder of the files, or its parent; not needed for digits
         args: keywords for the code that name stands for
