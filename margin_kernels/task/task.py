@@ -79,7 +79,7 @@ class MarginTask(nn.Module):
             {"name": number}. Time-major layers, windows and heads are found by themselves.
         output: where the logits are in what the model returns: a key, an attribute or a position. None: it returns
             them, or something with `.logits` or the key "logits".
-        call: call(model, *args, **kwargs) in the place of model(*args, **kwargs), for what a batch is to become.
+        call: `call(model, *args, **kwargs)` in the place of `model(*args, **kwargs)`, for what a batch is to become.
         class_dim: 1 or -1, where logits of more than two dimensions have their classes; None: as the shape of the
             targets shows, and where a batch does not show it, as an earlier one did.
         positions: of models that predict at many positions, how many of each sample the margin is measured at; they are
