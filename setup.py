@@ -1,14 +1,17 @@
 """Builds margin_kernels._C from csrc/ and python/.
 
 MARGIN_KERNELS_NO_EXT=1       build nothing: reference and Triton backends only
-MARGIN_KERNELS_CUDA=auto|0|1  CUDA kernels; auto: where torch has CUDA and CUDA_HOME, or an nvcc, is found
-CUDA_HOME, CXX                the CUDA toolkit and the C++ compiler; both are checked before anything is compiled
+MARGIN_KERNELS_CUDA=auto|0|1  CUDA kernels; auto: where torch has CUDA and a CUDA toolkit is found
+CUDA_HOME, CXX                the CUDA toolkit and the C++ compiler; both are checked before anything is compiled. Without
+                              CUDA_HOME: /usr/local/cuda, or the toolkit of the nvcc on PATH, which may be a script
 MARGIN_KERNELS_DEBUG=1        device code asserts that classes are in range, instead of giving NaN
 TORCH_CUDA_ARCH_LIST          default 8.0;9.0+PTX
 """
 
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -52,19 +55,37 @@ def check_compiler() -> None:
         )
 
 
-def check_toolkit(cuda_home: str) -> None:
-    """torch takes the folder above any nvcc for CUDA_HOME; the headers and the compiler must be there."""
-    home = Path(cuda_home)
+def missing(home: Path) -> str | None:
+    """What a CUDA toolkit needs and this folder lacks."""
     headers = [home / "include" / "cuda_runtime.h", *home.glob("targets/*/include/cuda_runtime.h")]
-    for name, found in (
-        ("include/cuda_runtime.h", any(header.is_file() for header in headers)),
-        ("bin/nvcc", (home / "bin" / "nvcc").is_file()),
-    ):
-        if not found:
-            sys.exit(
-                f"CUDA kernels cannot be built: CUDA_HOME={cuda_home} has no {name}. Set CUDA_HOME to the folder of a "
-                "CUDA toolkit that has it, or build the CPU kernels alone: MARGIN_KERNELS_CUDA=0"
-            )
+    if not any(header.is_file() for header in headers):
+        return "include/cuda_runtime.h"
+    return None if (home / "bin" / "nvcc").is_file() else "bin/nvcc"
+
+
+def check_toolkit(cuda_home: str) -> None:
+    if lacks := missing(Path(cuda_home)):
+        sys.exit(
+            f"CUDA kernels cannot be built: CUDA_HOME={cuda_home} has no {lacks}. Set CUDA_HOME to the folder of a "
+            "CUDA toolkit that has it, or build the CPU kernels alone: MARGIN_KERNELS_CUDA=0"
+        )
+
+
+def toolkit() -> str | None:
+    """CUDA_HOME or CUDA_PATH as they are set; else a complete toolkit at the customary place, or above the nvcc on PATH;
+    else, where there is an nvcc, the folder above it, of which check_toolkit says what it lacks."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return os.environ[name]
+    nvcc = shutil.which("nvcc")
+    places = [Path("/usr/local/cuda")]
+    if nvcc is not None:
+        places += [Path(nvcc).resolve().parents[1]]
+        # A script that calls an nvcc elsewhere: that one says where it is.
+        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+        places += [Path(place).parent for place in re.findall(r"^#\$ _HERE_=(.*)$", said.stderr, re.MULTILINE)]
+    complete = [str(place) for place in places if missing(place) is None]
+    return complete[0] if complete else (str(places[1]) if nvcc is not None else None)
 
 
 def wants_cuda(torch_has_cuda: bool, cuda_home: str | None) -> bool:
@@ -81,6 +102,9 @@ def wants_cuda(torch_has_cuda: bool, cuda_home: str | None) -> bool:
 
 
 def extension() -> dict[str, Any]:
+    home = toolkit()
+    if home is not None:
+        os.environ["CUDA_HOME"] = home  # torch would take the folder above any nvcc, also above a script
     try:
         import torch
         from torch.utils import cpp_extension
@@ -90,10 +114,9 @@ def extension() -> dict[str, Any]:
             "run: pip install --no-build-isolation .   (MARGIN_KERNELS_NO_EXT=1 installs without the compiled kernels)"
         )
     check_compiler()
-    toolkit = cpp_extension.CUDA_HOME
-    cuda = wants_cuda(torch.version.cuda is not None, toolkit)
-    if cuda and toolkit is not None:
-        check_toolkit(toolkit)
+    cuda = wants_cuda(torch.version.cuda is not None, home)
+    if cuda and home is not None:
+        check_toolkit(home)
     version = torch.__version__.split("+")[0]
     (ROOT / "margin_kernels" / "_build.py").write_text(
         f'"""Written by setup.py: the torch that _C was built for."""\n\nTORCH_VERSION = "{torch.__version__}"\n'
@@ -103,6 +126,7 @@ def extension() -> dict[str, Any]:
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     flags = [
         *openmp,
+        "-std=c++20",
         "-O3",
         "-fno-math-errno",
         "-g0",
@@ -122,7 +146,7 @@ def extension() -> dict[str, Any]:
             "margin_kernels._C",
             files + sources("csrc/cuda/*.cu"),
             define_macros=macros,
-            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-lineinfo", *debug]},
+            extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-lineinfo", *debug]},
             extra_link_args=openmp,
         )
     else:

@@ -128,6 +128,29 @@ def test_an_incomplete_toolkit_is_named_with_two_remedies(tmp_path, present, mis
     )
 
 
+@pytest.mark.usefixtures("built_before")
+def test_the_toolkit_of_an_nvcc_that_is_a_script_is_found(tmp_path):
+    home = write(tmp_path / "toolkit", {"include/cuda_runtime.h": "", "bin/nvcc": ""})
+    script = write(tmp_path / "path", {"bin/nvcc": f"#!/bin/sh\necho '#$ _HERE_={home}/bin' >&2\n"}) / "bin" / "nvcc"
+    script.chmod(0o755)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['setup.py', '--version']; import setup; "
+    # The customary place may hold a toolkit here: another one stands for it.
+    code = "import setuptools; setuptools.setup = lambda **_: None; " + code
+    code += "setup.missing = lambda folder, own=setup.missing: 'all' if str(folder) == '/usr/local/cuda' else own(folder); "
+    code += "sys.exit(f'{setup.toolkit()}')"
+    variables = {"MARGIN_KERNELS_NO_EXT": "1", "CUDA_HOME": "", "CUDA_PATH": "", "PATH": f"{script.parent}:/usr/bin:/bin"}
+
+    def found(**more):
+        (line,) = [line for line in build("-c", code, **variables | more) if line]
+        return line
+
+    assert found() == str(home)
+    assert found(CUDA_HOME="/given") == "/given" and found(CUDA_PATH="/given") == "/given"
+    (home / "bin" / "nvcc").unlink()
+    assert found() == str(tmp_path / "path")  # of which check_toolkit says what it lacks
+    assert found(PATH="/usr/bin:/bin") == "None"
+
+
 @pytest.mark.parametrize("header", ["include/cuda_runtime.h", "targets/x86_64-linux/include/cuda_runtime.h"])
 def test_a_complete_toolkit_is_taken_and_can_be_declined(tmp_path, header):
     home = write(tmp_path / "cuda", {header: "", "bin/nvcc": ""})

@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from .bounds import TEXT, ConfigError, check
 from .options import GENERAL_OPTIONS, OPTIONS_OF_LOSS, Config
+
+if TYPE_CHECKING:  # the networks and the data, which import this room, need no command line
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 WORDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", NoneType: "null"}
 SECTIONS = {  # and the first option of each; jsonargparse would take a file or a mapping that nothing has checked
@@ -215,6 +217,8 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
 
 def parse(arguments: list[str]) -> Config:
     """Config from command-line style arguments: `["--config", "x.yaml", "--loss.gamma", "2"]`. Raises ConfigError."""
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(exit_on_error=False)
     add_arguments(parser)
     return from_namespace(parse_with(parser, arguments))
@@ -223,6 +227,8 @@ def parse(arguments: list[str]) -> Config:
 def parse_with(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """Parses with `parser` (of add_arguments); resolves shipped config names; unknown keys raise ConfigError with
     close names."""
+    from jsonargparse import ArgumentError
+
     arguments = _with_config_paths(arguments)
     for option in arguments:
         match = re.match(r"--([a-z_]+\.[\w.]+)", option)
@@ -257,6 +263,8 @@ def _with_config_paths(arguments: list[str]) -> list[str]:
 
 def typed(values: dict[str, Any]) -> Config:
     """Config from a nested dict as a YAML file holds it: keys and types are checked. Raises ConfigError."""
+    from jsonargparse import ArgumentError
+
     check_keys(values, "config")
     try:
         return from_namespace(_parser().parse_object(values))
@@ -297,6 +305,8 @@ def _words(kind: Any) -> str:
 @functools.cache
 def _parser() -> ArgumentParser:
     """A parser of configs alone, made once: a sweep has hundreds of cells."""
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(exit_on_error=False)
     add_arguments(parser)
     return parser
