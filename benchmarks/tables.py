@@ -1,6 +1,7 @@
 """The tables of the pages, as Markdown, from benchmarks/results/ and the options of the experiments.
 
     python benchmarks/tables.py            prints all tables under their names
+    python benchmarks/tables.py --read TAR    the tables of results.tar, which benchmarks/run_gpu.sh wrote
     python benchmarks/tables.py --write    puts them into the pages, between `<!-- table NAME -->` and `<!-- /table -->`
 
 `<!-- table papers/SWEEP error deepfool_norm -->` is a sweep's table of these measures, `choices` in their place what
@@ -13,6 +14,7 @@ import dataclasses
 import inspect
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import docstring_parser
@@ -388,6 +390,47 @@ PARTS = {
 }
 
 
+def gpu_rows(run: dict) -> str:
+    """kernels_gpu.py: a row for each call."""
+    own = ("what", "microseconds", "share_of_copy", "launches_forward", "launches_forward_backward")
+    rows = []
+    for cell in run["rows"]:
+        case = ", ".join(
+            f"{key} {value}" for key, value in cell.items() if key not in own and not key.startswith("to_")
+        )
+        ratios = ", ".join(
+            f"{value:.2f} {key.removeprefix('to_')}" for key, value in cell.items() if key.startswith("to_")
+        )
+        share = f"{100 * cell['share_of_copy']:.0f}" if "share_of_copy" in cell else "-"
+        time = f"{cell['microseconds']:.1f}" if "microseconds" in cell else "-"
+        launches = (
+            f"{cell['launches_forward']} / {cell['launches_forward_backward']}" if "launches_forward" in cell else "-"
+        )
+        rows.append([case, cell["what"], time, share, ratios or "-", launches])
+    return table(["case", "call", "us", "% of copy", "to", "launches"], rows)
+
+
+def read(archive: Path) -> dict[str, str]:
+    """The tables of an archive of benchmarks/run_gpu.sh, by name of file and part; what was stopped is there in part."""
+    found: dict[str, str] = {}
+    with tarfile.open(archive) as files:
+        for member in files:
+            content = files.extractfile(member)
+            if content is None or not member.name.endswith(".json"):
+                continue
+            stem, run = Path(member.name).stem, json.load(content)
+            if stem.startswith("summary"):
+                rows = [[name, str(cell["exit"]), str(cell["seconds"])] for name, cell in run.items()]
+                found[stem] = table(["stage", "exit code", "seconds"], rows)
+            elif "rows" in run:
+                found[stem] = gpu_rows(run) + "".join(f"\n\n{name}: {text}" for name, text in run["failures"].items())
+            elif "networks" in run:
+                found |= {f"{stem}/{part}": text for part, text in steps(run).items()}
+            else:
+                found[stem] = losses(run)
+    return found
+
+
 def robustness(path: Path) -> str:
     """One row per trained network, from the results.csv that `margin-kernels demo` and `report` write."""
     percent = ("clean", "fgsm_ce", "fgsm_gap", "ifgsm_ce", "ifgsm_gap")
@@ -485,9 +528,10 @@ def filled(page: str, tables: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables of benchmarks/results/ as Markdown.")
     parser.add_argument("--write", action="store_true", help="put them into the pages instead of printing them")
+    parser.add_argument("--read", type=Path, metavar="TAR", help="print those of an archive of run_gpu.sh instead")
     options = parser.parse_args()
-    tables = all_tables()
-    if options.write:
+    tables = all_tables() if options.read is None else read(options.read)
+    if options.write and options.read is None:
         for page in PAGES:
             page.write_text(filled(page.read_text(), tables))
         return

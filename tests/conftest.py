@@ -28,6 +28,18 @@ ON_GPU = ("cuda", "triton", "reference")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=backends.BACKENDS, help="run the op tests on this backend only")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of the tests in tests/ops every N-th one")
+
+
+@pytest.hookimpl(trylast=True)  # what is deselected otherwise does not count
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = config.getoption("--every")
+    if every <= 1:
+        return
+    ops = [item for item in items if item.path.parent.name == "ops"]
+    left_out = [item for turn, item in enumerate(ops) if turn % every]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -77,7 +77,13 @@ def test_the_readme_is_short_and_leads_to_the_pages():
         assert (ROOT / target).exists(), target
 
 
-KNOWN = {"papers.md", "losses/one-to-n.md", "examples/margin_monitor.md", "results/README.md", "results/papers/README.md"}
+KNOWN = {
+    "papers.md",
+    "losses/one-to-n.md",
+    "examples/margin_monitor.md",
+    "results/README.md",
+    "results/papers/README.md",
+}
 
 
 @pytest.mark.parametrize(

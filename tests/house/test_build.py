@@ -136,9 +136,16 @@ def test_the_toolkit_of_an_nvcc_that_is_a_script_is_found(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['setup.py', '--version']; import setup; "
     # The customary place may hold a toolkit here: another one stands for it.
     code = "import setuptools; setuptools.setup = lambda **_: None; " + code
-    code += "setup.missing = lambda folder, own=setup.missing: 'all' if str(folder) == '/usr/local/cuda' else own(folder); "
+    code += (
+        "setup.missing = lambda folder, own=setup.missing: 'all' if str(folder) == '/usr/local/cuda' else own(folder); "
+    )
     code += "sys.exit(f'{setup.toolkit()}')"
-    variables = {"MARGIN_KERNELS_NO_EXT": "1", "CUDA_HOME": "", "CUDA_PATH": "", "PATH": f"{script.parent}:/usr/bin:/bin"}
+    variables = {
+        "MARGIN_KERNELS_NO_EXT": "1",
+        "CUDA_HOME": "",
+        "CUDA_PATH": "",
+        "PATH": f"{script.parent}:/usr/bin:/bin",
+    }
 
     def found(**more):
         (line,) = [line for line in build("-c", code, **variables | more) if line]

@@ -35,8 +35,18 @@ def classes(n: int, count: int, *more: int, seed: int = 1) -> Tensor:
 
 def cases() -> Iterator[Case]:
     # Rows in a part of a warp, a warp, a block, several blocks; lengths that are no multiple of 16 bytes; k in and
-    # beyond registers.
-    for n, count, k in [(5, 7, 2), (3, 64, 1), (4, 1001, 5), (3, 5003, 3), (2, 70001, 4), (2, 130, 129)]:
+    # beyond a list of 32, the longest of them C - 1.
+    shapes = [
+        (5, 7, 2),
+        (3, 64, 1),
+        (4, 1001, 5),
+        (3, 5003, 3),
+        (2, 70001, 4),
+        (2, 130, 129),
+        (3, 33, 32),
+        (2, 3001, 40),
+    ]
+    for n, count, k in shapes:
         for dtype in (torch.float32, torch.bfloat16):
             yield _competitors(n, count, k, dtype)
     for p in (1, 2, 3, 4, math.inf):
@@ -45,11 +55,14 @@ def cases() -> Iterator[Case]:
     for aggregation in ("max", "sum", "mean", "mean_distance"):
         yield _margin_hinge(aggregation)
     for p in (1, 2, 3, 4, math.inf):
-        yield _row_distance(p)
-        yield _deepfool_step(p)
+        for features in (301, 5001):  # a pair in a warp, in a block
+            yield _row_distance(p, features)
+        for pixels in (663, 9001):  # a row in one part, in two
+            yield _deepfool_step(p, pixels)
     for bound in ("symmetric", "positive"):
         for cross_entropy in (False, True):
-            yield _one_to_n(bound, cross_entropy)
+            for n, count in [(67, 33), (5, 8200), (300, 10)]:  # one class and eight classes of a warp, long rows
+                yield _one_to_n(n, count, bound, cross_entropy)
 
 
 def _competitors(n: int, count: int, k: int, dtype: torch.dtype) -> Case:
@@ -63,7 +76,7 @@ def _competitors(n: int, count: int, k: int, dtype: torch.dtype) -> Case:
 
 
 def _dual_norm(p: float, dtype: torch.dtype) -> Case:
-    shapes = [(3, 2, 5), (3, 2, 4, 9, 7), (3, 2, 70001)]
+    shapes = [(3, 2, 5), (3, 2, 4, 9, 7), (3, 2, 5001), (3, 2, 70001)]  # a warp, a block, several parts
     leaves = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     return Case("dual_norm", f"p={p} {dtype}", leaves, lambda g, backend: [functional.dual_norm(g, p, backend=backend)])
 
@@ -80,32 +93,32 @@ def _margin_hinge(aggregation: str) -> Case:
     return Case("margin_hinge", aggregation, [gap, norm], run)
 
 
-def _row_distance(p: float) -> Case:
+def _row_distance(p: float, features: int) -> Case:
     target, index = classes(6, 50), classes(6, 50, 3, seed=2)
 
     def run(leaves: list[Tensor], backend: str) -> list[Tensor]:
         return [functional.row_distance(leaves[0], index, target, p, backend=backend)]
 
-    return Case("row_distance", f"p={p}", [normal(50, 301)], run)
+    return Case("row_distance", f"{features} p={p}", [normal(50, features)], run)
 
 
-def _one_to_n(bound: str, cross_entropy: bool) -> Case:
-    target = classes(67, 33)
+def _one_to_n(n: int, count: int, bound: str, cross_entropy: bool) -> Case:
+    target = classes(n, count)
 
     def run(leaves: list[Tensor], backend: str) -> list[Tensor]:
         return [functional.one_to_n(leaves[0], target, 1.0, bound, cross_entropy, reduction="none", backend=backend)]
 
-    return Case("one_to_n", f"{bound} cross_entropy={cross_entropy}", [normal(67, 33)], run)
+    return Case("one_to_n", f"{n}x{count} {bound} cross_entropy={cross_entropy}", [normal(n, count)], run)
 
 
-def _deepfool_step(p: float) -> Case:
+def _deepfool_step(p: float, pixels: int) -> Case:
     active = torch.tensor([True, False, True, True])
 
     def run(leaves: list[Tensor], backend: str) -> list[Tensor]:
         result = functional.deepfool_step(leaves[0], leaves[1], active, p, backend=backend)
         return [result.step, result.distance]
 
-    return Case("deepfool_step", f"p={p}", [normal(4, 3), normal(4, 3, 3, 17, 13, seed=1)], run)
+    return Case("deepfool_step", f"{pixels} p={p}", [normal(4, 3), normal(4, 3, pixels, seed=1)], run)
 
 
 def outputs_and_gradients(case: Case, backend: str) -> tuple[list[Tensor], list[Tensor]]:
