@@ -4,7 +4,7 @@ import os
 import sys
 
 # What the extra [experiments] installs, by the names of the modules. Some are imported by one command alone.
-EXTRA = ("jsonargparse", "matplotlib", "pandas", "rich", "safetensors", "sklearn", "yaml")
+EXTRA = ("jsonargparse", "matplotlib", "pandas", "rich", "safetensors", "scipy", "sklearn", "yaml")
 
 
 def main(arguments: list[str] | None = None) -> int:

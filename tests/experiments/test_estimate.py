@@ -82,8 +82,11 @@ def test_the_steps_and_images_of_a_training_are_counted_as_they_are_taken(digits
         assert seconds(settings, replace(NOTHING, **{name: 1}), sizes, train=True, evaluate=False) == sum(found)
     rest = EvaluationConfig(deepfool_samples=7, distance_samples=5, timing_repeats=2)
     settings = replace(settings, evaluation=rest)
-    for name, expected in (("deepfool", 7), ("distance", 5), ("step", 4)):
+    for name, expected in (("deepfool", 7), ("distance", 5), ("step", 6)):
         assert seconds(settings, replace(NOTHING, **{name: 1}), (1, 1, 99), train=False, evaluate=True) == expected
+    for p, expected in ((2.0, 5), ("inf", 10)):  # in the norm of the loss once more, where that is another one
+        margin = replace(settings, loss=config.LossConfig(kind="large_margin", p=p))
+        assert seconds(margin, replace(NOTHING, distance=1), (1, 1, 99), train=False, evaluate=True) == expected
 
 
 def test_networks_and_losses_are_timed_once_each(tmp_path, monkeypatch):
@@ -178,6 +181,16 @@ def test_the_budget_is_cpu_where_the_file_has_one(tmp_path, capsys):
     assert run(two, tmp_path / "out", "--dry-run", "--no-estimate") == 0
     text = capsys.readouterr().out
     assert "budget cpu: 8 cells" in text and text.count("   7 epochs  ") == 8
+
+
+def test_the_first_call_is_warm_up_and_not_timed(monkeypatch):
+    now, took = [0.0], iter([5.0, 0.25, 0.125, 0.25])
+
+    def call():
+        now[0] += next(took)
+
+    monkeypatch.setattr(estimates.time, "perf_counter", lambda: now[0])
+    assert estimates._times(call, 0.5) == [0.25, 0.125, 0.25]
 
 
 @pytest.mark.parametrize(

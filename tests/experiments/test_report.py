@@ -81,8 +81,15 @@ def test_error_is_drawn_against_the_swept_value_with_published_marks(folder, mon
     assert name == "noise_sweep_error_label_noise"
     assert points["plain"] == [(0.0, 3.0), (40.0, 15.0)]
     assert points["hinge"] == [(0.0, 3.0), (40.0, 20.0)]
+    assert points["plain, published (not comparable)"] == [(40.0, 12.5)]
+    assert points["[X] best, published (not comparable)"] == [(0.0, 3.0)]
+    assert "budget cpu, 2 seeds" in caption
+    assert "Open markers: published values, not comparable: budget cpu, and not the paper's, which is full." in caption
+    ((_, points, _, caption),) = drawn_lines(
+        lambda: study_figures.against(replace(study, budget="full"), error, axis), monkeypatch
+    )
     assert points["plain, published"] == [(40.0, 12.5)] and points["[X] best, published"] == [(0.0, 3.0)]
-    assert "budget cpu, 2 seeds" in caption and "Open markers: published values" in caption
+    assert caption.endswith("Open markers: published values.")
 
 
 def test_training_fractions_are_drawn_on_a_logarithmic_axis(monkeypatch):
@@ -125,12 +132,12 @@ def test_white_box_black_box_and_noise_curves_are_those_of_the_records(monkeypat
     assert name == "attacks_black_box_fgsm_ce"
     assert points["hinge"] == [(0.0, 80), (0.1, 75), (0.2, 70)]
     assert points["plain"] == [(0.0, 90), (0.1, 60), (0.2, 20)]  # the attacker: white box
-    assert points["plain, published"] == [(0.1, 67.0)]
+    assert points["plain, published (not comparable)"] == [(0.1, 67.0)]
     ((name, points, _, caption),) = drawn_lines(lambda: study_figures.curves(study, "", "reverse"), monkeypatch)
     assert name == "attacks_reverse_fgsm_ce" and "FGSM on cross-entropy, transferred to plain" in caption
     assert points["hinge"] == [(0.0, 90), (0.1, 85), (0.2, 65)]
     assert points["plain"] == [(0.0, 90), (0.1, 60), (0.2, 20)]  # its own: white box
-    assert "plain, published" not in points
+    assert "plain, published (not comparable)" not in points
     ((_, points, *_),) = drawn_lines(lambda: study_figures.noise(study, ""), monkeypatch)
     assert points["plain"] == [(0.0, 90), (0.2, 70), (0.4, 60)]
     records[2].evaluation["curve_eps"] = records[0].evaluation["curve_eps"] = [0.0, 0.1]
@@ -149,7 +156,7 @@ def test_a_table_like_sweep_is_drawn_by_model_with_all_published_marks(monkeypat
     assert name == "table_error" and "one run each; budget cpu, 1 seed" in caption
     assert points == {
         "ours": [(10.0, 0.0), (20.0, 1.0)],
-        "published": [(25.0, 1.0), (5.0, 2.0), (1.0, 3.0)],
+        "published (not comparable)": [(25.0, 1.0), (5.0, 2.0), (1.0, 3.0)],
     }
 
 
@@ -171,6 +178,8 @@ def test_ours_published_and_delta_are_in_printed_units(folder):
     table = study_page.published_table(list(rows.values()))
     assert "<td>error %</td><td>15.00</td><td>12.5</td><td>+2.50</td>" in table
     assert "<td>[X] best / label_noise=0.0</td><td>error %</td><td>-</td><td>3</td><td>-</td>" in table
+    table = study_page.published_table(list(rows.values()), comparable=False)
+    assert '<td>12.5<small class="doubt">not comparable</small></td><td>+2.50</td>' in table
 
 
 def test_the_page_of_a_sweep_needs_nothing_beside_itself(folder, tmp_path, capsys):

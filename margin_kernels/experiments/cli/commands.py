@@ -28,7 +28,7 @@ from margin_kernels.memory import keep_freed_memory
 
 from .. import config, data, models, sweeps
 from ..config import bounds
-from ..report import page, study_page, table
+from ..report import page, study_page, table, takeaway
 from ..results import (
     RECORDS,
     Records,
@@ -41,14 +41,14 @@ from ..results import (
 from ..training import ALONE, TIMEOUT, Meter, Output, Processes, Trainer, errors, join, resolve_device
 from .bench import bench
 from .check import check
-from .evaluate import attack, evaluate_runs, read_compared
+from .evaluate import attack, evaluate_runs, read_all
 from .parser import Parser, check_text, timeout
 
 USAGE = """usage: margin-kernels COMMAND [options]
 
   train      train a network; --config FILE or the name of a shipped config, dotted overrides, --print_config
   evaluate   measure trained networks: accuracy, attacks, distances, cost of a step
-  report     compare evaluated runs, or show sweeps: one HTML page, CSV, JSON, PNG
+  report     compare evaluated runs, or show sweeps: one HTML page, CSV, JSON, SVG, PNG
   sweep      train and evaluate models x grid points x seeds, J processes at a time; goes on where it was stopped
   attack     attacked test images of a trained network: arrays and a picture
   check      whether checkpoints, weights and records are as they were written
@@ -213,7 +213,7 @@ def make_report(arguments: list[str]) -> int:
 
 def report_runs(options: argparse.Namespace) -> int:
     """One page of the runs whose folders are given."""
-    compared = [read_compared(folder) for folder in options.runs]
+    compared = read_all(options.runs)
     names = {model.run.config.data.name for model in compared}
     title = options.title or f"Large-margin training on {', '.join(sorted(names))}"
     seconds = sum(epoch["seconds"] for model in compared for epoch in model.history)
@@ -221,6 +221,7 @@ def report_runs(options: argparse.Namespace) -> int:
     console = Output()
     html = page.write_report(options.out, comparison)
     table.show(console, compared, title)
+    console.print(" ".join(takeaway.of_networks(compared)))
     console.print(f"open {html}", soft_wrap=True)
     return 0
 
@@ -238,6 +239,7 @@ def report_sweeps(options: argparse.Namespace) -> int:
     console = Output()
     for study in studies:
         summary.show(console, summary.rows(study.records), f"{study.name}, {study.note}")
+        console.print(" ".join(takeaway.of_study(study)))
     console.print(f"open {html}", soft_wrap=True)
     return 0
 
@@ -313,13 +315,16 @@ def run_sweep(arguments: list[str]) -> int:
         return 0
     for device in {options.device} if options.device else {cell.config.training.device for cell in cells}:
         resolve_device(device)
+    seconds: dict[str, float | None] = {}
     try:
         if left := [cell for cell in cells if runner.state(cell) != "finished"]:
             timing = "" if options.no_estimate else "; a few steps of each network and loss are timed"
             console.print(f"budget {budget}: {len(left)} of {len(cells)} cells to do{timing}", soft_wrap=True)
-            for line in estimated(left, options, runner).lines(options.jobs):
+            costs = estimated(left, options, runner)
+            seconds = costs.of
+            for line in costs.lines(options.jobs):
                 console.print(line, soft_wrap=True)
-        failed = runner.run()
+        failed = runner.run(seconds)
         status = 1 if failed else 0
     except KeyboardInterrupt as stopped:
         console.print("interrupted; the same command goes on from here")

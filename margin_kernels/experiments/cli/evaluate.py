@@ -13,7 +13,7 @@ from torch import nn
 from .. import config, data, models
 from ..config import Config, bounds
 from ..evaluation import by_name, check_images, evaluate
-from ..report import attacked, table
+from ..report import attacked, labels, table
 from ..results import REPLACED, Records, Run, locked, read_json, settle, shape, write_json
 from ..training import Meter, Output, resolve_device, time_steps
 from .parser import Parser
@@ -40,6 +40,7 @@ def evaluate_runs(arguments: list[str]) -> int:
     console = Output()
     for name in options.attack:  # before anything is measured
         by_name.find(name)
+    labels.once(options.runs)
     for folder in options.runs:  # all of them before the first is measured
         if not ((folder / "config.yaml").is_file() or (folder / REPLACED).is_dir()):
             raise models.CheckpointError(
@@ -50,7 +51,7 @@ def evaluate_runs(arguments: list[str]) -> int:
             with locked(folder, "a training or another evaluation", remedy="wait for it to end"):
                 settle(folder)
                 write_json(folder / "evaluation.json", measured(folder, options, meter))
-    compared = [read_compared(folder) for folder in options.runs]
+    compared = read_all(options.runs)
     table.show(console, compared, "Test split")
     console.print(f"next: margin-kernels report {' '.join(map(str, options.runs))} --out report")
     return 0
@@ -105,7 +106,7 @@ def evaluate_run(
     hidden, asked = models.hidden_of(model, settings), settings.evaluation
     if options.attack and not math.isfinite(dataset.test.bounds[1]):
         raise ValueError("--attack needs images with bounds: whitened ones (data.preprocess) have none")
-    result = evaluate(model.to(device), dataset.test, hidden, asked, device, meter.advance)
+    result = evaluate(model.to(device), dataset.test, hidden, asked, device, meter.advance, settings.loss)
     if options.attack:
         count = asked.attack_samples if options.attack_samples is None else options.attack_samples
         named = [by_name.find(name) for name in dict.fromkeys(options.attack)]
@@ -149,6 +150,19 @@ def attack(arguments: list[str]) -> int:
     console.print(found.words(), soft_wrap=True)
     console.print(", ".join(map(str, files)), soft_wrap=True)
     return 0
+
+
+def read_all(folders: list[Path]) -> list[table.Compared]:
+    """The runs, labelled by their folders where two have the same name. Raises ValueError where one is given twice."""
+    found = [read_compared(folder) for folder in folders]
+    names = labels.distinct([model.label for model in found], list(map(_place, folders)))
+    return [replace(model, label=name) for model, name in zip(found, names, strict=True)]
+
+
+def _place(folder: Path) -> Path:
+    """The folder of a run; FOLDER/CELL of FOLDER/records.jsonl:CELL."""
+    path, _, cell = str(folder).rpartition(":")
+    return Path(path).parent / cell if Path(path).is_file() else folder
 
 
 def read_compared(folder: Path) -> table.Compared:

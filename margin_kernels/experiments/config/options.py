@@ -368,7 +368,7 @@ class EvaluationConfig:
         noise_seed: draws the noise, the same for every model and sigma
         attacker: folder of a trained run whose network makes black-box images for this one, and is attacked with the
             images made for this one, or null; in a sweep the label of a model above
-        timing_repeats: interleaved pairs of training steps; 0 for no timing
+        timing_repeats: interleaved training steps of the loss and of cross-entropy; 0 for no timing
     """
 
     eps: float = 0.1

@@ -10,6 +10,8 @@ deepfool_norm           mean ||r||_2 over all samples, r the DeepFool perturbati
 deepfool_norm_correct   the same over the correctly classified samples
 rho_adv                 mean ||r||_2 / ||x||_2 over the correctly classified samples [M]
 distance                signed distance d per tap, mean over samples; positive on the right side
+reached                 median of d over the samples with d > 0, in the norm of the network's own margin loss
+counts                  how many samples FGSM and IFGSM attacked, and how many had noise
 
 Attacked and noisy images are clipped to [0, 1], whitened ones are not.
 """
@@ -25,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from margin_kernels import deepfool
+from margin_kernels.task.auto_gamma import positive_median
 
-from ..config import EvaluationConfig, exponent
+from ..config import EvaluationConfig, LossConfig, exponent
 from ..data import Split
 from ..models import load_model
 from . import attacks, histogram
@@ -43,12 +46,15 @@ def evaluate(
     config: EvaluationConfig,
     device: torch.device | str = "cpu",
     tick: Callable[[float], None] = lambda share: None,
+    loss: LossConfig | None = None,
 ) -> dict[str, Any]:
     """All measurements of `model` on `split` as plain numbers; `hidden` are its hidden taps; `tick` is told the
-    share of the work that was just done."""
+    share of the work that was just done. `loss`: that of its training, for the distances that gamma asked for."""
     attacked = split.head(config.attack_samples)
     attacker = None if config.attacker is None else load_attacker(Path(config.attacker), split, device)
     result: dict[str, Any] = {"samples": len(split), "clean": accuracy(model, split, device), "eps": config.eps}
+    result["counts"] = {"fgsm": len(attacked), "ifgsm": len(attacked.head(config.ifgsm_samples))}
+    result["counts"]["noise"] = len(split.head(config.noise_samples))
     tick(0.02)
     result.update(at_radius(model, attacked, config.eps, config, device, attacker))
     tick(0.1)
@@ -80,6 +86,12 @@ def evaluate(
         taps = tap_names(hidden)
         result["distance"] = dict(zip(taps, distances.mean(0).tolist(), strict=True))
         result["distances"] = {tap: five_digits(distances[:, i]) for i, tap in enumerate(taps)}
+        if loss is not None and loss.kind == "large_margin":
+            if exponent(loss.p) != p:
+                part = split.head(config.distance_samples)
+                distances = signed_distance(model, part, hidden, exponent(loss.p), config.batch_size, device)
+            medians = positive_median(distances).tolist()
+            result["reached"] = {"p": loss.p, "median": dict(zip(taps, medians, strict=True))}
     tick(0.08)
     return result
 

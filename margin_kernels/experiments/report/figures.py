@@ -21,6 +21,8 @@ matplotlib.use("Agg")  # no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import Collection
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..data import units
@@ -31,6 +33,7 @@ STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 BROAD = 6.0  # inches: wider figures would be too small beside others
+POINTS = 5000  # of one line or one cloud: about 100 kB of SVG
 
 SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,
@@ -80,6 +83,7 @@ def draw_panels(
             for axes in grid.flat[count:]:
                 axes.remove()
             paint(list(grid.flat[:count]))
+            rasterise(figure)
             vector, raster = io.BytesIO(), io.BytesIO()
             figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
             figure.savefig(raster, format="png", dpi=150)
@@ -87,6 +91,14 @@ def draw_panels(
             plt.close(figure)
     stem = re.sub(r"[^\w.=+-]+", "_", name)  # of names in records, which are those of no folder
     return Figure(stem, caption, vector.getvalue().decode(), raster.getvalue(), columns * size[0] > BROAD)
+
+
+def rasterise(figure: Any) -> None:
+    """What has more than POINTS points becomes pixels within the SVG, so that a page stays of a size to be sent."""
+    for artist in figure.findobj(Line2D):
+        artist.set_rasterized(len(artist.get_xdata(orig=False)) > POINTS)
+    for artist in figure.findobj(Collection):
+        artist.set_rasterized(len(artist.get_offsets()) > POINTS)
 
 
 def _style(index: int) -> dict[str, Any]:

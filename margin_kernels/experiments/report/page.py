@@ -1,4 +1,4 @@
-"""A comparison as files: index.html (self-contained), results.csv, results.jsonl, figures/*.png.
+"""A comparison as files: index.html (self-contained), results.csv, results.jsonl, figures/*.svg and *.png.
 
 The page needs nothing beside itself: figures are embedded SVG, the style is inline, no script, no path and no name
 of the machine.
@@ -8,58 +8,26 @@ from __future__ import annotations
 
 import base64
 import html
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, own_options
 from ..results import SINGLE_SAMPLES, common, differences, dumps, finite, write_atomic, write_csv, write_text
-from . import table
+from . import choices, gamma, glossary, table, takeaway
 from .figures import Figure, all_figures
+from .style import STYLE
 from .table import Compared
 
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; color: #1a1a1a; background: #fff;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ccc; padding-bottom: .2rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
-p { max-width: 46rem; }
-.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
-thead th, .compared td:nth-child(2) { white-space: normal; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
-thead th { border-bottom: 2px solid #1a1a1a; vertical-align: bottom; }
-tbody tr + tr td { border-top: 1px solid #e4e4e4; }
-tr.section td { font-weight: 600; padding-top: .8rem; }
-td.best { font-weight: 700; }
-tr.chosen td { background: #e8f1f8; font-weight: 600; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-.figures.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
-figure.broad { grid-column: 1 / -1; max-width: 48rem; }
-figure { margin: 0; }
-figure img { width: 100%; height: auto; display: block; }
-figcaption { font-size: .85rem; color: #444; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem; }
-dt { color: #444; } dd { margin: 0; overflow-wrap: anywhere; }
-pre { overflow-x: auto; background: #f5f5f5; padding: .7rem; font-size: .8rem; line-height: 1.35; }
-summary { cursor: pointer; }
-@media (max-width: 40rem) {
-  body { padding: .7rem; font-size: 15px; }
-  table { font-size: .8rem; }
-  th, td { padding: .2rem .35rem; }
-  td:first-child { white-space: normal; min-width: 7rem; }
-}
-"""
+PHONE = 3  # columns that a phone shows without scrolling
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What a page shows: title, paragraphs of introduction, networks, conditions under which it was run (name ->
-    value), and, where a hyper-parameter was chosen, the rows of that choice (loss, value, ..., chosen) and its rule."""
+    value), and, where a hyper-parameter was chosen, the rows of that choice (loss, value, ..., chosen, edge: whether it
+    is the first or last value of its grid) and its rule."""
 
     title: str
     models: list[Compared]
@@ -77,6 +45,7 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
     for figures in groups.values():
         for drawn in figures:
             write_bytes(folder / "figures" / f"{drawn.name}.png", drawn.png)
+            write_text(folder / "figures" / f"{drawn.name}.svg", drawn.svg)
     write_text(folder / "index.html", page(comparison, groups))
     return folder / "index.html"
 
@@ -104,14 +73,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 def page(comparison: Comparison, groups: dict[str, list[Figure]]) -> str:
     """The HTML text."""
     title = html.escape(comparison.title)
-    body = [f"<h1>{title}</h1>"]
+    body = [f"<h1>{title}</h1>", takeaways(takeaway.of_networks(comparison.models))]
     body += [f"<p>{html.escape(text)}</p>" for text in comparison.intro]
-    body += ["<h2>Results</h2>", _results_table(comparison.models)]
+    body += ["<h2>Results</h2>", _results_table(comparison.models), *notes(_below(comparison.models))]
+    body.append(glossary.unfolding())
+    body += gamma_part(gamma.of_networks(comparison.models), "h2")
     if comparison.tuning:
         body += [
             "<h2>Choice on the validation split</h2>",
             f"<p>{html.escape(comparison.tuning_rule)}</p>",
             _tuning_table(comparison.tuning),
+            *notes([choices.sentence(tuning_marks(comparison.tuning))]),
         ]
     for heading, figures in groups.items():
         body += [f"<h2>{html.escape(heading)}</h2>", *gallery(figures)]
@@ -129,35 +101,89 @@ def document(title: str, body: list[str]) -> str:
     )
 
 
+def takeaways(sentences: list[str]) -> str:
+    """What the tables say, at the top of a page."""
+    lines = (html.escape(text).replace(" %", "&nbsp;%") for text in sentences)
+    return f'<div class="takeaway">{"".join(f"<p>{line}</p>" for line in lines)}</div>'
+
+
+def notes(sentences: list[str]) -> list[str]:
+    """What stands below a table; empty sentences are left out."""
+    return [f'<p class="note">{html.escape(text)}</p>' for text in sentences if text]
+
+
+def scrolled(head: str, lines: list[str], columns: int, kind: str = "") -> str:
+    """A table in a box in which it scrolls sideways; where a phone cannot show all columns, a line above says so."""
+    more = (
+        '<p class="more">Swipe the table sideways for more columns \N{RIGHTWARDS ARROW}</p>' if columns > PHONE else ""
+    )
+    return (
+        f'{more}<div class="scroll" tabindex="0"><table class="{kind}"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def section_line(title: str, columns: int) -> str:
+    """A line of a table that heads those below it."""
+    return f'<tr class="section"><td colspan="{columns}"><span>{html.escape(title)}</span></td></tr>'
+
+
+def gamma_part(lines: list[gamma.Reached], heading: str) -> list[str]:
+    """The table of what gamma asked for and what was reached, where a loss has gamma."""
+    if not lines:
+        return []
+    return [f"<{heading}>Gamma, asked and reached</{heading}>", scrolled(*gamma.rows(lines)), *notes([gamma.NOTE])]
+
+
 def _results_table(models: list[Compared]) -> str:
     # a word a line, long ones cut at the hyphen, keeps columns as narrow as their numbers
     words = [[w if len(w) < 8 else w.replace("-", "-<br>") for w in html.escape(m.label).split(" ")] for m in models]
-    heads = ["<br>".join(parts) for parts in words]
-    head = "".join(f"<th>{text}</th>" for text in heads)
-    lines = [f"<tr><th></th>{head}</tr>"]
-    rows = []
+    head = "<th></th>" + "".join(f"<th>{'<br>'.join(parts)}</th>" for parts in words)
+    lines = []
     for section in table.sections(models):
-        rows.append(f'<tr class="section"><td colspan="{len(models) + 1}">{html.escape(section.title)}</td></tr>')
+        lines.append(section_line(section.title, len(models) + 1))
         for row in section.rows:
             winners = table.best(row, models)
-            cells = "".join(
-                f'<td class="best">{table.cell(row, model)}</td>'
-                if i in winners
-                else f"<td>{table.cell(row, model)}</td>"
-                for i, model in enumerate(models)
-            )
-            rows.append(f"<tr><td>{html.escape(row.label)}</td>{cells}</tr>")
-    return f'<div class="scroll"><table><thead>{lines[0]}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+            cells = "".join(_results_cell(row, model, i in winners) for i, model in enumerate(models))
+            lines.append(f"<tr><td>{html.escape(row.label)}</td>{cells}</tr>")
+    return scrolled(head, lines, len(models) + 1)
+
+
+def _results_cell(row: table.Row, model: Compared, best: bool) -> str:
+    """A value with the interval of an accuracy, or with the doubt about a timing."""
+    small = ""
+    if (found := table.interval(row, model)) is not None:
+        small = f"<small>{100 * found[0]:.1f} - {100 * found[1]:.1f}</small>"
+    elif row.key in table.TIMED and table.unreliable(model):
+        small = f'<small class="doubt">{table.UNRELIABLE}</small>'
+    start = '<td class="best">' if best else "<td>"
+    return f"{start}{table.cell(row, model)}{small}</td>"
+
+
+def _below(models: list[Compared]) -> list[str]:
+    """What is to be said of the numbers of the results."""
+    return [
+        "Bold: the best of a row. Small, below an accuracy: its 95 % interval, binomial (Wilson), of this one training "
+        f"run, over {table.images_words(models)}. It is about other test images, not about other seeds.",
+        table.doubts(models),
+    ]
 
 
 def _tuning_table(rows: list[dict[str, Any]]) -> str:
-    columns = [key for key in rows[0] if key != "chosen"]
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    columns = [key for key in rows[0] if key not in ("chosen", "edge")]
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in [*columns, ""])
     lines = []
-    for row in rows:
-        mark = ' class="chosen"' if row["chosen"] else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(tuning_cell(row[c]))}</td>" for c in columns) + "</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    for row, mark in zip(rows, tuning_marks(rows), strict=True):
+        style = ' class="chosen"' if choices.CHOSEN in mark else ""
+        cells = [*(tuning_cell(row[column]) for column in columns), mark]
+        lines.append(f"<tr{style}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
+    return scrolled(head, lines, len(columns) + 1)
+
+
+def tuning_marks(rows: list[dict[str, Any]]) -> list[str]:
+    """What marks each row of the tuning table: whether its value was chosen, and lies at the edge of its grid."""
+    tried = Counter(row["loss"] for row in rows)
+    return [choices.mark(row["chosen"], row.get("edge", False), tried[row["loss"]]) for row in rows]
 
 
 def tuning_cell(value: Any) -> str:

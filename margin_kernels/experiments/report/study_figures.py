@@ -131,7 +131,7 @@ def finish(axes: Axes, title: str, study: Study, legend: bool = True) -> None:
         named = dict(
             zip(*reversed(axes.get_legend_handles_labels()), strict=True)
         )  # one entry for all marks of a model
-        labels = sorted(named, key=lambda label: label.endswith("published"))
+        labels = sorted(named, key=lambda label: "published" in label)
         axes.figure.legend([named[label] for label in labels], labels, loc="outside lower center", ncols=2)
 
 
@@ -155,7 +155,10 @@ def against(study: Study, measure: Measure, axis: Swept) -> Iterator[Figure]:
                 if measure.key in values and point in axis.values and (index is not None or _foreign(study, model)):
                     style = _open(index)
                     axes.plot(
-                        axis.factor * axis.values[point], values[measure.key], **style, label=f"{model}, published"
+                        axis.factor * axis.values[point],
+                        values[measure.key],
+                        **style,
+                        label=f"{model}, {published(study)}",
                     )
             _scale(axes, axis, everything)
             axes.set(xlabel=axis.words, ylabel=measure.words)
@@ -171,8 +174,17 @@ def mean_words(study: Study) -> str:
 
 
 def _open_words(study: Study, measure: Measure) -> str:
-    published = any(measure.key in values for values in study.published.values())
-    return " Open markers: published values." if published else ""
+    return _open_note(study) if any(measure.key in values for values in study.published.values()) else ""
+
+
+def published(study: Study) -> str:
+    """How a legend calls a published value."""
+    return "published" if study.comparable else "published (not comparable)"
+
+
+def _open_note(study: Study) -> str:
+    """The end of a caption where there are published values."""
+    return f" Open markers: published values{'' if study.comparable else f', not comparable: {study.not_comparable}'}."
 
 
 def _foreign(study: Study, model: str) -> bool:
@@ -300,13 +312,13 @@ def _accuracy(
             for model, (x_mark, y_mark) in marks.items():
                 index = models.index(model) if model in models else None
                 if index is not None or _foreign(study, model):
-                    axes.plot(x_mark, y_mark, **_open(index), label=f"{model}, published")
+                    axes.plot(x_mark, y_mark, **_open(index), label=f"{model}, {published(study)}")
             axes.set(xlabel=words, ylabel="accuracy, %", ylim=(-2, 102))
             axes.set_xlim(left=0)
             finish(axes, title + part, study)
 
-        published = " Open markers: published values." if marks else ""
-        caption = f"{title}: accuracy on test images, {mean_words(study)}; {study.note}.{remark}{published}"
+        note = _open_note(study) if marks else ""
+        caption = f"{title}: accuracy on test images, {mean_words(study)}; {study.note}.{remark}{note}"
         yield draw(name, caption, paint, tall=True)
 
 
@@ -347,7 +359,7 @@ def by_model(study: Study, measure: Measure) -> Iterator[Figure]:
             shown = [(value, labels.index(model)) for model, value in marks.items()]
             if shown:
                 style = {**_open(None), "marker": "D", "markersize": 6, "color": COLOURS[3], "clip_on": False}
-                axes.plot([x for x, _ in shown], [y for _, y in shown], **style, label="published")
+                axes.plot([x for x, _ in shown], [y for _, y in shown], **style, label=published(study))
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)

@@ -18,6 +18,7 @@ from ..config import EvaluationConfig
 from ..results import (
     MEASURES,
     RECORDS,
+    Measure,
     Record,
     Records,
     Study,
@@ -30,8 +31,12 @@ from ..results import (
     write_json,
     write_text,
 )
-from . import page, study_distances, study_figures, study_images
+from ..training import TOLERANCE, reliable
+from . import choices as chosen
+from . import gamma, glossary, labels, page, study_distances, study_figures, study_images, takeaway
 from .figures import Figure
+from .intervals import Interval, counted, student, wilson
+from .table import UNRELIABLE
 
 
 def is_sweep(folder: Path) -> bool:
@@ -88,11 +93,8 @@ def _order(folder: Path) -> tuple[list[str], list[str]]:
 
 def distinct(studies: list[Study], folders: list[Path]) -> list[Study]:
     """The studies, named after their folders where several are of one sweep."""
-    names = [study.name for study in studies]
-    return [
-        replace(study, name=folder.name) if names.count(study.name) > 1 else study
-        for study, folder in zip(studies, folders, strict=True)
-    ]
+    names = labels.distinct([study.name for study in studies], folders)
+    return [replace(study, name=name) for study, name in zip(studies, names, strict=True)]
 
 
 def write_study_report(folder: Path, studies: list[Study], title: str, data_dir: str | None = None) -> Path:
@@ -117,7 +119,7 @@ def write_study_report(folder: Path, studies: list[Study], title: str, data_dir:
             for figure in figures:
                 page.write_bytes(folder / "figures" / f"{figure.name}.png", figure.png)
                 write_text(folder / "figures" / f"{figure.name}.svg", figure.svg)
-    body = [f"<h1>{html.escape(title)}</h1>"]
+    body = [f"<h1>{html.escape(title)}</h1>", glossary.unfolding()]
     for study in studies:
         body += section(study, drawn[study.name], images[study.name][1])
     write_text(folder / "index.html", page.document(html.escape(title), body))
@@ -128,14 +130,20 @@ def section(study: Study, groups: dict[str, list[Figure]], note: str) -> list[st
     """One sweep's part of the page; `note` says what is not in `groups`, and why."""
     eps = ", ".join(dict.fromkeys(f"{record.measurements['eps']:g}" for record in study.records))
     about = f"{study.note.capitalize()}. Attacks of l_inf radius {eps}, {study.units}."
-    body = [f"<h2>{html.escape(study.name.replace('_', ' '))}</h2>", f"<p>{html.escape(about)}</p>"]
-    body.append(means(study))
+    body = [f"<h2>{html.escape(study.name.replace('_', ' '))}</h2>"]
+    body += [page.takeaways(takeaway.of_study(study)), f"<p>{html.escape(about)}</p>"]
+    body += [means(study), *page.notes(_below(study))]
+    body += page.gamma_part(gamma.of_study(study), "h3")
     compared = comparison(study)
     if compared:
-        body += ["<h3>Ours and the published values</h3>", published_table(compared)]
+        body += ["<h3>Ours and the published values</h3>", published_table(compared, study.comparable)]
+        if not study.comparable:
+            body += page.notes([f"Not comparable: {study.not_comparable}."])
     options = choices(study)
     if options:
+        marks = [text for tried in options.values() for text in chosen.marks(tried)]
         body += ["<h3>Chosen on the validation images</h3>", choices_table(options)]
+        body += page.notes([chosen.sentence(marks)])
     for heading, figures in groups.items():
         body += [f"<h3>{html.escape(heading)}</h3>", *page.gallery(figures)]
     if note:
@@ -149,18 +157,67 @@ def section(study: Study, groups: dict[str, list[Figure]], note: str) -> list[st
 
 
 def means(study: Study) -> str:
-    """The table of the terminal: a block per point, a line per model."""
+    """The table of the terminal: a block per point, a line per model; below each mean its 95 % interval."""
     rows = summary.rows(study.records)
     shown = [m for m in MEASURES if m.shown and any(f"{m.key}_mean" in row for row in rows)]
-    head = "".join(f"<th>{html.escape(measure.heading)}</th>" for measure in shown)
+    head = "<th></th>" + "".join(f"<th>{html.escape(measure.heading)}</th>" for measure in shown)
     lines = []
     for point in study.points:
         if point:
-            lines.append(f'<tr class="section"><td colspan="{len(shown) + 1}">{html.escape(point)}</td></tr>')
+            lines.append(page.section_line(point, len(shown) + 1))
         for row in (row for row in rows if row["point"] == point):
-            cells = "".join(f"<td>{summary.cell(measure, row)}</td>" for measure in shown)
+            records = study.of(row["model"], point)
+            cells = "".join(f"<td>{summary.cell(m, row)}{_small(m, records)}</td>" for m in shown)
             lines.append(f"<tr><td>{html.escape(row['model'])}</td>{cells}</tr>")
-    return _table(f"<th></th>{head}", lines)
+    return page.scrolled(head, lines, len(shown) + 1, "means")
+
+
+def _small(measure: Measure, records: list[Record]) -> str:
+    """What stands below a mean: its interval where there is one, and the doubt about a timing."""
+    text = ""
+    if (found := interval(measure, records)) is not None:
+        low, high = found
+        text = f"<small>{low:.{measure.digits}f} - {high:.{measure.digits}f}</small>"
+    if measure.key == "ms_per_step" and not all(reliable(record.timing or {}) for record in records):
+        text += f'<small class="doubt">{UNRELIABLE}</small>'
+    return text
+
+
+def interval(measure: Measure, records: list[Record]) -> Interval | None:
+    """The 95 % interval in printed units: of the mean over several seeds by Student's t, of an error of one seed by
+    Wilson; None of another measurement of one seed, and where a seed has no number."""
+    values = [value for record in records if (value := measure.value(record)) is not None]
+    if not values or len(values) < len(records):
+        return None
+    if len(values) > 1:
+        found = student(values)
+    elif measure.of:
+        first = records[0]
+        count = counted(first.measurements, first.config.evaluation, measure.of)
+        found = wilson(values[0], count) if count > 0 else None
+    else:
+        found = None
+    if found is None:
+        return None
+    low, high = (measure.factor * end for end in found)
+    return (max(low, 0.0), min(high, 100.0)) if measure.factor == 100 else (max(low, 0.0), high)
+
+
+def _below(study: Study) -> list[str]:
+    """What is to be said of the numbers of the means."""
+    counts = {len(study.of(model, point)) for model in study.models for point in study.points} - {0}
+    several = (
+        "mean over the seeds, \N{PLUS-MINUS SIGN} their standard deviation; small, below it: the 95 % interval of "
+    )
+    several += "the mean by Student's t, cut at 0 and at 100 %"
+    single = "small, below an error of one seed: its 95 % interval, binomial (Wilson), over the test images"
+    words = "; ".join(filter(None, (several if max(counts) > 1 else "", single if min(counts) == 1 else "")))
+    doubtful = [r.cell for r in study.records if not reliable(r.timing or {})]
+    doubt = (
+        f"{UNRELIABLE.capitalize()} of {len(doubtful)} of {len(study.records)} cells: a second network of "
+        f"cross-entropy did not take the same time as the first, within {100 * TOLERANCE:.0f} %."
+    )
+    return [f"{words[0].upper()}{words[1:]}.", doubt if doubtful else ""]
 
 
 @dataclass(frozen=True)
@@ -193,17 +250,19 @@ def comparison(study: Study) -> list[PublishedValue]:
     return result
 
 
-def published_table(found: list[PublishedValue]) -> str:
-    """The published values as a table."""
+def published_table(found: list[PublishedValue], comparable: bool = True) -> str:
+    """The published values as a table, each with a remark where the budget was not that of the paper."""
     by_key = {measure.key: measure for measure in MEASURES}
     lines = []
     for value in found:
         measure = by_key[value.measure]
         ours = "-" if value.ours is None else f"{value.ours:.{measure.digits}f}"
         delta = "-" if value.delta is None else f"{value.delta:+.{measure.digits}f}"
-        cells = (html.escape(measure.heading), ours, f"{value.published:g}", delta)
+        remark = "" if comparable else '<small class="doubt">not comparable</small>'
+        cells = (html.escape(measure.heading), ours, f"{value.published:g}{remark}", delta)
         lines.append(f"<tr><td>{html.escape(value.label)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    return _table("<th></th><th>measure</th><th>ours</th><th>published</th><th>delta</th>", lines, "compared")
+    head = "<th></th><th>measure</th><th>ours</th><th>published</th><th>delta</th>"
+    return page.scrolled(head, lines, 5, "compared")
 
 
 def choices(study: Study) -> dict[tuple[str, str], list[Tried]]:
@@ -222,22 +281,15 @@ def plain_choices(found: dict[tuple[str, str], list[Tried]]) -> list[dict[str, A
 
 
 def choices_table(found: dict[tuple[str, str], list[Tried]]) -> str:
-    """The same as a table, what was chosen in bold."""
+    """The same as a table, what was chosen marked."""
     lines = []
     for place, options in found.items():
-        for tried in options:
+        for tried, mark in zip(options, chosen.marks(options), strict=True):
             words = (" / ".join(filter(None, place)), sweeps.words(tried.values))
-            cells = (*words, f"{100 * tried.validation_accuracy:.2f}", "chosen" if tried.chosen else "")
-            style = ' class="chosen"' if tried.chosen else ""
+            cells = (*words, f"{100 * tried.validation_accuracy:.2f}", mark)
+            style = ' class="chosen"' if chosen.CHOSEN in mark else ""
             lines.append(f"<tr{style}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
-    return _table("<th></th><th>setting</th><th>valid. %</th><th></th>", lines, "compared")
-
-
-def _table(head: str, lines: list[str], kind: str = "means") -> str:
-    body = "".join(lines)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return page.scrolled("<th></th><th>setting</th><th>valid. %</th><th></th>", lines, 4, "compared")
 
 
 def _attacked(evaluation: EvaluationConfig) -> str:

@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..results import Epoch, Evaluation, Run
+from ..training import TOLERANCE, reliable
+from .intervals import Interval, counted, wilson
 
 # Of the terminal's table: the longest label of a row, and a model's numbers with their space.
 LABEL_WIDTH, COLUMN_WIDTH = 30, 10
@@ -34,14 +36,15 @@ class Compared:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: its CSV column, its words, how to get it, how to print it, and whether larger is better
-    (None: neither)."""
+    """One measurement: its CSV column, its words, how to get it, how to print it, whether larger is better (None:
+    neither), and of an accuracy how many images it is a share of."""
 
     key: str
     label: str
     value: Callable[[Compared], float | None]
     form: Callable[[float], str]
     larger: bool | None = None
+    images: Callable[[Compared], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ def _percent(value: float) -> str:
 
 def _evaluation(key: str) -> Callable[[Compared], float | None]:
     return lambda model: model.evaluation.get(key)
+
+
+def _images(part: str) -> Callable[[Compared], int]:
+    return lambda model: counted(model.evaluation, model.run.config.evaluation, part)
 
 
 def _tap(tap: str) -> Callable[[Compared], float | None]:
@@ -78,12 +85,13 @@ def sections(models: list[Compared]) -> list[Section]:
             _evaluation(f"{method}_{objective}"),
             _percent,
             True,
+            _images(method),
         )
         for method in ("fgsm", "ifgsm")
         for objective in ("ce", "gap")
     ]
-    clean = Row("clean", "clean", _evaluation("clean"), _percent, True)
-    worst = Row("worst", "worst of the four", _evaluation("worst"), _percent, True)
+    clean = Row("clean", "clean", _evaluation("clean"), _percent, True, _images("clean"))
+    worst = Row("worst", "worst of the four", _evaluation("worst"), _percent, True, _images("worst"))
     zero = [Row(f"zero_{key}", f"of {words[key]}", _evaluation(f"zero_{key}"), _percent) for key in ("ce", "gap")]
     if any("saturated" in model.evaluation for model in models):  # older records have none
         zero.append(Row("saturated", "1 - p_y below 6e-8", _evaluation("saturated"), _percent))
@@ -105,13 +113,20 @@ def sections(models: list[Compared]) -> list[Section]:
             Row("ms_per_step", "ms per step", _timing("ms_per_step"), "{:.2f}".format),
             Row("ratio", "ratio to cross-entropy", _timing("ratio"), "{:.2f}x".format),
         ]
+        if any("control" in (model.timing or {}) for model in models):  # not timed by earlier versions
+            cost.append(Row("control", "cross-entropy to itself", _timing("control"), "{:.2f}x".format))
         groups.append(Section("Cost of training", cost))
     named = {}
     for model in models:
         for name, found in model.evaluation.get("attacks", {}).items():
             label = f"{name.removeprefix('foolbox:')}, {found['norm']} {found['eps']:g}"
             named[name, found["norm"], found["eps"]] = Row(
-                f"{name}_{found['eps']:g}", label, _named(name, found), _percent, True
+                f"{name}_{found['eps']:g}",
+                label,
+                _named(name, found),
+                _percent,
+                True,
+                lambda model, name=name: model.evaluation["attacks"][name]["samples"],  # type: ignore[misc]
             )
     if named:
         groups.append(Section("Accuracy, other attacks", list(named.values())))
@@ -121,7 +136,10 @@ def sections(models: list[Compared]) -> list[Section]:
             groups.append(Section(f"{title} (linf, eps = {first['eps']:g})", rows))
     sigmas = list(dict.fromkeys(sigma for model in models for sigma in model.evaluation.get("noise_sigmas", [])))
     if sigmas:
-        rows = [Row(f"noise_{sigma:g}", f"sigma {sigma:g}", _noise(sigma), _percent, True) for sigma in sigmas]
+        rows = [
+            Row(f"noise_{sigma:g}", f"sigma {sigma:g}", _noise(sigma), _percent, True, _images("noise"))
+            for sigma in sigmas
+        ]
         groups.append(Section("Accuracy under Gaussian noise", rows))
     return groups
 
@@ -164,12 +182,51 @@ def best(row: Row, models: list[Compared]) -> set[int]:
     return {i for i, value in values.items() if row.form(value) == top}
 
 
+def interval(row: Row, model: Compared) -> Interval | None:
+    """The 95 % interval of an accuracy, of one seed; None of any other measurement, and where there is no value."""
+    value = row.value(model)
+    if row.images is None or value is None or value != value:
+        return None
+    count = row.images(model)
+    return wilson(value, count) if count > 0 else None
+
+
+def unreliable(model: Compared) -> bool:
+    """Whether the machine was too busy for the timing of this model: cross-entropy to itself is far from 1."""
+    return model.timing is not None and not reliable(model.timing)
+
+
+UNRELIABLE = "timing unreliable"
+TIMED = ("ms_per_step", "ratio")  # the rows that it is about
+
+
+def images_words(models: list[Compared]) -> str:
+    """Of how many test images the accuracies are shares, in words."""
+    rows = [row for section in sections(models) for row in section.rows if row.images is not None]
+    found = {row.images(m) for row in rows if row.images for m in models if row.value(m) is not None}
+    low, high = min(found), max(found)
+    return f"{high} test images" if low == high else f"{low} to {high} test images, as many as were attacked"
+
+
+def doubts(models: list[Compared]) -> str:
+    """Which timings are unreliable and why, in a sentence; "" where none is."""
+    found = [f"{model.label} ({model.timing['control']:.2f})" for model in models if model.timing and unreliable(model)]
+    if not found:
+        return ""
+    return (
+        f"{UNRELIABLE.capitalize()}: {', '.join(found)}. In brackets what a second network of "
+        f"cross-entropy took in the same run, as a ratio to the first: it must be within {100 * TOLERANCE:.0f} % of 1."
+    )
+
+
 def show(console: Console, models: list[Compared], title: str) -> None:
     """Prints the table, in parts where the terminal is too narrow for all models; the best value of a row in bold."""
     fitting = max(1, (console.width - LABEL_WIDTH) // COLUMN_WIDTH)
     for first in range(0, len(models), fitting):
         part = range(first, min(first + fitting, len(models)))
         console.print(_table(models, part, title if first == 0 else None))
+    if said := doubts(models):
+        console.print(said, highlight=False, markup=False)
 
 
 def _table(models: list[Compared], part: range, title: str | None) -> Table:
@@ -201,7 +258,7 @@ def cell(row: Row, model: Compared) -> str:
 
 
 def flat(models: list[Compared]) -> list[dict[str, Any]]:
-    """One CSV row per model."""
+    """One CSV row per model; NAME_low and NAME_high: the 95 % interval of an accuracy."""
     rows = []
     for model in models:
         loss = model.run.config.loss
@@ -211,6 +268,9 @@ def flat(models: list[Compared]) -> list[dict[str, Any]]:
             entry |= {"p": loss.p, "gamma": " ".join(v if isinstance(v, str) else f"{v:.6g}" for v in gamma)}
         entry["eps"] = model.evaluation["eps"]
         for section in sections(models):
-            entry |= {row.key: row.value(model) for row in section.rows}
+            for row in section.rows:
+                entry[row.key] = row.value(model)
+                if row.images is not None:
+                    entry[f"{row.key}_low"], entry[f"{row.key}_high"] = interval(row, model) or (None, None)
         rows.append(entry)
     return rows

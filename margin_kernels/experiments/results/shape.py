@@ -36,6 +36,7 @@ RUN = {
 }
 EVALUATION = {
     "samples": int,
+    "counts?": {str: int},
     "clean": NUMBER,
     "eps": NUMBER,
     "curve_eps": [NUMBER],
@@ -43,6 +44,7 @@ EVALUATION = {
     "distance_p": (int, float, str, NoneType),
     "distance": {str: MAYBE},
     "distances?": {str: [MAYBE]},
+    "reached?": {"p": (int, float, str), "median": {str: MAYBE}},
     "deepfool_norm?": MAYBE,
     "deepfool_norm_correct?": MAYBE,
     "rho_adv?": MAYBE,
@@ -126,9 +128,13 @@ def check(values: Any, shape: Any, where: str) -> None:
         raise ValueError(f"{where} must be {bounds.LABEL}, got {values!r:.100}")
 
 
+SHARES = ("clean", "fgsm_ce", "fgsm_gap", "ifgsm_ce", "ifgsm_gap", "worst", "zero_ce", "zero_gap", "saturated")
+
+
 def check_evaluation(values: Any, shape: dict[Any, Any]) -> None:
-    """`check`, and that every curve has as many values as there are radii."""
+    """`check`, that every curve has as many values as there are radii, and that shares are shares of images."""
     check(values, shape, "evaluation")
+    _check_shares(values)
     curves = {f"curves.{name}": curve for name, curve in values.get("curves", {}).items()}
     pairs = [(name, curve, "curve_eps") for name, curve in curves.items()]
     if "noise" in values or "noise_sigmas" in values:
@@ -136,6 +142,24 @@ def check_evaluation(values: Any, shape: dict[Any, Any]) -> None:
     for name, curve, over in pairs:
         if len(curve) != len(values.get(over, [])):
             raise ValueError(f"evaluation.{name} must have a value for each of {over}, got {len(curve)} values")
+
+
+def _check_shares(values: dict[str, Any]) -> None:
+    """Raises ValueError for a share that is not between 0 and 1, and for one of no image."""
+    counts = {name: values[name] for name in ("samples",) if name in values}  # records of any version are read
+    counts |= {f"counts.{name}": count for name, count in values.get("counts", {}).items() if name == "fgsm"}
+    counts |= {f"attacks.{name}.samples": own["samples"] for name, own in values.get("attacks", {}).items()}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"evaluation.{name} must be at least 1, got {count}")
+    shares = {name: values[name] for name in SHARES if name in values}
+    for side in ("black_box", "reverse"):
+        shares |= {f"{side}.{name}": value for name, value in values.get(side, {}).items()}
+    shares |= {f"attacks.{name}.accuracy": own["accuracy"] for name, own in values.get("attacks", {}).items()}
+    shares |= {f"noise[{i}]": value for i, value in enumerate(values.get("noise", []))}
+    for name, share in shares.items():
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"evaluation.{name} must be between 0 and 1, got {share}")
 
 
 def _types(shape: Any) -> tuple[type, ...]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from ..data import units
 from .record import Record
 
+COMPARABLE = ("full", "paper")  # budgets that train as much as the paper
+
 
 @dataclass(frozen=True)
 class Study:
@@ -31,6 +33,16 @@ class Study:
     def of(self, model: str, point: str) -> list[Record]:
         """A record per seed."""
         return [record for record in self.records if record.place == (model, point)]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the sweep did what the paper did, so that published values may stand beside its own."""
+        return self.budget in COMPARABLE
+
+    @property
+    def not_comparable(self) -> str:
+        """Why published values are not comparable."""
+        return f"budget {self.budget}, and not the paper's, which is {COMPARABLE[0]}"
 
     @property
     def units(self) -> str:

@@ -24,7 +24,8 @@ from .record import Record
 @dataclass(frozen=True)
 class Measure:
     """One column: its name in the files, its heading, the number in a record (None: not measured), how it prints
-    (factor and digits), whether it is printed at all, and how a plot calls it where the heading is too short."""
+    (factor and digits), whether it is printed at all, how a plot calls it where the heading is too short, and of an
+    error at which test images it was counted (clean, fgsm, ifgsm, worst)."""
 
     key: str
     heading: str
@@ -33,6 +34,7 @@ class Measure:
     digits: int = 3
     shown: bool = True
     name: str = ""
+    of: str = ""
 
     @property
     def words(self) -> str:
@@ -71,14 +73,28 @@ def _other_side(side: str, key: str) -> Callable[[Record], float | None]:
 
 
 MEASURES = (
-    Measure("error", "error %", _error("clean"), 100, 2, name="test error, %"),
-    Measure("fgsm_error", "FGSM %", _error("fgsm_ce"), 100, 2, name="error under FGSM, %"),
-    Measure("fgsm_gap_error", "FGSM gap %", _error("fgsm_gap"), 100, 2, name="error under FGSM on the logit gap, %"),
-    Measure("ifgsm_error", "IFGSM %", _error("ifgsm_ce"), 100, 2, shown=False),
+    Measure("error", "error %", _error("clean"), 100, 2, name="test error, %", of="clean"),
+    Measure("fgsm_error", "FGSM %", _error("fgsm_ce"), 100, 2, name="error under FGSM, %", of="fgsm"),
     Measure(
-        "ifgsm_gap_error", "IFGSM gap %", _error("ifgsm_gap"), 100, 2, name="error under IFGSM on the logit gap, %"
+        "fgsm_gap_error",
+        "FGSM gap %",
+        _error("fgsm_gap"),
+        100,
+        2,
+        name="error under FGSM on the logit gap, %",
+        of="fgsm",
     ),
-    Measure("worst_error", "worst %", _error("worst"), 100, 2, shown=False),
+    Measure("ifgsm_error", "IFGSM %", _error("ifgsm_ce"), 100, 2, shown=False, of="ifgsm"),
+    Measure(
+        "ifgsm_gap_error",
+        "IFGSM gap %",
+        _error("ifgsm_gap"),
+        100,
+        2,
+        name="error under IFGSM on the logit gap, %",
+        of="ifgsm",
+    ),
+    Measure("worst_error", "worst %", _error("worst"), 100, 2, shown=False, of="worst"),
     Measure(
         "black_box_fgsm_error",
         "black box FGSM %",
@@ -86,12 +102,29 @@ MEASURES = (
         100,
         2,
         name="error under FGSM, black box, %",
+        of="fgsm",
     ),
-    Measure("black_box_ifgsm_error", "black box IFGSM %", _other_side("black_box", "ifgsm_ce"), 100, 2, shown=False),
-    Measure("black_box_ifgsm_gap_error", "black box IFGSM gap %", _other_side("black_box", "ifgsm_gap"), 100, 2),
-    Measure("reverse_fgsm_error", "attacker FGSM %", _other_side("reverse", "fgsm_ce"), 100, 2, shown=False),
     Measure(
-        "reverse_ifgsm_gap_error", "attacker IFGSM gap %", _other_side("reverse", "ifgsm_gap"), 100, 2, shown=False
+        "black_box_ifgsm_error",
+        "black box IFGSM %",
+        _other_side("black_box", "ifgsm_ce"),
+        100,
+        2,
+        shown=False,
+        of="ifgsm",
+    ),
+    Measure(
+        "black_box_ifgsm_gap_error", "black box IFGSM gap %", _other_side("black_box", "ifgsm_gap"), 100, 2, of="ifgsm"
+    ),
+    Measure("reverse_fgsm_error", "attacker FGSM %", _other_side("reverse", "fgsm_ce"), 100, 2, shown=False, of="fgsm"),
+    Measure(
+        "reverse_ifgsm_gap_error",
+        "attacker IFGSM gap %",
+        _other_side("reverse", "ifgsm_gap"),
+        100,
+        2,
+        shown=False,
+        of="ifgsm",
     ),
     Measure("zero_ce", "zero grad. %", _evaluation("zero_ce"), 100, 1),
     Measure("saturated", "1 - p < 6e-8 %", _evaluation("saturated"), 100, 1, shown=False),

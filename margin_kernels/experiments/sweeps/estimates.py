@@ -25,7 +25,7 @@ from .. import data
 from ..config import Config, exponent, own_options
 from ..data import Dataset
 from ..evaluation import attacks, boundary_norms, hits, signed_distance
-from ..training import Trainer, of_its_own_loss
+from ..training import Trainer, duration, of_its_own_loss
 from .cell import Cell
 
 STEPS, SECONDS = 20, 0.5  # at most so many steps of a network and loss, and no further one after so long
@@ -67,8 +67,9 @@ def seconds(config: Config, costs: Costs, sizes: tuple[int, int, int], train: bo
         noisy = test if asked.noise_samples is None else min(asked.noise_samples, test)
         total += (test + len(asked.noise_sigmas) * noisy) * costs.forward
         total += min(asked.deepfool_samples, test) * costs.deepfool
-        total += min(asked.distance_samples, test) * costs.distance
-        total += 2 * asked.timing_repeats * costs.step
+        again = config.loss.kind == "large_margin" and exponent(config.loss.p) != exponent(asked.distance_p)
+        total += (1 + again) * min(asked.distance_samples, test) * costs.distance
+        total += 3 * asked.timing_repeats * costs.step
     return total
 
 
@@ -210,12 +211,3 @@ def _times(call: Callable[[], Any], most: float) -> list[float]:
             torch.cuda.synchronize()
         found.append(time.perf_counter() - start)
     return found
-
-
-def duration(amount: float) -> str:
-    """12 s, 3 min, 2 h 05 min."""
-    if amount < 100:
-        return f"{amount:.0f} s" if amount >= 10 else f"{amount:.1f} s"
-    if amount < 5400:
-        return f"{amount / 60:.0f} min"
-    return f"{int(amount // 3600)} h {int(amount % 3600 // 60):02d} min"

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,19 +156,22 @@ class Runner:
     def begun(self, cell: Cell) -> bool:
         return (self.folder(cell.name) / "checkpoint.pt").is_file()
 
-    def run(self) -> dict[str, str]:
-        """Runs what is not finished; returns the error of each cell that failed."""
+    def run(self, seconds: Mapping[str, float | None] | None = None) -> dict[str, str]:
+        """Runs what is not finished; returns the error of each cell that failed. `seconds`: what each will take by
+        estimate, for the time that is left; without all of them cells count alike."""
         with locked(self.out, "another sweep"):
             waiting = [cell for cell in self.cells.values() if not self.finished(cell)]
-            total, before = len(self.cells), len(self.cells) - len(waiting)
-            with Meter(len(waiting), "", self.console, interval=30, steps=False) as meter:
+            cost = costs_of(waiting, seconds or {})
+            total, todo = len(self.cells), set(cost)
+            with Meter(sum(cost.values()), "", self.console, interval=30, steps=False) as meter:
                 try:
                     while waiting or self.running:
                         waiting = self._start(waiting, meter)
                         self._collect(meter)
-                        done = total - len(waiting) - len(self.running)
-                        progress = done - before + sum(map(self._share, self.running))
-                        meter.advance(max(0.0, progress - meter.done), f"{done}/{total} cells")
+                        open_cells = {cell.name for cell in waiting} | set(self.running)
+                        progress = sum(cost[name] for name in todo - open_cells)
+                        progress += sum(cost[name] * self._share(name) for name in self.running)
+                        meter.advance(max(0.0, progress - meter.done), f"{total - len(open_cells)}/{total} cells")
                         if self.running:
                             time.sleep(0.2)
                 finally:
@@ -307,6 +311,14 @@ class Runner:
             process.terminate()
         for process in self.running.values():
             process.wait()
+
+
+def costs_of(cells: Iterable[Cell], seconds: Mapping[str, float | None]) -> dict[str, float]:
+    """Seconds of each cell by estimate, or 1 of each where one of them has no estimate."""
+    known = {cell.name: seconds.get(cell.name) for cell in cells}
+    if any(value is None for value in known.values()) or not sum(value or 0.0 for value in known.values()):
+        return dict.fromkeys(known, 1.0)
+    return {name: value or 0.0 for name, value in known.items()}
 
 
 def start_worker(folder: Path, threads: int) -> subprocess.Popen[bytes]:

@@ -77,7 +77,7 @@ def run(folder: Path) -> None:
     device = resolve_device(settings.training.device)
     hidden = models.hidden_of(model, settings)
     start = time.perf_counter()
-    evaluation = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, tick)
+    evaluation = evaluate(model.to(device), dataset.test, hidden, settings.evaluation, device, tick, record.config.loss)
     seconds = {**record.seconds, "evaluation": time.perf_counter() - start}
     repeats = settings.evaluation.timing_repeats
     timing = time_beside_cross_entropy(settings, dataset, repeats) if repeats else None

@@ -4,8 +4,8 @@ from . import errors
 from .checkpoint import load_state
 from .optimiser import build_optimiser, learning_rate
 from .processes import ALONE, TIMEOUT, Processes, ProcessesError, join
-from .progress import Meter, Output
-from .timing import of_its_own_loss, time_steps
+from .progress import Meter, Output, duration
+from .timing import TOLERANCE, of_its_own_loss, reliable, time_steps
 from .trainer import EXPECTED, RESUMABLE, Trainer, TrainingError, resolve_device
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "EXPECTED",
     "RESUMABLE",
     "TIMEOUT",
+    "TOLERANCE",
     "Meter",
     "Output",
     "Processes",
@@ -20,11 +21,13 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "build_optimiser",
+    "duration",
     "errors",
     "join",
     "learning_rate",
     "load_state",
     "of_its_own_loss",
+    "reliable",
     "resolve_device",
     "time_steps",
 ]

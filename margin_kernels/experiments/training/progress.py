@@ -1,4 +1,10 @@
-"""Progress of a run: a rich bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of a run: a rich bar with rate and time left on a terminal, plain lines elsewhere.
+
+    left = (total - done) * (now - t_1) / (done - done_1)
+
+t_1 and done_1 are those of the first amount that was counted: it is warm-up, as first steps are, and tells nothing of
+the rest. No time is told before others have been counted for as long as that one took.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +25,6 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
@@ -43,6 +48,27 @@ class Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
 
 
+class Left(ProgressColumn):
+    """The time that is left, as the meter has it."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self.meter = meter
+
+    def render(self, task: Task) -> Text:
+        left = self.meter.left()
+        return Text("" if left is None else f"{duration(left)} left", style="progress.remaining")
+
+
+def duration(amount: float) -> str:
+    """12 s, 3 min, 2 h 05 min."""
+    if amount < 100:
+        return f"{amount:.0f} s" if amount >= 10 else f"{amount:.1f} s"
+    if amount < 5400:
+        return f"{amount / 60:.0f} min"
+    return f"{int(amount // 3600)} h {int(amount % 3600 // 60):02d} min"
+
+
 class Meter:
     """Counts `total` units of work: `with Meter(total) as meter: meter.advance(); meter.say("...")`.
 
@@ -63,6 +89,7 @@ class Meter:
         self.total, self.done, self.label = total, 0.0, label
         self.quiet, self.steps, self.interval = quiet, steps, interval
         self.start = self.last = time.monotonic()
+        self.first: tuple[float, float] | None = None  # when the first amount was counted, and how much it was
         self.bar: Progress | None = None
 
     def __enter__(self) -> Meter:
@@ -70,7 +97,7 @@ class Meter:
         if self.console.is_terminal and not self.quiet:
             columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
             columns += [MofNCompleteColumn(), Rate()] if self.steps else [TaskProgressColumn()]
-            columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+            columns += [TimeElapsedColumn(), Left(self)]
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
             self.task = self.bar.add_task(self.label, total=self.total)
@@ -85,6 +112,8 @@ class Meter:
     def advance(self, amount: float = 1, label: str | None = None) -> None:
         """Counts `amount` units as done."""
         self.done += amount
+        if self.first is None and amount > 0:
+            self.first = time.monotonic(), self.done
         self.label = self.label if label is None else label
         if self.bar is not None:
             self.bar.update(self.task, advance=amount, description=self.label)
@@ -92,15 +121,27 @@ class Meter:
             self.last = time.monotonic()
             self.say(self.line())
 
+    def rate(self) -> float | None:
+        """Units per second since the first amount; None where that was not long enough."""
+        if self.first is None:
+            return None
+        begun, before = self.first
+        elapsed = time.monotonic() - begun
+        return (self.done - before) / elapsed if self.done > before and 0 < elapsed >= begun - self.start else None
+
+    def left(self) -> float | None:
+        """Seconds to the end at that rate."""
+        rate = self.rate()
+        return None if rate is None else max(0.0, self.total - self.done) / rate
+
     def line(self) -> str:
         """Share done, rate and time left in words."""
-        elapsed = max(time.monotonic() - self.start, 1e-9)
-        rate = self.done / elapsed
-        left = f"{(self.total - self.done) / rate:.0f} s left" if rate > 0 else "time left unknown"
+        rate, left = self.rate(), self.left()
         share = f"{self.done / max(self.total, 1e-9):.0%}"
         if self.steps:
-            share = f"{self.done:.0f}/{self.total:.0f} ({share}), {rate:.1f}/s"
-        return f"{self.label}: {share}, {elapsed:.0f} s, {left}"
+            share = f"{self.done:.0f}/{self.total:.0f} ({share}){'' if rate is None else f', {rate:.1f}/s'}"
+        words = "time left not known yet" if left is None else f"{duration(left)} left"
+        return f"{self.label}: {share}, {time.monotonic() - self.start:.0f} s, {words}"
 
     def say(self, text: str) -> None:
         """A line that stays."""
