@@ -9,16 +9,13 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from .files import write_csv, write_json
 from .record import Record
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -181,6 +178,12 @@ def write_summary(
 
 def show(console: Console, table: list[dict[str, Any]], title: str) -> None:
     """Prints the rows: a block per point, a line per model, `mean +- std`."""
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
     shown = [m for m in MEASURES if m.shown and any(f"{m.key}_mean" in row for row in table)]
     printed = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     printed.add_column("", no_wrap=True)
