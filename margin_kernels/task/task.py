@@ -65,8 +65,8 @@ class MarginTask(nn.Module):
             "split": the gradients of the parameters from those that the passes found, half a backward pass less, for
             top_k = 1 the cost of cross-entropy. The loss is then a function of the parameters and of tensors that enter
             the model with a graph of their own; it is not connected to the activations in between. Needs no
-            cross-entropy term (or auxiliary="pairwise", or all competitors), samples that do not interact between taps
-            and logits, no hooks on activations, and the compiled extension; with second_order=True, as with
+            cross-entropy term (but with competitors="soft", auxiliary="pairwise" or all competitors), samples that do
+            not interact between taps and logits, no hooks on activations, and the compiled extension; with second_order=True, as with
             MarginSensitivityLoss, also one competitor and a network that is linear piece by piece, 4 F instead of 6 F.
             An operation of which nothing is known is tried out at steps 1, 2, 4, 8, ... and every 1024th, on all
             processes alike; a trial that fails raises ValueError.

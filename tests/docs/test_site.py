@@ -33,10 +33,12 @@ def public() -> set[str]:
     """Dotted names that a page documents; where a function has the name of its module, that of the function."""
     modules = {"functional", "gradients", "presets"}
     twice = {"bench", "deepfool"}
-    names = {f"margin_kernels.{name}" for name in mk.__all__ if name not in modules | twice | {"__version__"}}
+    moved = {"suggest_gamma", "choose"}  # likewise, in the rooms task and gradients
+    names = {f"margin_kernels.{name}" for name in mk.__all__ if name not in modules | twice | moved | {"__version__"}}
     names |= {f"margin_kernels.{name}.{name}" for name in twice} | {"margin_kernels.presets"}
+    names |= {"margin_kernels.task.suggest_gamma.suggest_gamma", "margin_kernels.gradients.choose.choose"}
     names |= {f"margin_kernels.functional.{name}" for name in mk.functional.__all__}
-    names |= {f"margin_kernels.gradients.{name}" for name in mk.gradients.__all__}
+    names |= {f"margin_kernels.gradients.{name}" for name in mk.gradients.__all__ if name not in moved}
     names |= {f"margin_kernels.losses.{name}" for name in losses.__all__ if not hasattr(mk, name)}
     names |= {f"margin_kernels.integrations.{library}.{name}" for library, found in ADAPTERS.items() for name in found}
     return names | {"margin_kernels.distributed.fully_shard_task"}
