@@ -20,6 +20,7 @@ from . import triton as triton_backend
 from .tracing import tracing
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
+COMPILED = ("cuda", "cpu")
 _REBUILD = "reinstall with 'pip install --no-build-isolation .' in the source folder (needs a C++ compiler)"
 _REBUILD_CUDA = (
     "reinstall with 'MARGIN_KERNELS_CUDA=1 pip install --no-build-isolation .' where torch has CUDA and CUDA_HOME "

@@ -11,7 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 def training_batchnorms(model: nn.Module) -> list[_BatchNorm]:
     """The batch norms of the model that are in training mode."""
-    return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    # Not by modules(), whose generators inside generators cost as much as a layer.
+    found, seen, open_ = [], {model}, [model]
+    while open_:
+        module = open_.pop()
+        if isinstance(module, _BatchNorm) and module.training:
+            found.append(module)
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                open_.append(child)
+    return found
 
 
 @contextmanager

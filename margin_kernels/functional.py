@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import choose
+from .backends import COMPILED, EXTENSION, choose
 from .checks import Layerwise
 from .sharding import gathered
+from .tracing import is_plain, tracing
 
 __all__ = [
     "Competitors",
@@ -30,7 +31,6 @@ __all__ = [
     "one_to_n",
     "row_distance",
 ]
-_COMPILED = ("cpu", "cuda")
 
 
 def __dir__() -> list[str]:
@@ -100,7 +100,7 @@ def competitors(
     name, op = choose("competitors", (logits,), backend)
     if logits.dim() > 2:
         return _at_positions(logits, target, k, ignore_index, uniform, name)
-    if name not in _COMPILED:
+    if name not in COMPILED:
         checks.check_competitors(logits, target, k, ignore_index)
         gap, nll, phi, smoothing, index = op(logits, target, k, ignore_index, uniform)
         valid = target != ignore_index
@@ -174,7 +174,7 @@ def dual_norm(gradients: Sequence[Tensor], p: float | str = 2, batch_dims: int =
     p = checks.exponent(p)
     gradients = gathered(*gradients)
     name, op = choose("dual_norm", gradients, backend)
-    if name not in _COMPILED:
+    if name not in COMPILED:
         checks.check_dual_norm(gradients, p, batch_dims)
     return op(gradients, p, batch_dims)
 
@@ -204,7 +204,7 @@ def row_distance(rows: Tensor, index: Tensor, target: Tensor, p: float | str = 2
     p = checks.exponent(p)
     rows, index, target = gathered(rows, index, target)
     name, op = choose("row_distance", (rows,), backend)
-    if name not in _COMPILED:
+    if name not in COMPILED:
         checks.check_row_distance(rows, index, target, p)
     return op(rows, index, target, p)
 
@@ -296,9 +296,33 @@ def hinge_of(
     checked, in the wider dtype of gap and norm."""
     gap, norm, gamma, cap, weight, min_norm = gathered(gap, norm, gamma, cap, weight, min_norm)
     name, op = choose("margin_hinge", (gap, norm), backend)
-    if name not in _COMPILED:
+    if name not in COMPILED:
         checks.check_margin_hinge(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction)
     return op(gap, norm, gamma, cap, weight, min_norm, eps, aggregation, layer_reduction)
+
+
+def flags_of(
+    gap: Tensor,
+    norm: Tensor,
+    distance: Tensor,
+    gamma: Tensor,
+    cap: Tensor,
+    min_norm: Tensor,
+    valid: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """active = 0 < gamma - distance < cap, and degenerate = norm <= min_norm, whose terms are left out: bool [N, k, L].
+    Both are False in rows that are not `valid` [N], degenerate where the gap is NaN, active where degenerate is True.
+    Constants; arguments as in `hinge_of`."""
+    compiled = choose("margin_hinge", (norm,), backend)[0] == "cpu"
+    if compiled and is_plain(norm) and not tracing():
+        assert EXTENSION is not None
+        active, degenerate = EXTENSION.margin_flags(gap, norm, distance, gamma, cap, min_norm, valid)
+    else:
+        degenerate = (norm <= min_norm) & (~gap.isnan() & valid.unsqueeze(1)).unsqueeze(-1)
+        shortfall = gamma - distance
+        active = (shortfall > 0) & (shortfall < cap) & ~degenerate & valid.view(-1, 1, 1)
+    return active, degenerate
 
 
 def one_to_n(
@@ -344,7 +368,7 @@ def one_to_n(
         raise ValueError(f"reduction must be one of mean, sum, none, got {reduction}")
     logits, target = gathered(logits, target)
     name, op = choose("one_to_n", (logits,), backend)
-    if name in _COMPILED:
+    if name in COMPILED:
         loss, _, _ = op(logits, target, delta, bound, cross_entropy)
     else:
         checks.check_one_to_n(logits, target, delta, bound)
@@ -384,7 +408,7 @@ def deepfool_step(
     p = checks.exponent(p)
     gap, gradients, active = gathered(gap, gradients, active)
     name, op = choose("deepfool_step", (gap, gradients), backend)
-    if name in _COMPILED:
+    if name in COMPILED:
         step, distance, choice, _ = op(gap, gradients, active, p)
     else:
         checks.check_deepfool_step(gap, gradients, active, p)

@@ -1,6 +1,7 @@
 // margin_kernels._C: importing it registers the ops; its functions call the same dispatcher stubs as torch.ops, so what
 // they return is differentiable. The only file that includes Python.h.
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "../csrc/cpu/simd_types.h"
@@ -8,7 +9,10 @@
 #include "../csrc/graph/gradient_edge.h"
 #include "../csrc/graph/node_hooks.h"
 #include "../csrc/graph/redirected_edges.h"
+#include "../csrc/graph/signature.h"
+#include "../csrc/margin_flags.h"
 #include "../csrc/ops.h"
+#include "../csrc/soft_cotangent.h"
 
 namespace py = pybind11;
 
@@ -49,6 +53,15 @@ py::list node_hooks(const at::Tensor& root) {
   return found;
 }
 
+py::tuple read_graph(const at::Tensor& root, uint64_t begin) {
+  const auto found = margin_kernels::read_graph(root, begin);
+  py::list nodes(found.nodes.size());
+  for (size_t i = 0; i < found.nodes.size(); ++i) {
+    nodes[i] = py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(found.nodes[i]->getptr()));
+  }
+  return py::make_tuple(nodes, py::bytes(found.signature));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -71,6 +84,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("cross_entropy"));
   m.def("deepfool_step", &margin_kernels::deepfool_step, py::arg("gap"), py::arg("gradients"), py::arg("active"),
         py::arg("p"));
+  m.def("soft_cotangent", &margin_kernels::soft_cotangent, py::arg("logits"), py::arg("target"), py::arg("counted"));
+  m.def("margin_flags", &margin_kernels::margin_flags, py::arg("gap"), py::arg("norm"), py::arg("distance"),
+        py::arg("gamma"), py::arg("cap"), py::arg("min_norm"), py::arg("valid"));
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
   py::class_<margin_kernels::RedirectedEdges>(m, "RedirectedEdges")
       .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&>(), py::arg("root"),
@@ -78,6 +94,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("restore", &margin_kernels::RedirectedEdges::restore);
   m.def("at_gradient_edge", &margin_kernels::at_gradient_edge, py::arg("root"), py::arg("index"), py::arg("output"),
         py::arg("like"));
+  m.def("read_graph", &read_graph, py::arg("root"), py::arg("begin"), "(nodes, signature) of a graph");
   m.def("node_hooks", &node_hooks, py::arg("root"),
         "(place of the node, its Python hooks, number of its other hooks) for each node that has hooks");
   py::class_<margin_kernels::SilencedHooks>(m, "SilencedHooks")

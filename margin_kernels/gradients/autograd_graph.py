@@ -6,10 +6,12 @@ the input has no gradient. Backward runs along the edges: from the logits to the
     graph = Graph(logits)
     graph.nodes                all nodes, breadth first from the logits: the order that csrc/graph knows too
     graph.readers[node]        who reads the outputs of a node: (reader, number of the reader's edge, output)
+    graph.edges[node]          the edges of a node;  graph.names[node]  what it is called
 
 What is private in PyTorch and used here: `_input_metadata` (shape of each output of the forward operation), `_saved_*`
-(arguments of the forward operation), `_sequence_nr`, and whether the running backward will come to a node. `refusal()`
-says why a PyTorch cannot be trusted with it; tests/gradients/test_autograd_graph.py holds each helper to its meaning.
+(arguments of the forward operation), `_sequence_nr`, the engine, and whether its backward will come to a node.
+`refusal()` says why a PyTorch cannot be trusted with it; tests/gradients/test_autograd_graph.py holds each helper to
+its meaning.
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ def refusal() -> str | None:
     missing = [name for name in ("_input_metadata", "_sequence_nr", "_saved_dim") if not hasattr(node, name)]
     if not hasattr(torch._C, "_will_engine_execute_node"):
         missing.append("_will_engine_execute_node")
+    if not hasattr(torch.autograd.Variable, "_execution_engine"):
+        missing.append("_execution_engine")
     if missing:
         return f"the autograd graph of torch {torch.__version__} has no {missing[0]}"
     return None
@@ -127,9 +131,14 @@ class Graph:
         self.root = root
         self.nodes: list[Any] = [get_gradient_edge(root).node]
         self.readers: dict[Any, list[tuple[Any, int, int]]] = defaultdict(list)
+        # Read once: PyTorch makes them anew each time.
+        self.edges: dict[Any, tuple[tuple[Any, int], ...]] = {}
+        self.names: dict[Any, str] = {}
         seen = {self.nodes[0]}
         for node in self.nodes:
-            for number, (following, output) in enumerate(node.next_functions):
+            self.names[node] = node.name()
+            self.edges[node] = edges = node.next_functions
+            for number, (following, output) in enumerate(edges):
                 if following is None:
                     continue
                 if following not in seen:
@@ -228,6 +237,18 @@ class Graph:
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return True
         return any(torch._C._will_engine_execute_node(node) for node in nodes)
+
+
+def gradients_at(
+    ends: Sequence[Tensor], roots: Sequence[GradientEdge], seeds: Sequence[Tensor], keep_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad(roots, ends, seeds, retain_graph=keep_graph, allow_unused=True), without what that costs
+    before the engine runs. The seeds have the shapes of the roots, which the engine checks."""
+    engine = torch.autograd.Variable._execution_engine
+    found: tuple[Tensor | None, ...] = engine.run_backward(
+        tuple(roots), tuple(seeds), keep_graph, False, tuple(ends), allow_unreachable=True, accumulate_grad=False
+    )
+    return found
 
 
 def same_edge(one: GradientEdge, other: GradientEdge) -> bool:

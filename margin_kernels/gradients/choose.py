@@ -31,11 +31,13 @@ class Gradients(Protocol):
 
     Attributes:
         name: of the strategy
-        logits: what the loss reads: the logits, or a leaf in their place
+        logits: what the loss reads: the logits, or a tensor in their place
     """
 
     name: str
-    logits: Tensor
+
+    @property
+    def logits(self) -> Tensor: ...
 
     def norms(self, target: Tensor, index: Tensor) -> Tensor:
         """D [N,k,L] of competitors index [N,k] against target [N]; runs the passes."""

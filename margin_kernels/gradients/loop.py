@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def difference_norms(captured: Captured, target: Tensor, index: Tensor, request:
     """
     plan = make_plan(captured, request)
     logits = captured.logits
-    with torch.autocast(logits.device.type, enabled=False), torch.set_grad_enabled(second_order):
+    with without_autocast(logits.device.type), torch.set_grad_enabled(second_order):
         measured: Tensor | None = None
         if plan.rows and not plan.taps and request.space == "logit" and not request.soft:
             assert captured.head is not None
@@ -101,8 +102,13 @@ def difference_norms(captured: Captured, target: Tensor, index: Tensor, request:
                 gradients, _ = pass_gradients(plan, passes, cotangents.of(competitor), second_order)
                 norms.append(norms_of(gradients, plan, captured, request))
                 del gradients
-            measured = torch.stack(norms, 1) if norms else logits.new_zeros(len(logits), 0, 1)
+            measured = of_competitors(norms) if norms else logits.new_zeros(len(logits), 0, 1)
         return columns(measured, plan.sources, index, logits.dtype)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Inside, no cast to half precision on that type of device."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def pass_gradients(plan: Plan, passes: Passes, seeds: Seeds, second_order: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -127,7 +133,13 @@ def norms_of(gradients: list[Tensor], plan: Plan, captured: Captured, request: R
         by_sample(gradient, stride, captured.batch)
         for gradient, stride in zip(gradients[first:], plan.strides, strict=True)
     ]
-    return functional.dual_norm(rows, request.p, batch_dims=1, backend=request.backend)
+    ordered = [rows[measured] for measured in plan.order]
+    return functional.dual_norm(ordered, request.p, batch_dims=1, backend=request.backend)
+
+
+def of_competitors(norms: list[Tensor]) -> Tensor:
+    """[N,k,*] from the [N,*] of each competitor."""
+    return norms[0].unsqueeze(1) if len(norms) == 1 else torch.stack(norms, 1)
 
 
 def columns(measured: Tensor | None, sources: list[Source], index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,7 +169,7 @@ def pair_gradient(
         second_order: True: the gradient carries a graph
         passes: backward passes to x, where they are known
     """
-    with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(second_order):
+    with without_autocast(x.device.type), torch.set_grad_enabled(second_order):
         seed = (
             torch.zeros_like(logits)
             .scatter_(1, upper.unsqueeze(1), 1.0)

@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .. import functional
+from ..backends import COMPILED, EXTENSION, choose
 from ..reference.dual_norm import dual_exponent
+from ..tracing import tracing
 from .autograd_graph import same_edge
 from .request import Captured, Request, Tap, is_logits
 
@@ -44,9 +46,11 @@ class Source(NamedTuple):
 
 class Plan(NamedTuple):
     """What is measured for each competitor: the cotangent c and the rows c W where a tap needs them, then `taps`, by a
-    pass that starts from `scale` times one of them. `strides`: where the batch is in each of these taps."""
+    pass that starts from `scale` times one of them. `order`: which of these each column of the norms measures.
+    `strides`: where the batch is in each of these taps."""
 
     sources: list[Source]
+    order: list[int]
     cotangent: bool
     rows: bool
     taps: list[Tap]
@@ -87,8 +91,12 @@ def make_plan(captured: Captured, request: Request) -> Plan:
         if request.layer_scale == "numel":
             scale /= tap.shape.numel() // max(captured.batch, 1) or 1
         sources.append(Source(column, scale))
+    # In the order of the taps, so that the norms mostly are D as they are.
+    order = list(dict.fromkeys(source.column for source in sources if source.column is not None))
+    places = {measured: column for column, measured in enumerate(order)}
+    sources = [Source(None if column is None else places[column], scale) for column, scale in sources]
     strides = [captured.place(tap, passed) for tap in passed]
-    return Plan(sources, cotangent, rows, passed, strides, pass_scale(captured))
+    return Plan(sources, order, cotangent, rows, passed, strides, pass_scale(captured))
 
 
 def _kind(tap: Tap, captured: Captured) -> str:
@@ -112,7 +120,7 @@ class Cotangents:
 
     def __init__(self, captured: Captured, target: Tensor, request: Request, second_order: bool) -> None:
         logits, head = captured.logits, captured.head
-        self._columns = target.unsqueeze(1)
+        self._target, self._columns = target, target.unsqueeze(1)
         self._scores: Tensor | None = None
         self._soft: Callable[[Tensor], Tensor] | None = None
         self._weight: Tensor | None = None
@@ -134,7 +142,7 @@ class Cotangents:
 
     def of(self, index: Tensor) -> Seeds:
         """c [N,C] (None where nothing needs it) and c W [N,D] (None without a head) for competitors index [N]."""
-        cotangent = None if self._soft is None else self._soft(index != self._columns.squeeze(1))
+        cotangent = None if self._soft is None else self._soft(index != self._target)
         if self._scores is not None:
             cotangent = self._softmax(self._scores, index.unsqueeze(1))
         elif cotangent is None and self._weight is None:
@@ -155,9 +163,13 @@ def soft_cotangent(logits: Tensor, target: Tensor, second_order: bool, backend: 
     """d (-phi[n]) / d z[n,:] = q - e_y, [N,C] in the dtype of the logits, 0 for samples that are not `counted` [N]; for
     a masked label, which has no phi, d nll[n] / d z[n,:], the same direction. With second order a function of the
     logits."""
+    if not second_order and not tracing() and choose("competitors", (logits,), backend)[0] in COMPILED:
+        assert EXTENSION is not None
+        found: Tensor = EXTENSION.soft_cotangent(logits, target, counted)
+        return found
     with torch.enable_grad():
         z = logits if second_order else logits.detach().requires_grad_()
-        found = functional.competitors(z, target, backend=backend)
-        label_is_masked = counted & (found.phi.detach() == -math.inf)
-        weights = -counted.to(found.phi.dtype), label_is_masked.to(found.nll.dtype)
-        return torch.autograd.grad((found.phi, found.nll), z, weights, create_graph=second_order)[0]
+        rows = functional.competitors(z, target, backend=backend)
+        label_is_masked = counted & (rows.phi.detach() == -math.inf)
+        weights = -counted.to(rows.phi.dtype), label_is_masked.to(rows.nll.dtype)
+        return torch.autograd.grad((rows.phi, rows.nll), z, weights, create_graph=second_order)[0]

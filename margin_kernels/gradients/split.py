@@ -34,8 +34,8 @@ from ..process_group import WORLD, Group
 from ..sharding import crosses
 from ..tracing import is_plain, recording
 from . import autograd_graph
-from .autograd_graph import LEAF, Edge, like_output, made_before, shape_of
-from .loop import Loop, Passes, columns, norms_of, pass_gradients
+from .autograd_graph import LEAF, Edge, gradients_at, like_output, made_before, shape_of
+from .loop import Loop, Passes, columns, norms_of, of_competitors, pass_gradients, without_autocast
 from .plan import Cotangents, Plan, Seeds, make_plan
 from .request import Captured, Request
 from .structure import by_sample, is_unknown_function, per_sample
@@ -143,7 +143,7 @@ class Split:
         self.edges += self._ends.values()
         self._strides = [self._stride(edge) for edge in self.edges]
         self._recorded: list[list[Tensor]] = []
-        self.logits = captured.logits.detach().requires_grad_()
+        self._logits: Tensor | None = None
 
     @classmethod
     def why_not(cls, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> str | None:
@@ -191,11 +191,13 @@ class Split:
         known: set[Edge] = set()
         ending = set()
         for node in self._made:
-            for following, output in node.next_functions:
-                edge = (following, output)
-                if following is None or node in sources:
+            if node in sources:
+                continue
+            for edge in graph.edges[node]:
+                following = edge[0]
+                if following is None:
                     continue
-                if following.name() == LEAF or edge in given or made_before(following, begin):
+                if graph.names[following] == LEAF or edge in given or made_before(following, begin):
                     ending.add(node)
                     if edge not in known:
                         known.add(edge)
@@ -210,7 +212,7 @@ class Split:
     def parameters(self) -> list[Tensor]:
         """What the loss has gradients for: leaves, and detached leaves for tensors with a graph of their own."""
         return [
-            node.variable if node.name() == LEAF else self._graph.tensor_at(node, output)
+            node.variable if self._graph.names[node] == LEAF else self._graph.tensor_at(node, output)
             for node, output in self._inputs
         ]
 
@@ -219,7 +221,7 @@ class Split:
         if any(made_before(node, begin) for node in self._along):
             raise NotExact("a tapped tensor also enters the model by way of operations outside it")
         for node, _ in self._inputs:
-            if node.name() == LEAF and not is_plain(node.variable):
+            if self._graph.names[node] == LEAF and not is_plain(node.variable):
                 raise NotExact(
                     f"a parameter is a {type(node.variable).__name__}: it is sharded or wrapped, and its gradient "
                     "needs the ordinary backward"
@@ -254,10 +256,8 @@ class Split:
         """The edges of a node of the tapped path that lead to parameters and not along the path."""
         return [
             number
-            for number, (following, output) in enumerate(node.next_functions)
-            if following is not None
-            and following not in self._along
-            and ((following, output) in self._ending or following in self._trained)
+            for number, edge in enumerate(self._graph.edges[node])
+            if edge[0] is not None and edge[0] not in self._along and (edge in self._ending or edge[0] in self._trained)
         ]
 
     def _outputs(self, node: Any) -> list[GradientEdge]:
@@ -273,11 +273,23 @@ class Split:
             )
         return where.stride
 
+    @property
+    def logits(self) -> Tensor:
+        """What the loss reads in the place of the logits. Made when it is first asked for, and forgotten by `attach`:
+        its node holds this strategy."""
+        if self._logits is None:
+            self._logits = self._start()
+        return self._logits
+
+    def _start(self) -> Tensor:
+        """The logits as made by a node whose inputs are those of the loss, and whose backward is `_gradients`."""
+        return GivenGradients.apply(self.captured.logits.detach(), self._gradients, *self.parameters)
+
     def norms(self, target: Tensor, index: Tensor) -> Tensor:
         """D [N,k,L] as `Loop.norms`; the passes record what `attach` needs. Raises ValueError where a trial fails."""
         self._index, self._target = index, target
         plan, request = self._plan, self.request
-        with torch.autocast(target.device.type, enabled=False), torch.set_grad_enabled(request.second_order):
+        with without_autocast(target.device.type), torch.set_grad_enabled(request.second_order):
             cotangents = Cotangents(self.captured, target, request, False)
             passes = Passes(self.captured, plan.taps, self.edges)
             norms: list[Tensor] = []
@@ -288,7 +300,7 @@ class Split:
                 if not norms:
                     self._try(plan, passes, seeds)
                 norms.append(norms_of(measured, plan, self.captured, request))
-            return columns(torch.stack(norms, 1), plan.sources, index, self.captured.logits.dtype)
+            return columns(of_competitors(norms), plan.sources, index, self.captured.logits.dtype)
 
     def measured(self, target: Tensor, index: Tensor) -> Tensor:
         """D as a constant, nothing recorded."""
@@ -335,23 +347,22 @@ class Split:
         return exact
 
     def attach(self, loss: Tensor) -> Tensor:
-        """`loss` [] or [N], computed from `logits`, with the network's parameters as its inputs."""
+        """`loss` [] or [N], computed from `logits`, whose node has the network's parameters as its inputs."""
+        self._logits = None
+        return loss
 
-        def gradients(grad: Tensor) -> list[Tensor | None]:
-            late = self._hooked()
-            if late:
-                raise RuntimeError(
-                    f"an activation got a hook after the forward pass ({late[0].name()}), which the split backward "
-                    'does not run: register it before, or use passes="loop"'
-                )
-            return self._gradients(loss, grad)
+    def _check_late_hooks(self) -> None:
+        late = self._hooked()
+        if late:
+            raise RuntimeError(
+                f"an activation got a hook after the forward pass ({late[0].name()}), which the split backward does "
+                'not run: register it before, or use passes="loop"'
+            )
 
-        return GivenGradients.apply(loss.detach(), gradients, *self.parameters)
-
-    def _gradients(self, loss: Tensor, grad: Tensor) -> list[Tensor | None]:
-        """The gradients of <grad, loss> in `parameters`."""
+    def _gradients(self, outer: Tensor) -> list[Tensor | None]:
+        """The gradients in `parameters`, from the one in `logits`."""
+        self._check_late_hooks()
         keep_graph = self._graph.still_to_run(self._made)
-        (outer,) = torch.autograd.grad(loss, self.logits, grad, retain_graph=keep_graph)
         # In z a pair's direction has 1 at the competitor, that of the soft competitor -1 at the label.
         soft = self.request.soft
         weights = -outer.gather(1, self._target.unsqueeze(1)) if soft else outer.gather(1, self._index)
@@ -370,7 +381,7 @@ class Split:
         places, sinks = self._places(leaves)
         with self._graph.redirected(places):
             ends = [*leaves, *sinks]
-            found = torch.autograd.grad(roots, ends, seeds, retain_graph=keep_graph, allow_unused=True)
+            found = gradients_at(ends, roots, seeds, keep_graph)
         return list(found[: len(leaves)])
 
     def _combined(self, weights: Tensor, keep_graph: bool) -> list[Tensor]:
@@ -400,17 +411,17 @@ class Split:
         ends: dict[Edge, Tensor] = dict(zip(self._inputs, leaves, strict=True))
         places: list[tuple[Any, int, Tensor | None]] = []
         for node in self._made:
-            for number, (following, output) in enumerate(node.next_functions):
+            along, with_input = node in self._along, self._graph.names[node] in WITH_INPUT
+            for number, edge in enumerate(self._graph.edges[node]):
+                following = edge[0]
                 if following is None:
                     continue
-                if (following, output) in ends:
-                    places.append((node, number, ends[following, output]))
-                elif node in self._along and (
-                    following in self._along or following not in self._trained or (following, output) in self._ends
-                ):
-                    if node.name() in WITH_INPUT:
-                        sinks.append(like_output(following, output, zeros).requires_grad_())
-                    places.append((node, number, sinks[-1] if node.name() in WITH_INPUT else None))
+                if edge in ends:
+                    places.append((node, number, ends[edge]))
+                elif along and (following in self._along or following not in self._trained or edge in self._ends):
+                    if with_input:
+                        sinks.append(like_output(*edge, zeros).requires_grad_())
+                    places.append((node, number, sinks[-1] if with_input else None))
         return places, sinks
 
 

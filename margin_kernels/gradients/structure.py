@@ -157,7 +157,7 @@ class Structure:
         """The numbers of a node's edges that lead along the tapped path or to a tap."""
         return [
             number
-            for number, edge in enumerate(node.next_functions)
+            for number, edge in enumerate(self.graph.edges[node])
             if edge[0] is not None and (edge[0] in self.along or edge in self._ends)
         ]
 
@@ -168,14 +168,14 @@ class Structure:
         while open_:
             node = open_.pop()
             yield node
-            for following, _ in node.next_functions:
+            for following, _ in self.graph.edges[node]:
                 if following in waiting:
                     waiting[following] -= 1
                     if waiting[following] == 0:
                         open_.append(following)
 
     def _pass_on(self, node: Any) -> None:
-        name = node.name()
+        name = self.graph.names[node]
         rule = _rule(name)
         numbers = self.edges(node)
         if rule is None:
@@ -188,8 +188,7 @@ class Structure:
         if not outputs and self.batch > 1:
             self._find("unknown", name, "where the batch is in its output is not known")
         for number in numbers:
-            following, output = node.next_functions[number]
-            into = (following, output)
+            into = following, output = self.graph.edges[node][number]
             if self.batch <= 1:  # a single sample has nobody to meet
                 self._place(into, Where(0), name)
                 continue
@@ -199,7 +198,7 @@ class Structure:
                 self._place(into, self._through(at, rule, where), name)
 
     def _through(self, at: _At, rule: Rule | None, where: Where) -> Where | None:
-        name = at.node.name()
+        name = self.graph.names[at.node]
         try:
             return Where((rule or _assumed)(at), where.proven and rule is not None)
         except _Couples as reason:

@@ -15,6 +15,7 @@ parameters sit in linear layers and convolutions, or are added; refused elsewher
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -158,14 +159,25 @@ class TangentSplit(Split):
         self._leaf_gradients = [gradient.detach().requires_grad_() for gradient in measured]
         return self._leaf_gradients
 
-    def _gradients(self, loss: Tensor, grad: Tensor) -> list[Tensor | None]:
+    def _start(self) -> Tensor:
+        return self.captured.logits.detach().requires_grad_()
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """`loss`, computed from `logits` and the norms, as made by a node with the parameters as its inputs."""
+        gradients = partial(self._gradients_of, loss, self.logits)
+        self._logits = None
+        return GivenGradients.apply(loss.detach(), gradients, *self.parameters)
+
+    def _gradients_of(self, loss: Tensor, logits: Tensor, grad: Tensor) -> list[Tensor | None]:
+        """The gradients of <grad, loss> in `parameters`."""
+        self._check_late_hooks()
         keep_graph = self._graph.still_to_run(self._made)
         top, index, target = self._graph.top, self._index, self._target
         outer, *slopes = torch.autograd.grad(
-            loss, [self.logits, *self._leaf_gradients], grad, retain_graph=keep_graph, allow_unused=True
+            loss, [logits, *self._leaf_gradients], grad, retain_graph=keep_graph, allow_unused=True
         )
         slopes = [torch.zeros_like(g) if u is None else u for u, g in zip(slopes, self._leaf_gradients, strict=True)]
-        outer = torch.zeros_like(self.logits) if outer is None else outer
+        outer = torch.zeros_like(logits) if outer is None else outer
         rows, *between = self._tangents(slopes, keep_graph)
         w = (outer.gather(1, index[:, :1]) / self._plan.scale).squeeze(1)
         tangents = [*slopes[-len(self._taps) :], *between]  # rows are measured first, where they are

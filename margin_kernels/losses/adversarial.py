@@ -209,7 +209,7 @@ class AdversarialMarginLoss(MarginLoss):
         """What the logits alone show, detached: loss, its cross-entropy; gap, competitor [N,1]; nll, valid [N]."""
         targets = self.targets(logits, target, sample_weight)
         found, terms = self._cross_entropy(logits, targets)
-        loss = self._mean(terms.sum(), targets, terms.dtype).detach()
+        loss = self._mean(terms.sum(), targets).detach()
         return {
             "loss": loss,
             "nll": found.nll.detach(),
@@ -223,9 +223,9 @@ class AdversarialMarginLoss(MarginLoss):
         found = ranked(logits, targets, 1, self.smoothed, self.backend)
         return found, cross_entropy(found, logits, targets, self.label_smoothing)
 
-    def _mean(self, total: Tensor, targets: Targets, dtype: torch.dtype) -> Tensor:
+    def _mean(self, total: Tensor, targets: Targets) -> Tensor:
         """A sum over the samples of this process, divided by what they count."""
-        return self.group().whole(total, targets.counts(dtype).sum())
+        return self.group().whole(total, targets.counts().sum())
 
     def statistics(
         self,
@@ -300,7 +300,7 @@ class AdversarialMarginLoss(MarginLoss):
         if targets.factor is not None:
             terms = terms * targets.factor[rows]
         regularizer = torch.where(selected[rows], terms, 0).sum()
-        loss = self._mean(terms_of_labels.sum() + regularizer, targets, terms_of_labels.dtype)
+        loss = self._mean(terms_of_labels.sum() + regularizer, targets)
         return AdversarialMargins(
             loss,
             found_at_x.nll.detach(),

@@ -218,9 +218,9 @@ class LargeMarginLoss(TapLoss):
         norm = gradients.norms(label, torch.where(valid.unsqueeze(1), index, label.unsqueeze(1)))
         numbers = self.numbers(captured.layers or norm.shape[2])
         live = torch.tensor(numbers, dtype=norm.dtype) if self._live is None else self._live
-        columns = live[:-2].to(norm, non_blocking=True).view(4, -1)
-        columns = columns if captured.chosen is None else columns[:, captured.chosen]
-        gamma, cap, weights, least = columns.unbind(0)
+        columns = live.to(norm, non_blocking=True).split(captured.layers or norm.shape[2])[:4]
+        columns = columns if captured.chosen is None else [column[captured.chosen] for column in columns]
+        gamma, cap, weights, least = columns
         if self.layer_scale == "numel":  # D was divided by these numbers
             least = least / least.new_tensor([tap.shape.numel() // max(captured.batch, 1) for tap in captured.taps])
         reduction, on = self.layer_reduction, None
@@ -242,14 +242,13 @@ class LargeMarginLoss(TapLoss):
             gap, norm, gamma, cap, weights, least, self.eps, self.aggregation, reduction, self.backend
         )
         loss = loss if on is None else torch.where(on, loss, 0)
-        degenerate = (norm.detach() <= least) & (~gap.detach().isnan() & valid.unsqueeze(1)).unsqueeze(-1)
-        shortfall = gamma - distance
-        active = (shortfall > 0) & (shortfall < cap) & ~degenerate & valid.view(-1, 1, 1)
+        gaps, norms = gap.detach(), norm.detach()
+        active, degenerate = functional.flags_of(gaps, norms, distance, gamma, cap, least, valid, self.backend)
         active = active if on is None else active & on
         rows = (found, source, targets) if everywhere is None else self._everywhere(*everywhere)
         total = gradients.attach(self._total(targets.weighed(loss), *rows))
         nll = rows[0].nll.detach()
-        return Margins(total, nll, gap.detach(), index, norm.detach(), distance, active, degenerate, valid)
+        return Margins(total, nll, gaps, index, norms, distance, active, degenerate, valid)
 
     def numbers(self, layers: int) -> list[float]:
         """What a compiled step does not fix but reads anew: gamma, cap, layer weight and min_norm for each layer, and
@@ -308,7 +307,7 @@ class LargeMarginLoss(TapLoss):
         margin_weight, cross_entropy_weight = (
             (self.margin_weight, self.cross_entropy_weight) if self._live is None else self._live[-2:]
         )
-        share = targets.counts(margin.dtype)
+        share = targets.counts()
         margin = margin if self.margin_weight == 1 else margin * margin_weight
         if self.cross_entropy_weight == 0:
             return self.reduced(margin, share)

@@ -148,7 +148,7 @@ class OneToNLoss(MarginLoss):
         """The loss of logits [N,C] and target [N] int64, and statistics of each sample."""
         targets = self.targets(logits, target, sample_weight)
         per_sample = targets.weighed(self._per_sample(logits, targets))
-        loss = self.reduced(per_sample, targets.counts(per_sample.dtype))
+        loss = self.reduced(per_sample, targets.counts())
         found = functional.competitors(logits.detach(), target, 1, targets.ignored, backend=self.backend)
         return OneToNMargins(loss, per_sample.detach(), found.nll, found.gap[:, 0], targets.valid)
 

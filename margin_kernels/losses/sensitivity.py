@@ -209,12 +209,12 @@ class MarginSensitivityLoss(TapLoss):
         if everywhere is None:
             rows, all_targets = (found, source, targets), targets
             classification = self._classification(*rows)
-            loss = self.reduced(classification + penalty, targets.counts(penalty.dtype))
+            loss = self.reduced(classification + penalty, targets.counts())
         else:
             all_targets = self.targets(*everywhere)
             rows = self._gaps(everywhere[0], all_targets, 1), everywhere[0], all_targets
             classification = self._classification(*rows)
-            share = all_targets.counts(penalty.dtype)
+            share = all_targets.counts()
             loss = self.reduced(classification, share) + self.reduced(penalty, share)
         return SensitivityMargins(
             gradients.attach(loss),
@@ -233,7 +233,7 @@ class MarginSensitivityLoss(TapLoss):
         targets = self.targets(logits, target, sample_weight)
         found = self._gaps(logits, targets)
         classification = self._classification(found, logits, targets)
-        loss = self.reduced(classification, targets.counts(classification.dtype))
+        loss = self.reduced(classification, targets.counts())
         return {
             "loss": loss.detach(),
             "classification": classification.detach(),

@@ -61,9 +61,9 @@ class Targets(NamedTuple):
         terms = torch.where(self.valid, terms, 0)
         return terms if self.factor is None else terms * self.factor
 
-    def counts(self, dtype: torch.dtype) -> Tensor:
-        """What every row adds to the denominator of a mean, [N]."""
-        return (self.valid if self.share is None else self.share).to(dtype)
+    def counts(self) -> Tensor:
+        """What every row adds to the denominator of a mean, [N]: bool where that is 1 or 0."""
+        return self.valid if self.share is None else self.share
 
 
 def read(
@@ -127,6 +127,8 @@ def cross_entropy(found: functional.Competitors, logits: Tensor, targets: Target
     weights, soft = targets.class_weight, targets.soft
     if soft is None:
         terms = found.nll
+        if weights is None and smoothing == 0:  # 0 in rows that are ignored, as `competitors` has it
+            return terms if targets.sample is None else terms * targets.sample
         if weights is not None:
             terms = terms * weights[targets.safe(len(weights))]
     else:

@@ -160,7 +160,10 @@ class Taps:
         named = {name: _Name.parse(name) for name in self.names if name != OUTPUT}
         self._parsed = {name: parsed for name, parsed in named.items() if not is_input(name)}
         self._inputs = {name: parsed.items for name, parsed in named.items() if is_input(name)}
-        self.modules = tuple(dict.fromkeys(name.base for name in self._parsed.values()))
+        self._of_module: dict[str, list[tuple[str, _Name]]] = defaultdict(list)
+        for name, parsed in self._parsed.items():
+            self._of_module[parsed.base].append((name, parsed))
+        self.modules = tuple(self._of_module)
         # The modules that the first forward showed to be head and pooling; None before it.
         self._ends: tuple[str, ...] | None = None
 
@@ -180,15 +183,16 @@ class Taps:
         ends = _Ends()
         begin = sequence_now()
         inputs = inputs if isinstance(inputs, Inputs) else Inputs((inputs,), {})
-        given = [get_gradient_edge(t) for t in inputs.tensors() if t.grad_fn is not None]
+        tensors = inputs.tensors()
+        given = [get_gradient_edge(t) for t in tensors if t.grad_fn is not None]
         entries: dict[str, Tap] = {}
         for name, items in self._inputs.items():
             x = inputs.floating(items)
             aliased = _in_graph(x, sources)
             inputs = inputs if aliased is x else inputs.with_tensor(x, aliased)
             # Now, for a model that changes its input in place moves the tensor along the graph.
-            entries[name] = Tap(name, get_gradient_edge(aliased), aliased.shape)
-        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, inputs.tensors()):
+            entries[name] = Tap(name, get_gradient_edge(aliased), aliased.shape, self.batch_dim.get(name))
+        with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, tensors):
             logits = whole((reading or Reading())(model, inputs))
         if not logits.requires_grad:
             raise ValueError("the logits do not require grad: they depend differentiably on no tap and no parameter")
@@ -200,10 +204,10 @@ class Taps:
             if name in entries:
                 tap = entries[name]
             elif name == OUTPUT:
-                tap = Tap(name, get_gradient_edge(logits), logits.shape)
+                tap = Tap(name, get_gradient_edge(logits), logits.shape, self.batch_dim.get(name))
             else:
                 tap = self.pick(name, calls[self._parsed[name].base])
-            taps.append(tap._replace(batch_dim=self.batch_dim.get(name)))
+            taps.append(tap)
         captured = Captured(logits, taps, head, sources, begin, given)
         if captured.head_depends_on_taps():
             captured.head = None
@@ -237,12 +241,12 @@ class Taps:
     ) -> Any:
         taps: dict[str, Tap] = {}
         passed_on = output
-        for name, parsed in self._parsed.items():
-            if parsed.base == base and parsed.call in (None, len(calls)):
+        for name, parsed in self._of_module[base]:
+            if parsed.call in (None, len(calls)):
                 items = _path(name, parsed.items, passed_on)
                 tensor = _item(passed_on, items)
                 tapped = self.tapped(name, tensor, sources)
-                taps[name] = Tap(name, get_gradient_edge(tapped), tapped.shape)
+                taps[name] = Tap(name, get_gradient_edge(tapped), tapped.shape, self.batch_dim.get(name))
                 passed_on = passed_on if tapped is tensor else _with_item(passed_on, items, tapped)
         calls.append(taps)
         return None if passed_on is output else passed_on
@@ -261,8 +265,8 @@ class Taps:
     def tensors(self, base: str, call: int, output: Any) -> dict[str, Tensor]:
         """The tensors that the taps on one call of a module name in its output."""
         found = {}
-        for name, parsed in self._parsed.items():
-            if parsed.base == base and parsed.call in (None, call):
+        for name, parsed in self._of_module[base]:
+            if parsed.call in (None, call):
                 tensor = _item(output, _path(name, parsed.items, output))
                 if isinstance(tensor, Tensor):
                     found[name] = tensor

@@ -56,6 +56,20 @@ def test_the_time_of_making_tells_what_was_there_before() -> None:
     assert not made_before(get_gradient_edge(x).node, now)
 
 
+def test_gradients_at_ends_are_those_of_torch() -> None:
+    x, h, z, _ = graph()
+    other = torch.zeros(2, requires_grad=True)
+    ends, roots, seeds = [x, h, other], [get_gradient_edge(z), get_gradient_edge(h)], [torch.randn(2, 3) for _ in "ab"]
+    for keep_graph in (True, False):
+        expected = torch.autograd.grad(roots, ends, seeds, retain_graph=True, allow_unused=True)
+        found = autograd_graph.gradients_at(ends, roots, seeds, keep_graph)
+        assert found[2] is expected[2] is None
+        assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
+    with pytest.raises(RuntimeError, match="a second time"):
+        autograd_graph.gradients_at(ends, roots, seeds, False)
+    assert x.grad is None
+
+
 @needs_extension
 def test_hooks_are_seen_silenced_and_there_again() -> None:
     _, h, z, found = graph()

@@ -373,3 +373,20 @@ def test_gaps_need_no_activations() -> None:
     assert isinstance(found, functional.Competitors)
     s = z.exp() / z.exp().sum()
     torch.testing.assert_close(found.gap, torch.stack([s[0, 1] - s[0, 0], s[0, 2] - s[0, 0]])[None])
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_active_and_degenerate_of_the_compiled_call_are_those_of_the_formula(wide) -> None:
+    """With every pair of special numbers, for gaps and norms of one type or of two."""
+    numbers = torch.tensor([0.0, 1e-5, 0.5, 1.0, 2.0, -1.0, math.inf, -math.inf, math.nan])
+    gap = numbers.repeat_interleave(9).view(-1, 1).repeat(2, 2)
+    norm = numbers.abs().repeat(9).view(-1, 1, 1).repeat(2, 2, 3).to(wide)
+    distance = -gap.unsqueeze(-1) / (1e-6 + norm)
+    gamma, cap, least = torch.tensor([[1.0, 0.5, 2.0], [math.inf, 0.25, 1.0], [1e-4, 0.0, 0.5]]).to(wide).unbind(0)
+    valid = torch.arange(len(gap)) < 81
+    found, formula = (
+        functional.flags_of(gap, norm, distance, gamma, cap, least, valid, backend) for backend in ("auto", "reference")
+    )
+    for name, flags, expected in zip(("active", "degenerate"), found, formula, strict=True):
+        assert flags.dtype == torch.bool and torch.equal(flags, expected), name
+        assert expected[:81].any() and not expected[81:].any()

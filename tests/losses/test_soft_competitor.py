@@ -13,7 +13,9 @@ from support.norms import dual_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from margin_kernels import LargeMarginLoss, MarginTask
+from margin_kernels import LargeMarginLoss, MarginTask, functional
+from margin_kernels.backends import EXTENSION
+from margin_kernels.gradients.plan import soft_cotangent
 
 CLASSES, LAYERS = 4, ("input", "1", "3", "output")
 IGNORED = -100
@@ -282,3 +284,22 @@ def test_backends_agree(name) -> None:
     torch.testing.assert_close(out["loss"], expected, rtol=1e-12, atol=1e-12)
     for g, e in zip(gradients(out["loss"], net), gradients(expected, net), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.skipif(EXTENSION is None, reason="the compiled extension is missing")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_direction_of_the_passes_is_the_gradient_of_the_log_odds(dtype) -> None:
+    """Of the compiled call, bit by bit, with masked classes and labels, NaN and rows that do not count."""
+    z = torch.randn(9, 5).to(dtype)
+    z[1, 2] = z[2, 0] = z[3, 4] = -math.inf  # a rival, the label, and below both
+    z[3, 0], z[4, 1], z[5, 3] = -math.inf, math.nan, math.inf
+    z[6, 1:] = -math.inf
+    y = torch.tensor([0, 0, 0, 0, 0, 1, 0, 4, 3])
+    counted = torch.arange(9) != 7
+    found = soft_cotangent(z, y, False, "auto", counted)
+    assert found.dtype == dtype and not found.requires_grad and (found[7] == 0).all()
+    by_autograd = soft_cotangent(z.requires_grad_(), y, True, "cpu", counted).detach()
+    torch.testing.assert_close(found, by_autograd, rtol=0, atol=0, equal_nan=True)
+    leaf = z.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(-functional.competitors(leaf, y, backend="reference").phi[0], leaf)
+    torch.testing.assert_close(found[0].double(), expected[0], rtol=1e-2, atol=1e-2)

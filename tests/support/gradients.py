@@ -15,6 +15,16 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
 
 
+def is_split(loss: Tensor) -> bool:
+    """Whether the gradients of a loss come from a split backward: a node of it is in the graph of the loss."""
+    nodes = [loss.grad_fn]
+    for node in nodes:
+        if type(node).__name__ == "GivenGradientsBackward":
+            return True
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    return False
+
+
 def flat_gradients(loss: Tensor, model: nn.Module) -> Tensor:
     """As `gradients`, as one vector."""
     return torch.cat([g.flatten() for g in gradients(loss, model)])
