@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import COMPILED, EXTENSION, choose
+from .backends import COMPILED, EXTENSION, choose, is_functorch_wrapped
 from .checks import Layerwise
 from .sharding import gathered
 from .tracing import is_plain, tracing
@@ -314,9 +314,8 @@ def flags_of(
     """active = 0 < gamma - distance < cap, and degenerate = norm <= min_norm, whose terms are left out: bool [N, k, L].
     Both are False in rows that are not `valid` [N], degenerate where the gap is NaN, active where degenerate is True.
     Constants; arguments as in `hinge_of`."""
-    compiled = choose("margin_hinge", (norm,), backend)[0] == "cpu"
-    if compiled and is_plain(norm) and not tracing():
-        assert EXTENSION is not None
+    readable = norm.device.type == "cpu" and is_plain(norm) and not tracing() and not is_functorch_wrapped(norm)
+    if EXTENSION is not None and backend in ("auto", "cpu") and readable:
         active, degenerate = EXTENSION.margin_flags(gap, norm, distance, gamma, cap, min_norm, valid)
     else:
         degenerate = (norm <= min_norm) & (~gap.isnan() & valid.unsqueeze(1)).unsqueeze(-1)

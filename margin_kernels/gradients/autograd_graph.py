@@ -5,6 +5,7 @@ the input has no gradient. Backward runs along the edges: from the logits to the
 
     graph = Graph(logits)
     graph.nodes                all nodes, breadth first from the logits: the order that csrc/graph knows too
+    graph.signature            types, edges and shapes of all nodes as bytes, to compare; b"" where not known
     graph.readers[node]        who reads the outputs of a node: (reader, number of the reader's edge, output)
     graph.edges[node]          the edges of a node;  graph.names[node]  what it is called
 
@@ -20,7 +21,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -125,26 +126,38 @@ def _hooks_refused() -> Iterator[None]:
 
 
 class Graph:
-    """The graph that made a tensor, read once."""
+    """The graph that made a tensor, read once.
 
-    def __init__(self, root: Tensor) -> None:
+    Args:
+        root: the tensor
+        begin: a sequence number; the signature tells the nodes that were made before it
+    """
+
+    def __init__(self, root: Tensor, begin: int = 0) -> None:
         self.root = root
-        self.nodes: list[Any] = [get_gradient_edge(root).node]
-        self.readers: dict[Any, list[tuple[Any, int, int]]] = defaultdict(list)
-        # Read once: PyTorch makes them anew each time.
-        self.edges: dict[Any, tuple[tuple[Any, int], ...]] = {}
-        self.names: dict[Any, str] = {}
-        seen = {self.nodes[0]}
-        for node in self.nodes:
-            self.names[node] = node.name()
-            self.edges[node] = edges = node.next_functions
+        self.nodes: list[Any] = []
+        self.signature = b""
+        if EXTENSION is not None and hasattr(EXTENSION, "read_graph"):
+            self.nodes, self.signature = EXTENSION.read_graph(root, begin)
+        else:
+            self.nodes = _breadth_first(root)
+
+    @cached_property
+    def edges(self) -> dict[Any, tuple[Edge, ...]]:
+        return {node: node.next_functions for node in self.nodes}
+
+    @cached_property
+    def names(self) -> dict[Any, str]:
+        return {node: node.name() for node in self.nodes}
+
+    @cached_property
+    def readers(self) -> dict[Any, list[tuple[Any, int, int]]]:
+        found: dict[Any, list[tuple[Any, int, int]]] = defaultdict(list)
+        for node, edges in self.edges.items():
             for number, (following, output) in enumerate(edges):
-                if following is None:
-                    continue
-                if following not in seen:
-                    seen.add(following)
-                    self.nodes.append(following)
-                self.readers[following].append((node, number, output))
+                if following is not None:
+                    found[following].append((node, number, output))
+        return found
 
     @property
     def top(self) -> Any:
@@ -170,15 +183,10 @@ class Graph:
         """Who reads one output of a node: (reader, number of its edge)."""
         return [(node, number) for node, number, output in self.readers.get(edge.node, ()) if output == edge.output_nr]
 
-    def place(self, node: Any) -> int:
-        """The number of a node in the order of `nodes`."""
-        return self._places[node]
-
-    @property
-    def _places(self) -> dict[Any, int]:
-        if not hasattr(self, "_order"):
-            self._order = {node: i for i, node in enumerate(self.nodes)}
-        return self._order
+    @cached_property
+    def places(self) -> dict[Any, int]:
+        """The number of each node in the order of `nodes`."""
+        return {node: i for i, node in enumerate(self.nodes)}
 
     def hooked(self) -> dict[Any, list[Any]]:
         """Nodes with hooks of the user: activations with register_hook or retain_grad, modules with backward hooks.
@@ -198,7 +206,7 @@ class Graph:
     @contextmanager
     def silenced(self) -> Iterator[None]:
         """Inside, the user's hooks on the nodes of this graph do not run: what passes measure is not theirs to see."""
-        hooked = [self.place(node) for node in self.hooked()]
+        hooked = [self.places[node] for node in self.hooked()]
         if not hooked:
             yield
             return
@@ -216,11 +224,10 @@ class Graph:
             hooks.restore()
 
     @contextmanager
-    def redirected(self, places: Sequence[tuple[Any, int, Tensor | None]]) -> Iterator[None]:
-        """Inside, the edge of a node of that number leads to where the tensor came from, or nowhere."""
-        order = self._places
+    def redirected(self, places: Sequence[tuple[int, int, Tensor | None]]) -> Iterator[None]:
+        """Inside, the edge of that number of the node at a place leads to where the tensor came from, or nowhere."""
         assert EXTENSION is not None
-        edges = EXTENSION.RedirectedEdges(self.root, [(order[node], number, to) for node, number, to in places])
+        edges = EXTENSION.RedirectedEdges(self.root, places)
         try:
             yield
         finally:
@@ -229,7 +236,7 @@ class Graph:
     def tensor_at(self, node: Any, output: int) -> Tensor:
         """A tensor that is output `output` of a node of this graph, without its values."""
         assert EXTENSION is not None
-        tensor: Tensor = EXTENSION.at_gradient_edge(self.root, self.place(node), output, like_output(node, output))
+        tensor: Tensor = EXTENSION.at_gradient_edge(self.root, self.places[node], output, like_output(node, output))
         return tensor
 
     def still_to_run(self, nodes: Iterable[Any]) -> bool:
@@ -237,6 +244,18 @@ class Graph:
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return True
         return any(torch._C._will_engine_execute_node(node) for node in nodes)
+
+
+def _breadth_first(root: Tensor) -> list[Any]:
+    """The nodes of a graph where there is no compiled code to list them."""
+    nodes = [get_gradient_edge(root).node]
+    seen = set(nodes)
+    for node in nodes:
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return nodes
 
 
 def gradients_at(

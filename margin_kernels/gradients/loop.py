@@ -30,7 +30,7 @@ from .autograd_graph import Graph
 from .plan import Cotangents, Plan, Seeds, Source, make_plan, pass_start
 from .request import Captured, Request, Tap
 from .structure import by_sample
-from .thin_convolution import thin_convolution
+from .thin_convolution import ThinConvolution, may_be_read_by_one, thin_convolution
 
 # Autograd nodes of the kernels behind scaled_dot_product_attention whose backward has no derivative.
 FUSED_ATTENTION = re.compile(r"ScaledDotProduct\w*Attention\w*Backward\d+")
@@ -184,29 +184,40 @@ def passes_to(logits: Tensor, x: Tensor) -> Passes:
     return Passes(Captured(logits, [tap]), [tap])
 
 
+def sole_readers(graph: Graph, taps: Sequence[Tap], batch: int) -> list[tuple[Any, int] | None]:
+    """For each tap who alone reads it, of those that may be read by a thin convolution: (node, number of its edge).
+    None for a tap that another lies behind: the pass itself reaches it, and by a second way to it its slope would be
+    lost."""
+    if not any(may_be_read_by_one(tap, batch) for tap in taps):
+        return [None] * len(taps)
+    behind = graph.path_to(tap.edge for tap in taps)
+    readers = [graph.readers_of(tap.edge) for tap in taps]
+    return [
+        found[0] if len(found) == 1 and may_be_read_by_one(tap, batch) and tap.edge.node not in behind else None
+        for tap, found in zip(taps, readers, strict=True)
+    ]
+
+
 class Passes:
     """Backward passes from the logits, or the head's input, to the taps and to other edges; looked up once for all
-    competitors. `start` is the tensor that they start from."""
+    competitors. `start` is the tensor that they start from. readers: as of `sole_readers`, where they are known."""
 
     def __init__(
         self,
         captured: Captured,
         taps: Sequence[Tap],
         others: Sequence[GradientEdge] = (),
+        readers: Sequence[tuple[Any, int] | None] | None = None,
     ) -> None:
         self.start = pass_start(captured)
         self.taps = taps
         self._graph: Graph | None = None
-        self._thin: list[Any] = []
+        self._thin: list[ThinConvolution | None] = []
         if taps:
             self._graph = captured.graph
-            self._thin = [thin_convolution(self._graph, tap, captured.batch) for tap in taps]
-            if any(self._thin):
-                # A tap that another lies behind is reached by the pass itself: a second way to it would lose its slope.
-                behind = self._tapped_path()
-                self._thin = [
-                    None if tap.edge.node in behind else thin for tap, thin in zip(taps, self._thin, strict=True)
-                ]
+            if readers is None:
+                readers = sole_readers(self._graph, taps, captured.batch)
+            self._thin = [thin_convolution(reader, tap) for reader, tap in zip(readers, taps, strict=True)]
         self._edges = [tap.edge if thin is None else thin.output for tap, thin in zip(taps, self._thin, strict=True)]
         self._edges += others
 

@@ -14,7 +14,7 @@ and the pass of deeper taps starts at h with the rows c W, which spares the head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     cotangent: bool
     rows: bool
     taps: list[Tap]
-    strides: list[int]
+    strides: Sequence[int]
     scale: float
 
 
@@ -68,8 +68,11 @@ def pass_scale(captured: Captured) -> float:
     return FLOAT16_SCALE if pass_start(captured).dtype == torch.float16 else 1.0
 
 
-def make_plan(captured: Captured, request: Request) -> Plan:
-    """Closed form or pass for each tap. Raises ValueError for a tap whose batch dimension is not known."""
+def make_plan(
+    captured: Captured, request: Request, strides: Callable[[list[Tap]], Sequence[int]] | None = None
+) -> Plan:
+    """Closed form or pass for each tap. strides: gives those of the batch in the taps of a pass; captured.strides.
+    Raises ValueError for a tap whose batch dimension is not known."""
     q = dual_exponent(request.p)
     kinds = [_kind(tap, captured) for tap in captured.taps]
     passed = [tap for tap, kind in zip(captured.taps, kinds, strict=True) if kind == "pass"]
@@ -95,8 +98,8 @@ def make_plan(captured: Captured, request: Request) -> Plan:
     order = list(dict.fromkeys(source.column for source in sources if source.column is not None))
     places = {measured: column for column, measured in enumerate(order)}
     sources = [Source(None if column is None else places[column], scale) for column, scale in sources]
-    strides = [captured.place(tap, passed) for tap in passed]
-    return Plan(sources, order, cotangent, rows, passed, strides, pass_scale(captured))
+    found = (strides or captured.strides)(passed)
+    return Plan(sources, order, cotangent, rows, passed, found, pass_scale(captured))
 
 
 def _kind(tap: Tap, captured: Captured) -> str:

@@ -19,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .. import sharding
 from .autograd_graph import Graph, same_edge
+from .proofs import Proofs
 from .structure import Structure, Where
 
 # The edge of a linear layer's node that leads to its input.
@@ -91,6 +92,7 @@ class Captured:
             positions, whose logits [N,C] are `logits[p::P]`
         measuring: whether the norms are only looked at, never differentiated
         layers, chosen: where the taps are some of those that a loss has options for: how many it has, and which
+        proofs: what the graphs of earlier forward passes of the same task have shown, see `proofs`; added to
     """
 
     logits: Tensor
@@ -105,6 +107,7 @@ class Captured:
     measuring: bool = False
     layers: int | None = None
     chosen: list[int] | None = None
+    proofs: Proofs | None = None
     _structures: dict[tuple[str, ...], Structure] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,14 +121,14 @@ class Captured:
     @cached_property
     def graph(self) -> Graph:
         """The graph that made the logits."""
-        return Graph(self.logits)
+        return Graph(self.logits, self.begin or 0)
 
     def head_depends_on_taps(self) -> bool:
         """Whether the head's weight or bias is made from tapped activations: then it has no closed form."""
         if self.head is None:
             return False
         tapped = {(tap.edge.node, tap.edge.output_nr) for tap in self.taps}
-        top = self.graph.top
+        top = get_gradient_edge(self.logits).node
         seen = set()
         # From the weight and the bias down: two nodes, but for a head whose weight is computed.
         open_ = [edge for number, edge in enumerate(top.next_functions) if number != HEAD_INPUT[top.name()]]
@@ -144,6 +147,10 @@ class Captured:
         if names not in self._structures:
             self._structures[names] = Structure(self.graph, [tap.edge for tap in taps], self.batch)
         return self._structures[names]
+
+    def strides(self, taps: Sequence[Tap]) -> list[int]:
+        """The stride of the batch in each of `taps`, see `place`."""
+        return [self.place(tap, taps) for tap in taps]
 
     def place(self, tap: Tap, taps: Sequence[Tap]) -> int:
         """The stride of the batch in a tap, one of `taps`. Raises ValueError where it is not proven and not given, or

@@ -22,7 +22,7 @@ their own; it is not connected to the activations in between.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,14 +31,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..process_group import WORLD, Group
-from ..sharding import crosses
-from ..tracing import is_plain, recording
+from ..sharding import crosses, possible
+from ..tracing import is_plain, recording, tracing
 from . import autograd_graph
 from .autograd_graph import LEAF, Edge, gradients_at, like_output, made_before, shape_of
-from .loop import Loop, Passes, columns, norms_of, of_competitors, pass_gradients, without_autocast
+from .loop import Loop, Passes, columns, norms_of, of_competitors, pass_gradients, sole_readers, without_autocast
 from .plan import Cotangents, Plan, Seeds, make_plan
-from .request import Captured, Request
-from .structure import by_sample, is_unknown_function, per_sample
+from .proofs import Proof, Turned
+from .request import Captured, Request, Tap
+from .structure import by_sample, is_unknown_function, per_sample, registered
 
 # Nodes that must compute the gradient of their input: this one crashes without, for channels-last tensors on the CPU.
 WITH_INPUT = {"NativeGroupNormBackward0"}
@@ -124,24 +125,23 @@ class Split:
     def __init__(self, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> None:
         self.request, self.captured, self._trials = request, captured, trials
         self._check_request(request, captured, logits)
-        self._plan = make_plan(captured, request)
+        self._graph = captured.graph
+        self._key: Any = None
+        self._recalled: Proof | None = None
+        self._plan = make_plan(captured, request, self._recall)
         if not self._plan.taps:
             raise NotExact("no tap needs a pass")
-        self._graph = captured.graph
-        self._structure = captured.structure(self._plan.taps)
-        self._along = self._structure.along
-        self._find_inputs()
-        self._check_graph()
-        self._layer_nodes = [node for node in self._graph.nodes[1:] if node in self._along and self._leaving(node)]
+        if self._recalled is None:
+            proof = self._prove()
+            if self._key is not None and captured.proofs is not None:
+                captured.proofs.add(self._key, proof)
+        else:
+            proof = self._recalled
+            self._take(proof)
+        nodes, self._proof = self._graph.nodes, proof
         # Where passes record gradients: the outputs of the layer nodes, and taps behind which the backward goes on.
-        self.edges = [edge for node in self._layer_nodes for edge in self._outputs(node)]
-        self._ends = {
-            (tap.edge.node, tap.edge.output_nr): tap.edge
-            for tap in self._plan.taps
-            if tap.edge.node in self._trained and tap.edge.node not in self._along
-        }
-        self.edges += self._ends.values()
-        self._strides = [self._stride(edge) for edge in self.edges]
+        self.edges = [GradientEdge(nodes[i], output) for i, output in proof.edges]
+        self._strides: Sequence[int] = proof.strides
         self._recorded: list[list[Tensor]] = []
         self._logits: Tensor | None = None
 
@@ -153,6 +153,79 @@ class Split:
         except NotExact as reason:
             return str(reason)
         return None
+
+    def _remembers(self) -> bool:
+        """Whether what a graph has shown holds for the next one that looks alike: where it is a proof, and not
+        the tangent's, which reads more."""
+        return type(self) is Split and self._trials is None and not tracing()
+
+    def _key_of(self, taps: list[Tap]) -> Any:
+        """All that a proof starts from, besides the arguments that it reads; None where it cannot be compared."""
+        graph, places, captured = self._graph, self._graph.places, self.captured
+        if not graph.signature or any(tap.edge.node not in places for tap in taps):
+            return None
+        return (
+            graph.signature,
+            captured.batch,
+            graph.root.output_nr,
+            tuple((places[tap.edge.node], tap.edge.output_nr, tap.shape, tap.batch_dim) for tap in taps),
+            tuple((places.get(edge.node), edge.output_nr) for edge in captured.inputs),
+            tuple(places.get(mark.grad_fn) for mark in captured.sources),
+            registered(),
+            possible(),
+        )
+
+    def _recall(self, taps: list[Tap]) -> Sequence[int]:
+        """The strides of the batch in the taps of a pass: of the proof of an earlier graph that looks the same, where
+        there is one, else as this graph shows."""
+        proofs = self.captured.proofs
+        if proofs is not None and self._remembers():
+            self._key = self._key_of(taps)
+            self._recalled = None if self._key is None else proofs.find(self._key, self._graph)
+        return self.captured.strides(taps) if self._recalled is None else self._recalled.taps
+
+    def _take(self, proof: Proof) -> None:
+        """What an earlier graph has shown, of this one."""
+        nodes = self._graph.nodes
+        self._made = [nodes[i] for i in proof.made]
+        self.parameters = [self._tensor(nodes[i], output, leaf) for i, output, leaf in proof.inputs]
+        self._check_now()
+
+    def _tensor(self, node: Any, output: int, leaf: bool) -> Tensor:
+        """What the loss has a gradient for: a leaf, or a stand-in for a tensor with a graph of its own."""
+        variable: Tensor = node.variable if leaf else self._graph.tensor_at(node, output)
+        return variable
+
+    def _prove(self) -> Proof:
+        """Reads the graph. Raises NotExact with what it does not prove."""
+        self._structure = self.captured.structure(self._plan.taps)
+        self._along = self._structure.along
+        self._find_inputs()
+        names = self._graph.names
+        self.parameters = [self._tensor(node, output, names[node] == LEAF) for node, output in self._inputs]
+        self._check_now()
+        self._check_graph()
+        self._layer_nodes = [node for node in self._graph.nodes[1:] if node in self._along and self._leaving(node)]
+        edges = [edge for node in self._layer_nodes for edge in self._outputs(node)]
+        self._ends = {
+            (tap.edge.node, tap.edge.output_nr): tap.edge
+            for tap in self._plan.taps
+            if tap.edge.node in self._trained and tap.edge.node not in self._along
+        }
+        edges += self._ends.values()
+        places = self._graph.places
+        readers = sole_readers(self._graph, self._plan.taps, self.captured.batch)
+        return Proof(
+            read=tuple((places[node], name, value) for node, name, value in self._structure.read),
+            taps=tuple(self._plan.strides),
+            readers=tuple(None if reader is None else (places[reader[0]], reader[1]) for reader in readers),
+            made=tuple(places[node] for node in self._made),
+            inputs=tuple((places[node], output, names[node] == LEAF) for node, output in self._inputs),
+            edges=tuple((places[edge.node], edge.output_nr) for edge in edges),
+            strides=tuple(self._stride(edge) for edge in edges),
+            leaves_at_top=bool(self._leaving(self._graph.top)),
+            turned=tuple(self._turned()),
+        )
 
     def _check_request(self, request: Request, captured: Captured, logits: Tensor) -> None:
         unreadable = autograd_graph.refusal()
@@ -186,7 +259,7 @@ class Split:
         # Not parameters: what gives the model's input, or a frozen stem, its place in the graph.
         sources = {mark.grad_fn for mark in self.captured.sources}
         self._inputs: list[Edge] = []
-        self._made: list[Any] = [graph.top]  # nodes of this forward pass
+        self._made = [graph.top]  # nodes of this forward pass
         seen = {graph.top}
         known: set[Edge] = set()
         ending = set()
@@ -208,28 +281,14 @@ class Split:
         self._ending = known
         self._trained = graph.above(ending)
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        """What the loss has gradients for: leaves, and detached leaves for tensors with a graph of their own."""
-        return [
-            node.variable if self._graph.names[node] == LEAF else self._graph.tensor_at(node, output)
-            for node, output in self._inputs
-        ]
-
-    def _check_graph(self) -> None:
-        begin = self.captured.begin or 0
-        if any(made_before(node, begin) for node in self._along):
-            raise NotExact("a tapped tensor also enters the model by way of operations outside it")
-        for node, _ in self._inputs:
-            if self._graph.names[node] == LEAF and not is_plain(node.variable):
+    def _check_now(self) -> None:
+        """What no signature tells: the types of parameters, and hooks."""
+        for parameter in self.parameters:
+            if not is_plain(parameter):
                 raise NotExact(
-                    f"a parameter is a {type(node.variable).__name__}: it is sharded or wrapped, and its gradient "
-                    "needs the ordinary backward"
+                    f"a parameter is a {type(parameter).__name__}: it is sharded or wrapped, and its gradient needs "
+                    "the ordinary backward"
                 )
-        if crosses(self._graph.nodes):
-            raise NotExact("an activation is a DTensor, whose gradient needs the ordinary backward")
-        if not self._inputs:
-            raise NotExact("no parameter requires a gradient")
         # Beside other terms of the user's the nodes behind the taps run twice, once for each: as good as once where the
         # backward is linear, but not for hooks and Functions.
         hooked = self._hooked()
@@ -238,6 +297,15 @@ class Split:
                 f"an activation has a hook ({hooked[0].name()}): register_hook, retain_grad or a module's backward "
                 "hook must see the backward of the loss"
             )
+
+    def _check_graph(self) -> None:
+        begin = self.captured.begin or 0
+        if any(made_before(node, begin) for node in self._along):
+            raise NotExact("a tapped tensor also enters the model by way of operations outside it")
+        if crosses(self._graph.nodes):
+            raise NotExact("an activation is a DTensor, whose gradient needs the ordinary backward")
+        if not self._inputs:
+            raise NotExact("no parameter requires a gradient")
         for node in self._made:
             if node not in self._along and is_unknown_function(node):
                 raise NotExact(f"nothing is known of {node.name()} behind the taps or between parameters and layers")
@@ -249,8 +317,7 @@ class Split:
 
     def _hooked(self) -> list[Any]:
         """The nodes of this forward pass that have hooks of the user's."""
-        made = set(self._made)
-        return [node for node in self._graph.hooked() if node in made]
+        return [node for node in self._graph.hooked() if node in self._made]
 
     def _leaving(self, node: Any) -> list[int]:
         """The edges of a node of the tapped path that lead to parameters and not along the path."""
@@ -291,7 +358,7 @@ class Split:
         plan, request = self._plan, self.request
         with without_autocast(target.device.type), torch.set_grad_enabled(request.second_order):
             cotangents = Cotangents(self.captured, target, request, False)
-            passes = Passes(self.captured, plan.taps, self.edges)
+            passes = Passes(self.captured, plan.taps, self.edges, self._readers())
             norms: list[Tensor] = []
             for competitor in index.unbind(1):
                 seeds = self._seeds(cotangents.of(competitor))
@@ -301,6 +368,10 @@ class Split:
                     self._try(plan, passes, seeds)
                 norms.append(norms_of(measured, plan, self.captured, request))
             return columns(of_competitors(norms), plan.sources, index, self.captured.logits.dtype)
+
+    def _readers(self) -> list[tuple[Any, int] | None]:
+        nodes = self._graph.nodes
+        return [None if reader is None else (nodes[reader[0]], reader[1]) for reader in self._proof.readers]
 
     def measured(self, target: Tensor, index: Tensor) -> Tensor:
         """D as a constant, nothing recorded."""
@@ -368,7 +439,7 @@ class Split:
         weights = -outer.gather(1, self._target.unsqueeze(1)) if soft else outer.gather(1, self._index)
         weights = weights if self._plan.scale == 1 else weights / self._plan.scale
         roots, seeds = list(self.edges), self._combined(weights, keep_graph)
-        if self._leaving(self._graph.top):
+        if self._proof.leaves_at_top:
             roots.append(get_gradient_edge(self.captured.logits))
             seeds.append(outer)
         return self._run(roots, seeds, keep_graph)
@@ -376,9 +447,14 @@ class Split:
     def _run(self, roots: list[GradientEdge], seeds: list[Tensor], keep_graph: bool) -> list[Tensor | None]:
         """What reaches the inputs from gradients at `roots`, without going along the tapped path."""
         if not roots:
-            return [None] * len(self._inputs)
-        leaves = [like_output(*edge).requires_grad_() for edge in self._inputs]
-        places, sinks = self._places(leaves)
+            return [None] * len(self.parameters)
+        leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
+        sinks = [self._sink(*to) for _, _, to in self._proof.turned if isinstance(to, tuple)]
+        remaining = iter(sinks)
+        places = [
+            (place, number, next(remaining) if isinstance(to, tuple) else None if to is None else leaves[to])
+            for place, number, to in self._proof.turned
+        ]
         with self._graph.redirected(places):
             ends = [*leaves, *sinks]
             found = gradients_at(ends, roots, seeds, keep_graph)
@@ -403,26 +479,25 @@ class Split:
             self._recorded.clear()
         return combined
 
-    def _places(self, leaves: Sequence[Tensor]) -> tuple[list[tuple[Any, int, Tensor | None]], list[Tensor]]:
+    def _sink(self, place: int, output: int) -> Tensor:
+        """A leaf like an output of a node, for a gradient that nobody reads."""
+        return like_output(self._graph.nodes[place], output).requires_grad_()
+
+    def _turned(self) -> Iterator[Turned]:
         """The edges along the tapped path, which are to lead nowhere or to sinks, and those to the inputs of the loss,
-        to leaves without hooks."""
-        sinks: list[Tensor] = []
-        zeros: dict[Any, Tensor] = {}
-        ends: dict[Edge, Tensor] = dict(zip(self._inputs, leaves, strict=True))
-        places: list[tuple[Any, int, Tensor | None]] = []
+        which are to lead to leaves without hooks."""
+        numbers = {edge: i for i, edge in enumerate(self._inputs)}
+        places = self._graph.places
         for node in self._made:
             along, with_input = node in self._along, self._graph.names[node] in WITH_INPUT
             for number, edge in enumerate(self._graph.edges[node]):
-                following = edge[0]
+                following, output = edge
                 if following is None:
                     continue
-                if edge in ends:
-                    places.append((node, number, ends[edge]))
+                if edge in numbers:
+                    yield places[node], number, numbers[edge]
                 elif along and (following in self._along or following not in self._trained or edge in self._ends):
-                    if with_input:
-                        sinks.append(like_output(*edge, zeros).requires_grad_())
-                    places.append((node, number, sinks[-1] if with_input else None))
-        return places, sinks
+                    yield places[node], number, (places[following], output) if with_input else None
 
 
 class GivenGradients(torch.autograd.Function):

@@ -61,6 +61,11 @@ def register_row_local(function: str | type[torch.autograd.Function]) -> None:
     _REGISTERED.add(function)
 
 
+def registered() -> frozenset[str]:
+    """The names of the Functions that were declared row-local."""
+    return frozenset(_REGISTERED)
+
+
 def is_unknown_function(node: Any) -> bool:
     """Whether a node is a custom autograd Function, of Python or C++, whose backward may be anything."""
     custom = isinstance(node, torch.autograd.function.BackwardCFunction) or "CppNode" in node.name()
@@ -127,6 +132,7 @@ class Structure:
         along: nodes between the logits and the taps: the tapped path
         where: (node, output) -> Where, of the outputs on the tapped path and of the taps; missing where it was lost
         findings: nodes that are not row-local, from the logits on
+        read: (node, name, value) of every saved argument that the proof has read
     """
 
     def __init__(self, graph: Graph, ends: Sequence[GradientEdge], batch: int) -> None:
@@ -135,6 +141,7 @@ class Structure:
         self.along = graph.path_to(ends)
         self.where: dict[Edge, Where] = {}
         self.findings: list[Finding] = []
+        self.read: list[tuple[Any, str, Any]] = []
         self._lost: set[Edge] = set()
         root = graph.root
         self.where[graph.top, root.output_nr] = Where(prod(root.shape[1:]))
@@ -194,7 +201,7 @@ class Structure:
                 continue
             before = shape_of(following, output)
             for nr, where, shape in outputs:
-                at = _At(node, nr, shape, where.stride, self.batch, number, numbers, before)
+                at = _At(node, nr, shape, where.stride, self.batch, number, numbers, before, self.read)
                 self._place(into, self._through(at, rule, where), name)
 
     def _through(self, at: _At, rule: Rule | None, where: Where) -> Where | None:
@@ -242,7 +249,8 @@ class _Unknown(Exception):
 
 class _At(NamedTuple):
     """One way through a node: from output `output`, of `shape`, where the batch has `stride`, to the input of edge
-    `number`, whose shape is `into`; `numbers` are all edges of the node along the tapped path."""
+    `number`, whose shape is `into`; `numbers` are all edges of the node along the tapped path. Arguments that the node
+    has saved are read by the methods, which note them in `read`."""
 
     node: Any
     output: int
@@ -252,6 +260,22 @@ class _At(NamedTuple):
     number: int
     numbers: list[int]
     into: torch.Size
+    read: list[tuple[Any, str, Any]]
+
+    def saved(self, name: str, node: Any = None) -> Any:
+        """As `autograd_graph.saved`, of this node or of `node`."""
+        node = self.node if node is None else node
+        value = saved(node, name)
+        self.read.append((node, name, value))
+        return value
+
+    def saved_dim(self, name: str, ndim: int) -> int:
+        self.saved(name)
+        return saved_dim(self.node, name, ndim)
+
+    def saved_dims(self, name: str, ndim: int, node: Any = None) -> list[int]:
+        self.saved(name, node)
+        return saved_dims(self.node if node is None else node, name, ndim)
 
     def dim(self) -> tuple[int, int]:
         """(d, inner) of the output, see `locate`."""
@@ -302,13 +326,13 @@ def _assumed(at: _At) -> int:
 
 def _permute(at: _At) -> int:
     d, inner = at.dim()
-    return at.at_dim(saved_dims(at.node, "dims", len(at.shape))[d], inner)
+    return at.at_dim(at.saved_dims("dims", len(at.shape))[d], inner)
 
 
 def _transpose(at: _At) -> int:
     d, inner = at.dim()
     ndim = len(at.shape)
-    one, other = saved_dim(at.node, "dim0", ndim), saved_dim(at.node, "dim1", ndim)
+    one, other = at.saved_dim("dim0", ndim), at.saved_dim("dim1", ndim)
     return at.at_dim({one: other, other: one}.get(d, d), inner)
 
 
@@ -320,12 +344,12 @@ def _transpose_matrix(at: _At) -> int:
 def _select(at: _At) -> int:
     """One index of a dimension; also each output of unbind."""
     d, inner = at.dim()
-    return at.at_dim(d + (d >= saved_dim(at.node, "dim", len(at.into))), inner)
+    return at.at_dim(d + (d >= at.saved_dim("dim", len(at.into))), inner)
 
 
 def _stack(at: _At) -> int:
     d, inner = at.dim()
-    along = saved_dim(at.node, "dim", len(at.shape))
+    along = at.saved_dim("dim", len(at.shape))
     if d == along:
         raise _Couples("it stacks tensors along the batch")
     return at.at_dim(d - (d > along), inner)
@@ -333,7 +357,7 @@ def _stack(at: _At) -> int:
 
 def _concatenate(at: _At) -> int:
     d, inner = at.dim()
-    if d == saved_dim(at.node, "dim", len(at.shape)):
+    if d == at.saved_dim("dim", len(at.shape)):
         raise _Couples("it joins or parts the batch")
     return at.at_dim(d, inner)
 
@@ -350,12 +374,12 @@ def _reduce(*names: str) -> Rule:
 
     def rule(at: _At) -> int:
         d, inner = at.dim()
-        dims = saved(at.node, names[0])
+        dims = at.saved(names[0])
         if isinstance(dims, int):
-            gone = {saved_dim(at.node, names[0], len(at.into))}
+            gone = {at.saved_dim(names[0], len(at.into))}
         else:
-            gone = set(saved_dims(at.node, names[0], len(at.into)))
-        if not saved(at.node, "keepdim"):
+            gone = set(at.saved_dims(names[0], len(at.into)))
+        if not at.saved("keepdim"):
             d = [i for i in range(len(at.into)) if i not in gone][d]
         if d in gone:
             raise _Couples("it goes over the samples")
@@ -369,9 +393,9 @@ def _across(name: str) -> Rule:
 
     def rule(at: _At) -> int:
         d, inner = at.dim()
-        dims = saved(at.node, name)
+        dims = at.saved(name)
         ndim = len(at.shape)
-        over = [saved_dim(at.node, name, ndim)] if isinstance(dims, int) else saved_dims(at.node, name, ndim)
+        over = [at.saved_dim(name, ndim)] if isinstance(dims, int) else at.saved_dims(name, ndim)
         if d in over:
             raise _Couples("it goes over the samples", at.stride if at.into == at.shape else None)
         if len(at.into) != ndim:
@@ -442,9 +466,9 @@ def _linear(at: _At) -> int:
 def _batch_norm(at: _At) -> int:
     if at.number != 0:
         raise _Couples("its weights depend on the samples")
-    training = saved(at.node, "training")
+    training = at.saved("training")
     if training is None:
-        training = saved(at.node, "train")
+        training = at.saved("train")
     d, inner = at.dim()
     if (training is None or training) and d != 1:  # at dimension 1: instance norm, a channel for each sample
         raise _Couples("batch norm in training mode couples the samples", at.at_dim(d, inner))
@@ -454,7 +478,7 @@ def _batch_norm(at: _At) -> int:
 def _layer_norm(at: _At) -> int:
     if at.number != 0:
         raise _Couples("its weights depend on the samples")
-    shape = saved(at.node, "normalized_shape")
+    shape = at.saved("normalized_shape")
     if shape is None:
         raise _Unknown("it does not say what it normalises")
     return _inside(len(shape))(at)
@@ -472,7 +496,7 @@ def _recurrent(at: _At) -> int:
     """Layers of mkldnn: input and output [T,N,*], states [N,H]."""
     if at.number in (1, 2, 3, 4):
         raise _Couples("its weights depend on the samples")
-    if saved(at.node, "batch_sizes"):
+    if at.saved("batch_sizes"):
         raise _Unknown("its sequences are packed")
     d, inner = at.dim()
     if d != len(at.shape) - 2:
@@ -483,24 +507,24 @@ def _recurrent(at: _At) -> int:
 def _recurrent_cudnn(at: _At) -> int:
     if at.number != 0 or at.output != 0:
         raise _Unknown("its states are read or given")
-    if saved(at.node, "batch_sizes"):
+    if at.saved("batch_sizes"):
         raise _Unknown("its sequences are packed")
     d, inner = at.dim()
-    if d != (0 if saved(at.node, "batch_first") else 1):
+    if d != (0 if at.saved("batch_first") else 1):
         raise _Couples("the samples are its time steps")
     return at.at_dim(d, inner)
 
 
 def _repeat(at: _At) -> int:
     d, inner = at.dim()
-    if saved(at.node, "repeats")[d] != 1:
+    if at.saved("repeats")[d] != 1:
         raise _Couples("it repeats the batch")
     return at.at_dim(d - (len(at.shape) - len(at.into)), inner)
 
 
 def _unfold(at: _At) -> int:
     d, inner = at.dim()
-    if d in (saved_dim(at.node, "dimension", len(at.into)), len(at.shape) - 1):
+    if d in (at.saved_dim("dimension", len(at.into)), len(at.shape) - 1):
         raise _Couples("it goes over the samples")
     return at.at_dim(d, inner)
 
@@ -514,7 +538,7 @@ def _complex(at: _At) -> int:
 def _diagonal(at: _At) -> int:
     d, inner = at.dim()
     ndim = len(at.into)
-    gone = {saved_dim(at.node, "dim1", ndim), saved_dim(at.node, "dim2", ndim)}
+    gone = {at.saved_dim("dim1", ndim), at.saved_dim("dim2", ndim)}
     if d == len(at.shape) - 1:
         raise _Couples("it takes a diagonal through the samples")
     return at.at_dim([i for i in range(ndim) if i not in gone][d], inner)
@@ -525,7 +549,7 @@ def _pad(at: _At) -> int:
     if at.into[d] != at.shape[d]:
         raise _Couples("it pads the batch")
     padded = len(at.shape) - 1 - d
-    if len(saved(at.node, "pad")) > 2 * padded and any(saved(at.node, "pad")[2 * padded : 2 * padded + 2]):
+    if len(at.saved("pad")) > 2 * padded and any(at.saved("pad")[2 * padded : 2 * padded + 2]):
         raise _Couples("it pads the batch")
     return at.at_dim(d, inner)
 
@@ -550,9 +574,9 @@ def _restrided(at: _At) -> int:
     strides. Any other as_strided is unknown."""
     n, c = (*at.shape, 0, 0)[:2]
     before = at.node.next_functions[at.number][0]
-    pooled = before.name() == "MeanBackward1" and saved(before, "keepdim") and len(at.into) == 4
-    over = pooled and sorted(saved_dims(before, "dim", 4)) == [2, 3]
-    if not over or tuple(at.into) != (n, c, 1, 1) or tuple(saved(at.node, "stride")) != (c, 1, c, c):
+    pooled = before.name() == "MeanBackward1" and at.saved("keepdim", before) and len(at.into) == 4
+    over = pooled and sorted(at.saved_dims("dim", 4, before)) == [2, 3]
+    if not over or tuple(at.into) != (n, c, 1, 1) or tuple(at.saved("stride")) != (c, 1, c, c):
         raise _Unknown("as_strided says nothing of what its input was")
     return at.stride
 

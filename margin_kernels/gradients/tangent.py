@@ -240,9 +240,9 @@ class TangentSplit(Split):
 
         for node in graph.nodes:
             _replace(node, made, instead)
-        places: list[tuple[Any, int, Tensor | None]] = [
-            (node, number, instead[following])
-            for node in graph.nodes
+        places: list[tuple[int, int, Tensor | None]] = [
+            (place, number, instead[following])
+            for place, node in enumerate(graph.nodes)
             for number, (following, _) in enumerate(node.next_functions)
             if following in instead
         ]

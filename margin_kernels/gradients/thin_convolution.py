@@ -13,7 +13,7 @@ carries a graph takes col2im, or autograd's own way where the output channels ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from torch.nn.grad import conv2d_input
 
 from ..backends import EXTENSION, is_functorch_wrapped
 from ..tracing import is_plain, recording, tracing
-from .autograd_graph import Graph
 from .request import Tap
 
 # Output channels for each input channel from which col2im is faster than the library: measured, MKL-DNN on AVX-512.
@@ -68,14 +67,17 @@ class ThinConvolution(NamedTuple):
         )
 
 
-def thin_convolution(graph: Graph, tap: Tap, batch: int) -> ThinConvolution | None:
-    """The convolution that alone reads the tap, where there is a faster way to its gradient."""
-    if len(tap.shape) != 4 or tap.shape[0] != batch:
+def may_be_read_by_one(tap: Tap, batch: int) -> bool:
+    """Whether a tap has the shape of what `thin_convolution` is for."""
+    return len(tap.shape) == 4 and tap.shape[0] == batch
+
+
+def thin_convolution(reader: tuple[Any, int] | None, tap: Tap) -> ThinConvolution | None:
+    """The convolution that alone reads the tap, where there is a faster way to its gradient. reader: the one node that
+    reads the tap, and the number of its edge; None where there are several."""
+    if reader is None or reader[0].name() != "ConvolutionBackward0" or reader[1] != 0:
         return None
-    readers = graph.readers_of(tap.edge)
-    if len(readers) != 1 or readers[0][0].name() != "ConvolutionBackward0" or readers[0][1] != 0:
-        return None
-    node = readers[0][0]
+    node = reader[0]
     if node._saved_groups != 1 or node._saved_transposed or tuple(node._saved_stride) != (1, 1):
         return None
     weight = node._saved_weight

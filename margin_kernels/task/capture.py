@@ -29,6 +29,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from ..gradients.autograd_graph import same_edge, sequence_now, without_hooks
+from ..gradients.proofs import Proofs
 from ..gradients.request import HEAD_INPUT, Captured, Head, Tap
 from ..sharding import whole
 from ..tracing import is_plain
@@ -164,6 +165,7 @@ class Taps:
         for name, parsed in self._parsed.items():
             self._of_module[parsed.base].append((name, parsed))
         self.modules = tuple(self._of_module)
+        self._proofs = Proofs()
         # The modules that the first forward showed to be head and pooling; None before it.
         self._ends: tuple[str, ...] | None = None
 
@@ -208,7 +210,7 @@ class Taps:
             else:
                 tap = self.pick(name, calls[self._parsed[name].base])
             taps.append(tap)
-        captured = Captured(logits, taps, head, sources, begin, given)
+        captured = Captured(logits, taps, head, sources, begin, given, proofs=self._proofs)
         if captured.head_depends_on_taps():
             captured.head = None
         return captured

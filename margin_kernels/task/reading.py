@@ -111,6 +111,8 @@ class Inputs(NamedTuple):
         return changed
 
     def tensors(self) -> list[Tensor]:
+        if not self.kwargs and all(isinstance(argument, Tensor) for argument in self.args):
+            return list(self.args)
         return [leaf for leaf in leaves_of(self) if isinstance(leaf, Tensor)]
 
 

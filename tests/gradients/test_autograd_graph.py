@@ -32,7 +32,7 @@ def test_nodes_come_breadth_first_and_each_knows_its_readers() -> None:
     _, h, z, found = graph()
     names = [node.name() for node in found.nodes]
     assert names == ["AddBackward0", "SinBackward0", "SumBackward1", "MulBackward0", autograd_graph.LEAF]
-    assert found.top is z.grad_fn and found.place(h.grad_fn) == 3
+    assert found.top is z.grad_fn and found.places[h.grad_fn] == 3
     readers = {(reader.name(), number) for reader, number in found.readers_of(get_gradient_edge(h))}
     assert readers == {("SinBackward0", 0), ("SumBackward1", 0)}
     assert found.above([h.grad_fn]) == set(found.nodes[:4])
@@ -110,7 +110,7 @@ def test_a_tensor_at_an_edge_gets_its_gradient() -> None:
 def test_redirected_edges_lead_elsewhere_and_back() -> None:
     _, h, z, found = graph()
     end = torch.zeros(2, 3, requires_grad=True)
-    with found.redirected([(found.nodes[1], 0, end), (found.nodes[2], 0, None)]):
+    with found.redirected([(1, 0, end), (2, 0, None)]):
         (moved,) = torch.autograd.grad([GradientEdge(z.grad_fn, 0)], end, torch.ones(2, 3), retain_graph=True)
     torch.testing.assert_close(moved, h.detach().cos())
     (whole,) = torch.autograd.grad(z.sum(), h)

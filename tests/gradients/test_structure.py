@@ -170,7 +170,7 @@ def test_what_is_not_known_is_named_and_may_be_trusted(name):
 def place(rule, shape, stride, into, number=0, output=0, **saved) -> int:
     """What `rule` says of a node that only a GPU makes."""
     node = SimpleNamespace(**{f"_saved_{name}": value for name, value in saved.items()})
-    return rule(structure._At(node, output, torch.Size(shape), stride, N, number, [number], torch.Size(into)))
+    return rule(structure._At(node, output, torch.Size(shape), stride, N, number, [number], torch.Size(into), []))
 
 
 def test_recurrent_layers_of_cudnn():
