@@ -52,6 +52,11 @@ def named(what: str) -> Iterator[None]:
         ) from error
 
 
+def several() -> bool:
+    """Whether there may be other processes to exchange numbers with."""
+    return distributed.is_available() and distributed.is_initialized() and not _alone.get()
+
+
 class Group:
     """The processes that have parts of one batch; without `given` or torch.distributed this process alone.
 
@@ -63,7 +68,7 @@ class Group:
     def __init__(self, given: Any = None) -> None:
         self._group: Any = None
         self.size, self.rank = 1, 0
-        if given is None or _alone.get() or not (distributed.is_available() and distributed.is_initialized()):
+        if given is None or not several():
             return
         self._group = distributed.group.WORLD if isinstance(given, str) else given
         if hasattr(given, "get_group"):

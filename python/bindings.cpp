@@ -89,11 +89,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("gamma"), py::arg("cap"), py::arg("min_norm"), py::arg("valid"));
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
   py::class_<margin_kernels::RedirectedEdges>(m, "RedirectedEdges")
-      .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&>(), py::arg("root"),
-           py::arg("places"))
+      .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&,
+                    const std::vector<at::Tensor>&>(),
+           py::arg("root"), py::arg("places"), py::arg("ends"))
       .def("restore", &margin_kernels::RedirectedEdges::restore);
   m.def("at_gradient_edge", &margin_kernels::at_gradient_edge, py::arg("root"), py::arg("index"), py::arg("output"),
         py::arg("like"));
+  m.def("leaves_like", &margin_kernels::leaves_like, py::arg("tensors"));
   m.def("read_graph", &read_graph, py::arg("root"), py::arg("begin"), "(nodes, signature) of a graph");
   m.def("node_hooks", &node_hooks, py::arg("root"),
         "(place of the node, its Python hooks, number of its other hooks) for each node that has hooks");

@@ -14,4 +14,11 @@ at::Tensor at_gradient_edge(const at::Tensor& root, int64_t index, int64_t outpu
   return tensor;
 }
 
+std::vector<at::Tensor> leaves_like(const std::vector<at::Tensor>& tensors) {
+  std::vector<at::Tensor> leaves;
+  leaves.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) leaves.push_back(tensor.detach().set_requires_grad(true));
+  return leaves;
+}
+
 }  // namespace margin_kernels

@@ -10,7 +10,6 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <cstdint>
-#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -20,10 +19,10 @@ namespace margin_kernels {
 class RedirectedEdges {
  public:
   // Place of an edge: its node in the breadth-first order of the graph of `root`, its number among the edges of that
-  // node, and the leaf that it leads to from now on, or none.
-  using Place = std::tuple<int64_t, int64_t, std::optional<at::Tensor>>;
+  // node, and the number of the end in `ends` that it leads to from now on, or -1 for none.
+  using Place = std::tuple<int64_t, int64_t, int64_t>;
 
-  RedirectedEdges(const at::Tensor& root, const std::vector<Place>& places);
+  RedirectedEdges(const at::Tensor& root, const std::vector<Place>& places, const std::vector<at::Tensor>& ends);
   ~RedirectedEdges() { restore(); }
   RedirectedEdges(const RedirectedEdges&) = delete;
   RedirectedEdges& operator=(const RedirectedEdges&) = delete;

@@ -224,10 +224,11 @@ class Graph:
             hooks.restore()
 
     @contextmanager
-    def redirected(self, places: Sequence[tuple[int, int, Tensor | None]]) -> Iterator[None]:
-        """Inside, the edge of that number of the node at a place leads to where the tensor came from, or nowhere."""
+    def redirected(self, places: Sequence[tuple[int, int, int]], ends: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, edges lead elsewhere: (place of the node, number of its edge, number of the one of `ends` that it
+        leads to, -1 for none)."""
         assert EXTENSION is not None
-        edges = EXTENSION.RedirectedEdges(self.root, places)
+        edges = EXTENSION.RedirectedEdges(self.root, places, ends)
         try:
             yield
         finally:
@@ -244,6 +245,13 @@ class Graph:
         if torch._C._autograd._get_current_graph_task_keep_graph():
             return True
         return any(torch._C._will_engine_execute_node(node) for node in nodes)
+
+
+def leaves_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """For each tensor a leaf of the same memory that requires a gradient and has no hooks."""
+    assert EXTENSION is not None
+    leaves: list[Tensor] = EXTENSION.leaves_like(tensors)
+    return leaves
 
 
 def _breadth_first(root: Tensor) -> list[Any]:

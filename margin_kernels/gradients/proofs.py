@@ -20,9 +20,6 @@ from .autograd_graph import Graph, saved
 
 # Kinds of graphs that a task remembers. Beyond, it begins anew: sequences of ever new lengths must not fill the memory.
 MANY = 64
-# (place of a node, number of its edge, to): the number of an input of the loss, a place and output for which a sink is
-# made, or nowhere.
-Turned = tuple[int, int, int | tuple[int, int] | None]
 
 
 class Proof(NamedTuple):
@@ -36,7 +33,9 @@ class Proof(NamedTuple):
         inputs: (place, output, whether it is a leaf) at which the loss ends
         edges, strides: (place, output) where passes record gradients, and the stride of the batch there
         leaves_at_top: whether parameters feed the node of the logits
-        turned: edges that lead elsewhere while the weights get their gradients
+        sinks: (place, output) whose gradients nodes must compute though nobody reads them
+        turned: edges that lead elsewhere while the weights get their gradients: (place of the node, number of its edge,
+            number of an input, then of a sink, or -1 for nowhere)
     """
 
     read: tuple[tuple[int, str, Any], ...]
@@ -47,7 +46,8 @@ class Proof(NamedTuple):
     edges: tuple[tuple[int, int], ...]
     strides: tuple[int, ...]
     leaves_at_top: bool
-    turned: tuple[Turned, ...]
+    sinks: tuple[tuple[int, int], ...]
+    turned: tuple[tuple[int, int, int], ...]
 
 
 class Proofs:

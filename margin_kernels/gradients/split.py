@@ -22,7 +22,7 @@ their own; it is not connected to the activations in between.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,10 +34,10 @@ from ..process_group import WORLD, Group
 from ..sharding import crosses, possible
 from ..tracing import is_plain, recording, tracing
 from . import autograd_graph
-from .autograd_graph import LEAF, Edge, gradients_at, like_output, made_before, shape_of
+from .autograd_graph import LEAF, Edge, gradients_at, leaves_like, like_output, made_before, shape_of
 from .loop import Loop, Passes, columns, norms_of, of_competitors, pass_gradients, sole_readers, without_autocast
 from .plan import Cotangents, Plan, Seeds, make_plan
-from .proofs import Proof, Turned
+from .proofs import Proof
 from .request import Captured, Request, Tap
 from .structure import by_sample, is_unknown_function, per_sample, registered
 
@@ -214,6 +214,7 @@ class Split:
         }
         edges += self._ends.values()
         places = self._graph.places
+        sinks, turned = self._turned()
         readers = sole_readers(self._graph, self._plan.taps, self.captured.batch)
         return Proof(
             read=tuple((places[node], name, value) for node, name, value in self._structure.read),
@@ -224,7 +225,8 @@ class Split:
             edges=tuple((places[edge.node], edge.output_nr) for edge in edges),
             strides=tuple(self._stride(edge) for edge in edges),
             leaves_at_top=bool(self._leaving(self._graph.top)),
-            turned=tuple(self._turned()),
+            sinks=tuple(sinks),
+            turned=tuple(turned),
         )
 
     def _check_request(self, request: Request, captured: Captured, logits: Tensor) -> None:
@@ -448,17 +450,12 @@ class Split:
         """What reaches the inputs from gradients at `roots`, without going along the tapped path."""
         if not roots:
             return [None] * len(self.parameters)
-        leaves = [parameter.detach().requires_grad_() for parameter in self.parameters]
-        sinks = [self._sink(*to) for _, _, to in self._proof.turned if isinstance(to, tuple)]
-        remaining = iter(sinks)
-        places = [
-            (place, number, next(remaining) if isinstance(to, tuple) else None if to is None else leaves[to])
-            for place, number, to in self._proof.turned
-        ]
-        with self._graph.redirected(places):
-            ends = [*leaves, *sinks]
+        zeros: dict[Any, Tensor] = {}
+        sinks = [like_output(self._graph.nodes[place], output, zeros) for place, output in self._proof.sinks]
+        ends = leaves_like([*self.parameters, *sinks])
+        with self._graph.redirected(self._proof.turned, ends):
             found = gradients_at(ends, roots, seeds, keep_graph)
-        return list(found[: len(leaves)])
+        return list(found[: len(self.parameters)])
 
     def _combined(self, weights: Tensor, keep_graph: bool) -> list[Tensor]:
         """sum_j w[n,j] G_j[n] at every edge, in the dtype of G; in the memory of G_0 where it is G_0's alone."""
@@ -479,15 +476,13 @@ class Split:
             self._recorded.clear()
         return combined
 
-    def _sink(self, place: int, output: int) -> Tensor:
-        """A leaf like an output of a node, for a gradient that nobody reads."""
-        return like_output(self._graph.nodes[place], output).requires_grad_()
-
-    def _turned(self) -> Iterator[Turned]:
-        """The edges along the tapped path, which are to lead nowhere or to sinks, and those to the inputs of the loss,
-        which are to lead to leaves without hooks."""
+    def _turned(self) -> tuple[list[tuple[int, int]], list[tuple[int, int, int]]]:
+        """The sinks, and the edges along the tapped path, which are to lead nowhere or to sinks, and those to the
+        inputs of the loss, which are to lead to leaves without hooks; as in a Proof."""
         numbers = {edge: i for i, edge in enumerate(self._inputs)}
         places = self._graph.places
+        sinks: list[tuple[int, int]] = []
+        turned: list[tuple[int, int, int]] = []
         for node in self._made:
             along, with_input = node in self._along, self._graph.names[node] in WITH_INPUT
             for number, edge in enumerate(self._graph.edges[node]):
@@ -495,9 +490,12 @@ class Split:
                 if following is None:
                     continue
                 if edge in numbers:
-                    yield places[node], number, numbers[edge]
+                    turned.append((places[node], number, numbers[edge]))
                 elif along and (following in self._along or following not in self._trained or edge in self._ends):
-                    yield places[node], number, (places[following], output) if with_input else None
+                    if with_input:
+                        sinks.append((places[following], output))
+                    turned.append((places[node], number, len(numbers) + len(sinks) - 1 if with_input else -1))
+        return sinks, turned
 
 
 class GivenGradients(torch.autograd.Function):

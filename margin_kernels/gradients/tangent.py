@@ -240,14 +240,15 @@ class TangentSplit(Split):
 
         for node in graph.nodes:
             _replace(node, made, instead)
-        places: list[tuple[int, int, Tensor | None]] = [
-            (place, number, instead[following])
+        numbers = {node: number for number, node in enumerate(instead)}
+        places = [
+            (place, number, numbers[following])
             for place, node in enumerate(graph.nodes)
             for number, (following, _) in enumerate(node.next_functions)
             if following in instead
         ]
         ends = [self._rows, *(instead.get(end.grad_fn, end) for end in self._pass[self._recorded_outputs :])]
-        with graph.redirected(places), graph.silenced():
+        with graph.redirected(places, list(instead.values())), graph.silenced():
             return list(torch.autograd.grad(joined, ends, retain_graph=keep_graph, allow_unused=True))
 
 

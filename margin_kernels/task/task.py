@@ -16,7 +16,7 @@ from ..gradients.choose import check_passes
 from ..gradients.loop import cut_sources
 from ..gradients.request import Captured
 from ..gradients.split import Trials
-from ..process_group import WORLD, Agreement, Group, alone
+from ..process_group import WORLD, Agreement, Group, alone, several
 from ..random_state import RandomState
 from ..replay import ReplayedModel
 from ..sharding import check_holders, is_sharded, logits_without_graph, whole, whole_logits
@@ -479,6 +479,8 @@ class MarginTask(nn.Module):
     def _check_together(self, batch: Batch, sharded: Sharded | None) -> None:
         """The errors that a loss has with its options and these targets, before other processes wait for this one.
         Values are read on the CPU alone, so that a GPU has none."""
+        if sharded is None and not several():
+            return
         logits, target = batch.given
 
         def check() -> None:

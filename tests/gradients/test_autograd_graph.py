@@ -38,6 +38,41 @@ def test_nodes_come_breadth_first_and_each_knows_its_readers() -> None:
     assert found.above([h.grad_fn]) == set(found.nodes[:4])
 
 
+@needs_extension
+def test_signatures_are_equal_where_graphs_look_alike() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    class Same(Twice):
+        pass
+
+    def signature(function, *shape: int) -> bytes:
+        x = torch.randn(shape or (2, 3), requires_grad=True)
+        return Graph(function(x, torch.tanh(x))).signature
+
+    functions = [
+        lambda x, h: x - h,
+        lambda x, h: h - x,
+        lambda x, h: (x - h) * 2,
+        lambda x, h: x.sin() - h,
+        lambda x, h: x.cos() - h,
+        lambda x, h: Twice.apply(x) - h,
+        lambda x, h: Same.apply(x) - h,
+        lambda x, h: x.unbind(0)[0] - h,
+        lambda x, h: x.unbind(0)[1] - h,
+        lambda x, h: x.detach() - h,
+    ]
+    found = [signature(function) for function in functions]
+    assert all(found) and len(set(found)) == len(found)
+    assert found == [signature(function) for function in functions]
+    assert signature(functions[0], 3, 2) != found[0] != signature(functions[0], 2, 3, 1)
+    *_, z, read = graph()
+    assert read.nodes == autograd_graph._breadth_first(z)
+    assert Graph(z).signature == read.signature != Graph(z, sequence_now()).signature
+
+
 def test_shapes_and_saved_arguments() -> None:
     x = torch.randn(2, 3, 4, requires_grad=True)
     assert tuple(shape_of(x.unbind(1)[0].grad_fn, 2)) == (2, 4)
@@ -110,7 +145,7 @@ def test_a_tensor_at_an_edge_gets_its_gradient() -> None:
 def test_redirected_edges_lead_elsewhere_and_back() -> None:
     _, h, z, found = graph()
     end = torch.zeros(2, 3, requires_grad=True)
-    with found.redirected([(1, 0, end), (2, 0, None)]):
+    with found.redirected([(1, 0, 0), (2, 0, -1)], [end]):
         (moved,) = torch.autograd.grad([GradientEdge(z.grad_fn, 0)], end, torch.ones(2, 3), retain_graph=True)
     torch.testing.assert_close(moved, h.detach().cos())
     (whole,) = torch.autograd.grad(z.sum(), h)
