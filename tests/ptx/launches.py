@@ -1,0 +1,399 @@
+"""The ops on a device: outputs and workspaces as their launchers allocate them, grids as csrc/cuda/*.cuh chooses them.
+
+What stands here once more is what the host does: a path that is chosen otherwise in csrc/cuda/ is to be chosen so
+here.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from .device import Array, Device, struct
+
+Int, Long = np.int32, np.int64
+BLOCK = 256  # threads, but for margin_hinge
+WARPS = BLOCK // 32
+PART_CLASSES = 32768
+
+
+def pieces(size: int, piece: int) -> int:
+    """How many pieces hold `size`."""
+    return -(-size // piece)
+
+
+def element_bytes(device: Device) -> int:
+    """Of logits and gradients."""
+    return {"float64": 8, "float32": 4}.get(device.dtype, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- competitors
+
+
+class Competitors(NamedTuple):
+    """What the forward pass leaves."""
+
+    index: Array
+    gap: Array
+    nll: Array
+    phi: Array
+    uniform: Array | None
+    normalizer: Array
+
+
+def short_width(classes: int) -> int:
+    """Lanes a row for up to 128 classes."""
+    width = 4
+    while width * 4 < classes:
+        width *= 2
+    return width
+
+
+def length_of_part(classes: int, parts: int) -> int:
+    """Equal parts, multiples of any pack."""
+    return pieces(pieces(classes, parts), 16) * 16
+
+
+def competitors(device: Device, logits: Array, target: Array, k: int, uniform: bool) -> Competitors:
+    """logits [N, C], target [N]; -100 is ignored."""
+    n, classes = logits.shape
+    wide = device.wide
+    out = Competitors(
+        device.empty((n, k), Long),
+        device.empty((n, k), wide),
+        device.empty((n,), wide),
+        device.empty((n,), wide),
+        device.empty((n,), wide) if uniform else None,
+        device.empty((n, 3), wide),
+    )
+    one = Long(1)
+    taken = (logits, Long(classes), target, one, Long(-100), Long(n), Int(classes), Int(k), *out)
+    if classes <= 128:
+        width = short_width(classes)
+        device.launch("competitors_short_kernel", (), pieces(n, BLOCK // width), BLOCK, taken, Int(width))
+    elif classes <= 2048:
+        device.launch("competitors_warp_kernel", (), pieces(n, WARPS), BLOCK, taken)
+    else:
+        parts = 1 if k > 32 else pieces(classes, PART_CLASSES)
+        length = length_of_part(classes, parts)
+        lists, sums = (n * parts * k, n * parts * 5) if parts > 1 else (0, 0)
+        work = (device.empty((lists,), wide), device.empty((lists,), Int), device.empty((sums,), wide))
+        device.launch("competitors_block_kernel", (), n * parts, BLOCK, taken, Int(parts), Int(length), work)
+        if parts > 1:
+            device.launch("competitors_merge_kernel", (), pieces(n, WARPS), BLOCK, taken, Int(parts), work)
+    return out
+
+
+def competitors_backward(
+    device: Device, logits: Array, target: Array, index: Array, normalizer: Array, grads: list[Array | None], shift: int
+) -> Array:
+    """grads: of gap [N, k], nll, phi and uniform [N], None where there is none."""
+    n, classes = logits.shape
+    k = index.shape[1]
+    one = Long(1)
+    slopes = device.empty((n, classes), device.dtype, shift)
+    per_sample = [item for grad in grads[1:] for item in (grad, one)]
+    taken = (logits, Long(classes), target, one, Long(n), Int(classes), Int(k), index, normalizer)
+    taken += (grads[0], Long(k), one, *per_sample, slopes)
+    if classes <= 128:
+        width = short_width(classes)
+        device.launch("competitors_backward_short_kernel", (), pieces(n, BLOCK // width), BLOCK, taken, Int(width))
+    else:
+        threads = 32 if classes <= 2048 else BLOCK
+        parts = 1 if threads == 32 else pieces(classes, PART_CLASSES)
+        length = classes if threads == 32 else length_of_part(classes, parts)
+        blocks = pieces(n, WARPS) if threads == 32 else n * parts
+        device.launch("competitors_backward_kernel", (), blocks, BLOCK, taken, Int(threads), Int(parts), Int(length))
+    return slopes
+
+
+# ------------------------------------------------------------------------------------------------------ dual_norm
+
+NORMS = {1: "LNS_4math4NormE0E", math.inf: "LNS_4math4NormE1E", 2: "LNS_4math4NormE2E", 3: "LNS_4math4NormE3E"}
+
+
+def norm_tag(p: float) -> str:
+    """The template argument of the norm that is dual to l_p."""
+    return NORMS.get(p, "LNS_4math4NormE4E")
+
+
+def exponent(p: float) -> np.float64:
+    """q"""
+    return np.float64(math.inf if p == 1 else 1.0 if p == math.inf else p / (p - 1))
+
+
+class Layer(NamedTuple):
+    """Rows [n, k, length] of a layer, `gap` elements between one row and the next, and their derivatives."""
+
+    rows: Array
+    length: int
+    row_stride: int
+    slopes: Array | None = None
+
+
+class NormPlan(NamedTuple):
+    """The tables of one launch over at most 40 layers, as bytes, and their blocks."""
+
+    table: bytes
+    blocks: int
+    split: bytes
+    split_blocks: int
+    partials: int
+
+
+def norm_plan(device: Device, layers: list[Layer]) -> NormPlan:
+    """Layers with the same n and k."""
+    n, k = layers[0].rows.shape[:2]
+    rows, blocks, split_blocks, partials = n * k, 0, 0, 0
+    entries, split_entries = [], []
+    for column, layer in enumerate(layers):
+        size = layer.length * element_bytes(device)
+        parts = 0 if size <= 4096 else pieces(size, 65536)
+        strides = (Long(k * layer.row_stride), Long(layer.row_stride), Long(k * layer.length), Long(layer.length))
+        start = (layer.rows, layer.slopes, *strides, Long(layer.length))
+        end = (Long(partials), Int(parts), Int(column))
+        entries.append(struct(*start, Long(blocks), *end))
+        blocks += rows * parts if parts else pieces(rows, WARPS)
+        if parts > 1:
+            split_entries.append(struct(*start, Long(split_blocks), *end))
+            partials += rows * parts
+            split_blocks += pieces(rows, WARPS)
+    tail = (Long(rows), Long(k))
+    tables = []
+    for chosen in (entries, split_entries):
+        room = b"".join(chosen).ljust(40 * len(entries[0]), b"\0")
+        tables.append(struct(room, *tail, Int(len(chosen)), Int(len(layers))))
+    return NormPlan(tables[0], blocks, tables[1], split_blocks, partials)
+
+
+def dual_norm(device: Device, layers: list[Layer], p: float) -> Array:
+    """Norms [n, k, layers]."""
+    plan = norm_plan(device, layers)
+    n, k = layers[0].rows.shape[:2]
+    norms = device.empty((n, k, len(layers)), device.wide)
+    partials = device.empty((2 * plan.partials,), np.float64)
+    tag, q = (norm_tag(p),), exponent(p)
+    device.launch("dual_norm_kernel", tag, plan.blocks, BLOCK, plan.table, q, norms, partials)
+    if plan.split_blocks:
+        device.launch("dual_norm_finish_kernel", tag, plan.split_blocks, BLOCK, plan.split, q, norms, partials)
+    return norms
+
+
+def dual_norm_backward(device: Device, layers: list[Layer], p: float, norms: Array, grads: Array) -> None:
+    """Writes the slopes of the layers."""
+    plan = norm_plan(device, layers)
+    ties = device.empty((2 * plan.partials,), Long)
+    if p == 1 and plan.split_blocks:
+        device.launch("dual_norm_ties_kernel", (), plan.blocks, BLOCK, plan.table, norms, ties)
+    tag, q = (norm_tag(p),), exponent(p)
+    device.launch("dual_norm_backward_kernel", tag, plan.blocks, BLOCK, plan.table, q, norms, grads, ties)
+
+
+# --------------------------------------------------------------------------------------------------- row_distance
+
+
+def pairs_of(rows: Array, index: Array, target: Array) -> tuple:
+    """RowPairs"""
+    classes, length = rows.shape
+    n, k = index.shape
+    return (rows, Long(length), Long(classes), Long(length), index, target, Long(n), Long(k))
+
+
+def row_distance(device: Device, rows: Array, index: Array, target: Array, p: float) -> Array:
+    """Norms [n, k] of rows[index] - rows[target]."""
+    n, k = index.shape
+    norms = device.empty((n, k), device.wide)
+    a_warp = rows.shape[1] * element_bytes(device) <= 8192
+    tags = (norm_tag(p), "Li32E" if a_warp else "Li256E")
+    blocks = pieces(n * k, WARPS) if a_warp else n * k
+    device.launch("row_distance_kernel", tags, blocks, BLOCK, pairs_of(rows, index, target), exponent(p), norms)
+    return norms
+
+
+def row_distance_backward(
+    device: Device, rows: Array, index: Array, target: Array, p: float, norms: Array, grads: Array
+) -> Array:
+    """Derivatives [C, D]; uses of a row sorted by its class, as the launcher sorts them."""
+    n, k = index.shape
+    uses = np.concatenate([index.read().reshape(-1), target.read()])
+    order = np.argsort(uses, kind="stable")
+    ties = device.empty((n * k if p == 1 else 0,), Long)
+    slopes = device.array(np.zeros(rows.shape), device.dtype)
+    taken = pairs_of(rows, index, target)
+    if p == 1:
+        device.launch("row_distance_ties_kernel", (), n * k, BLOCK, taken, norms, ties)
+    lists = (device.array(uses[order], Long), device.array(order, Long))
+    arguments = (taken, exponent(p), *lists, norms, grads, ties, slopes)
+    device.launch("row_distance_backward_kernel", (norm_tag(p),), n * k + n, BLOCK, *arguments)
+    return slopes
+
+
+# --------------------------------------------------------------------------------------------------- margin_hinge
+
+AGGREGATIONS = ("max", "sum", "mean", "mean_distance")
+
+
+class Hinge(NamedTuple):
+    """Arguments of margin_hinge; gamma, cap, weight and min_norm are [L]."""
+
+    gap: Array
+    norm: Array
+    gamma: Array
+    cap: Array | None
+    weight: Array | None
+    min_norm: Array | None
+    eps: float
+    aggregation: str
+    mean_over_layers: bool
+
+
+def hinge_launch(device: Device, kernel: str, hinge: Hinge, *out: object) -> None:
+    """Lanes a sample by the number of competitors."""
+    n, k, layers = hinge.norm.shape
+    width = 1
+    while width < 32 and 4 * width < k:
+        width *= 2
+    scalars = (Long(n), Int(k), Int(layers), (np.float64 if device.wide == "float64" else np.float32)(hinge.eps))
+    taken = (*hinge[:6], *scalars, Int(AGGREGATIONS.index(hinge.aggregation)), np.bool_(hinge.mean_over_layers))
+    device.launch(kernel, (), pieces(n * width, 128), 128, taken, Int(width), *out)
+
+
+def margin_hinge(device: Device, hinge: Hinge) -> tuple[Array, Array]:
+    """loss [N], distance [N, k, L]"""
+    loss, distance = device.empty(hinge.gap.shape[:1], device.wide), device.empty(hinge.norm.shape, device.wide)
+    hinge_launch(device, "margin_hinge_kernel", hinge, loss, distance)
+    return loss, distance
+
+
+def margin_hinge_backward(device: Device, hinge: Hinge, grad: Array) -> tuple[Array, Array]:
+    """dgap [N, k], dnorm [N, k, L]"""
+    dgap, dnorm = device.empty(hinge.gap.shape, device.wide), device.empty(hinge.norm.shape, device.wide)
+    hinge_launch(device, "margin_hinge_backward_kernel", hinge, grad, dgap, dnorm)
+    return dgap, dnorm
+
+
+# ------------------------------------------------------------------------------------------------------- one_to_n
+
+
+class OneToN(NamedTuple):
+    """What the forward pass leaves."""
+
+    loss: Array
+    column: Array
+    normalizer: Array | None
+
+
+def scores(device: Device, logits: Array, target: Array, delta: float) -> tuple:
+    """OneToN of csrc/cuda/one_to_n.cuh"""
+    n, classes = logits.shape
+    wide = np.float64 if device.wide == "float64" else np.float32
+    return (logits, Long(classes), Long(n), Long(classes), target, wide(delta))
+
+
+def tile_columns(device: Device) -> int:
+    """32 packs of 16 bytes."""
+    return 32 * 16 // element_bytes(device)
+
+
+def one_to_n(device: Device, logits: Array, target: Array, delta: float, positive: bool, cross_entropy: bool) -> OneToN:
+    """logits [N, C], N > 0"""
+    n, classes = logits.shape
+    wide = np.float64 if device.wide == "float64" else np.float32
+    chunk = pieces(pieces(n, 128), 32) * 32
+    chunks = pieces(n, chunk)
+    taken = scores(device, logits, target, delta)
+    partials = device.empty((chunks, classes, 2), device.wide)
+    column, loss = device.empty((classes,), device.wide), device.empty((n,), device.wide)
+    normalizer = device.empty((n,), device.wide) if cross_entropy else None
+    tiles = (pieces(classes, tile_columns(device)), chunks)
+    device.launch("one_to_n_columns_kernel", (), tiles, BLOCK, taken, Long(chunk), partials)
+    shift = wide(delta if positive else 0)
+    finish = (partials, Long(chunks), Long(classes), shift, column)
+    device.launch("one_to_n_finish_kernel", (), pieces(classes, BLOCK), BLOCK, *finish)
+    if cross_entropy:
+        device.launch("one_to_n_rows_kernel", (), n, BLOCK, taken, normalizer)
+    device.launch("one_to_n_loss_kernel", (), pieces(n, BLOCK), BLOCK, taken, column, normalizer, loss)
+    return OneToN(loss, column, normalizer)
+
+
+def one_to_n_backward(
+    device: Device,
+    logits: Array,
+    target: Array,
+    delta: float,
+    positive: bool,
+    grad: Array,
+    out: OneToN,
+    shift: int,
+    per_warp: int | None = None,
+) -> Array:
+    """dlogits [N, C]; `per_warp` classes to a warp, or as many as the launcher takes."""
+    n, classes = logits.shape
+    taken = scores(device, logits, target, delta)
+    share, totals = device.empty((n,), device.wide), device.empty((classes, 2), device.wide)
+    slopes = device.empty((n, classes), device.dtype, shift)
+    device.launch("one_to_n_share_kernel", (), pieces(n, BLOCK), BLOCK, taken, out.column, out.normalizer, share)
+    per_warp = per_warp or (8 if classes > 8192 else 1)
+    wide = np.float64 if device.wide == "float64" else np.float32
+    summed = (target, grad, share, out.column, Long(n), Long(classes), wide(delta if positive else 0), totals)
+    blocks = pieces(classes, 8 * per_warp)
+    device.launch("one_to_n_totals_kernel", (f"Li{per_warp}E",), blocks, BLOCK, *summed)
+    tiles = (pieces(n, 32), pieces(classes, tile_columns(device)))
+    arguments = (taken, totals, out.normalizer, grad, share, slopes)
+    device.launch("one_to_n_backward_kernel", (), tiles, BLOCK, *arguments)
+    return slopes
+
+
+# -------------------------------------------------------------------------------------------------- deepfool_step
+
+STEP_PART = 8192
+
+
+class Candidates(NamedTuple):
+    """gap [N, k], gradients [N, k, D], active [N] or none, norms [N, k]"""
+
+    gap: Array
+    gradients: Array
+    active: Array | None
+    norms: Array
+
+
+def candidates_of(given: Candidates) -> tuple:
+    """DeepFool of csrc/cuda/deepfool_step.cuh"""
+    n, k, length = given.gradients.shape
+    strides = (Long(k * length), Long(length))
+    return (given.gap, given.gradients, *strides, given.active, given.norms, Long(n), Long(k), Long(length))
+
+
+def deepfool_step(device: Device, given: Candidates, p: float, shift: int) -> tuple[Array, Array, Array, Array]:
+    """step [N, D], distance, choice and norm [N]"""
+    n, _, length = given.gradients.shape
+    parts = max(1, pieces(length, STEP_PART))
+    step, choice = device.empty((n, length), device.dtype, shift), device.empty((n,), Long)
+    distance, norm = device.empty((n,), device.wide), device.empty((n,), device.wide)
+    arguments = (candidates_of(given), exponent(p), Long(parts), step, distance, choice, norm)
+    device.launch("deepfool_step_kernel", (norm_tag(p),), n * parts, BLOCK, *arguments)
+    return step, distance, choice, norm
+
+
+def deepfool_step_backward(
+    device: Device,
+    given: Candidates,
+    p: float,
+    choice: Array,
+    norm: Array,
+    grad_step: Array | None,
+    grad_distance: Array | None,
+) -> tuple[Array, Array]:
+    """dgap [N, k], dgradients [N, k, D]"""
+    n, k, length = given.gradients.shape
+    parts = max(1, pieces(length, STEP_PART))
+    products, firsts = device.empty((n, parts), np.float64), device.empty((n,), Long)
+    dgap, slopes = device.empty((n, k), device.wide), device.empty((n, k, length), device.dtype)
+    taken = (candidates_of(given), exponent(p), Long(parts), choice, norm)
+    if grad_step is not None:
+        arguments = (*taken, grad_step, products, firsts)
+        device.launch("deepfool_product_kernel", (norm_tag(p),), n * parts, BLOCK, *arguments)
+    arguments = (*taken, grad_step, grad_distance, products, firsts, dgap, slopes)
+    device.launch("deepfool_backward_kernel", (norm_tag(p),), n * k * parts, BLOCK, *arguments)
+    return dgap, slopes
