@@ -12,9 +12,11 @@ does not know is an error that names it.
     instructions.py  Instruction -> a function on the 32 lanes of a warp
     warp.py          registers and groups of lanes that stand at the same instruction
     grid.py          blocks, barriers, launches
+    counts.py        `python -m ptx.counts`: what was executed and moved, to benchmarks/results/ptx_counts.json
     device.py        arrays in the memory of the device
     launches.py      the ops: which kernels with which parameters, as csrc/cuda/ launches them
     cases.py         shapes that reach each path, with their oracles in float64
+    mutants.py       mistakes made in the text of the PTX, each of which a case must find
 
 Found: accesses outside of what is allocated, misaligned ones, what depends on registers, shared or global memory
 that nobody wrote, races of threads without a barrier between them, barriers in divergent code, shuffles with lanes

@@ -11,6 +11,8 @@ import pytest
 
 from ptx import cases, compiler
 from ptx.device import Device, module
+from ptx.memory import Fault
+from ptx.mutants import MUTANTS
 
 NIGHTLY = bool(os.environ.get("MARGIN_KERNELS_NIGHTLY"))
 ALL_CASES = cases.CASES | (cases.NIGHTLY if NIGHTLY else {})
@@ -37,3 +39,11 @@ def test_every_kernel_is_reached(request):
         pytest.skip(f"{chosen} of {len(RUNS)} cases were chosen")
     for dtype in REACHED if NIGHTLY else ("float32",):
         assert set(module(dtype).entries) == REACHED[dtype]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_mistake_in_a_kernel_is_found(mutant, monkeypatch):
+    """The same case passes on the kernel as it is."""
+    monkeypatch.setattr("ptx.warp.MOST_STEPS", 40_000)  # three times what a warp takes without a mistake
+    with pytest.raises((Fault, AssertionError)):
+        cases.CASES[mutant.case](Device("float32", random.Random(1), mutant.applied(module("float32"))))

@@ -1,0 +1,186 @@
+"""Mistakes made in the text of the PTX, each of which a case must find: by a wrong value or by a fault."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from .launches import norm_tag
+from .parser import Module
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One place of one kernel, changed. `number` counts the matches of `pattern` from 0."""
+
+    what: str
+    stem: str
+    case: str
+    pattern: str
+    replacement: str
+    number: int = 0
+    tags: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.stem}, {self.what} {self.number}"
+
+    def applied(self, module: Module) -> Module:
+        """The kernels with this mistake."""
+        return module.edited(module.find(self.stem, *self.tags), self.edit)
+
+    def edit(self, body: str) -> str:
+        """The changed text; no such place is an error, so that no mutant is lost unseen."""
+        places = list(re.finditer(self.pattern, body))
+        if self.number >= len(places):
+            raise ValueError(f"{self}: {self.pattern!r} has {len(places)} places")
+        place = places[self.number]
+        return body[: place.start()] + place.expand(self.replacement) + body[place.end() :]
+
+
+Edit = tuple[str, str]  # pattern, replacement
+BARRIER: Edit = (r"\bbar\.sync\s+0;", "")
+WARP_BARRIER: Edit = (r"\bbar\.warp\.sync\s+-1;", "")
+# Of the threads with the numbers 0 to 6 nobody waits.
+DIVERGENT: Edit = (
+    r"\bbar\.sync\s+0;",
+    "mov.u32 %r999999, %tid.x; setp.lt.u32 %p999999, %r999999, 7; @%p999999 bra $Lmutant; bar.sync 0; $Lmutant:",
+)
+STORE_LOST: Edit = (r"st\.shared\.\w+\s+[^;]*;", "")
+STORE_MOVED: Edit = (r"(st\.shared\.\w+\s+\[[^\]+]+)\]", r"\1+8]")
+LANE: Edit = (r"(shfl\.sync\.\w+\.b32\s+[^;,]*,[^;,]*), [^;,]*,", r"\1, 3,")
+LANES_LEFT_OUT: Edit = (r"(shfl\.sync\.\w+\.b32\s+[^;]*), [^;,]*;", r"\1, 65535;")
+INVERTED: Edit = (r"@(%p\d+) bra", r"@!\1 bra")
+ONE_MORE: Edit = (r"setp\.lt\.s", r"setp.le.s")
+ONE_LESS: Edit = (r"setp\.gt\.s", r"setp.ge.s")
+
+
+def norm_of(p: float) -> tuple[str, ...]:
+    """The template argument of a kernel of a norm."""
+    return (norm_tag(p),)
+
+
+def mutants(what: str, edit: Edit, places: list[tuple]) -> list[Mutant]:
+    """One for each (kernel, case, number, template arguments)."""
+    return [Mutant(what, stem, case, *edit, number, *tags) for stem, case, number, *tags in places]
+
+
+MUTANTS = [
+    # Every barrier of every kernel; the second of competitors_block_kernel is there for the next 32 competitors.
+    *mutants(
+        "barrier removed",
+        BARRIER,
+        [
+            ("competitors_block_kernel", "competitors-block", 0),
+            ("competitors_block_kernel", "competitors-block-many", 1),
+            ("competitors_backward_kernel", "competitors-block", 0),
+            *[("dual_norm_kernel", f"dual_norm-block-{p}", 0, norm_of(p)) for p in (1, 2, 3, math.inf)],
+            ("dual_norm_ties_kernel", "dual_norm-parts-1", 0),
+            ("dual_norm_backward_kernel", "dual_norm-block-1", 0, norm_of(1)),
+            ("dual_norm_backward_kernel", "dual_norm-parts-1", 1, norm_of(1)),
+            ("row_distance_kernel", "row_distance-block-2", 0, (*norm_of(2), "Li256E")),
+            ("row_distance_ties_kernel", "row_distance-warp-1", 0),
+            ("one_to_n_columns_kernel", "one_to_n-chunks", 0),
+            ("one_to_n_rows_kernel", "one_to_n-one-class", 0),
+            ("one_to_n_totals_kernel", "one_to_n-samples", 0, ("Li1E",)),
+            ("one_to_n_totals_kernel", "one_to_n-samples", 1, ("Li1E",)),
+            ("one_to_n_totals_kernel", "one_to_n-eight", 1, ("Li8E",)),
+            ("deepfool_step_kernel", "deepfool_step-1", 0, norm_of(1)),
+            ("deepfool_step_kernel", "deepfool_step-1", 1, norm_of(1)),
+            ("deepfool_product_kernel", "deepfool_step-1", 0, norm_of(1)),
+            ("deepfool_product_kernel", "deepfool_step-1", 1, norm_of(1)),
+        ],
+    ),
+    *mutants(
+        "__syncwarp removed",
+        WARP_BARRIER,
+        [
+            ("competitors_backward_short_kernel", "competitors-4-lanes", 0),
+            ("competitors_backward_kernel", "competitors-warp", 0),
+        ],
+    ),
+    *mutants(
+        "barrier that few threads skip",
+        DIVERGENT,
+        [
+            ("competitors_block_kernel", "competitors-block", 1),
+            ("one_to_n_totals_kernel", "one_to_n-eight", 0, ("Li8E",)),
+        ],
+    ),
+    *mutants(
+        "shared value not written",
+        STORE_LOST,
+        [
+            *[("competitors_block_kernel", "competitors-block-many", number) for number in (0, 1, 2, 4, 7, 8)],
+            ("dual_norm_kernel", "dual_norm-block-2", 1, norm_of(2)),
+            ("one_to_n_columns_kernel", "one_to_n-chunks", 4),
+            ("one_to_n_rows_kernel", "one_to_n-one-class", 1),
+            ("one_to_n_totals_kernel", "one_to_n-eight", 0, ("Li8E",)),
+            ("deepfool_step_kernel", "deepfool_step-1", 4, norm_of(1)),
+        ],
+    ),
+    *mutants(
+        "shared value beside its place",
+        STORE_MOVED,
+        [
+            ("competitors_block_kernel", "competitors-block", 2),
+            ("row_distance_kernel", "row_distance-block-2", 0, (*norm_of(2), "Li256E")),
+            ("one_to_n_totals_kernel", "one_to_n-eight", 1, ("Li8E",)),
+            ("deepfool_product_kernel", "deepfool_step-1", 0, norm_of(1)),
+        ],
+    ),
+    *mutants(
+        "lane of a shuffle changed",
+        LANE,
+        [
+            *[("competitors_short_kernel", "competitors-4-lanes", number) for number in (0, 3, 5, 6)],
+            ("competitors_warp_kernel", "competitors-warp-ties", 1),
+            ("competitors_block_kernel", "competitors-block-many", 36),
+            ("competitors_merge_kernel", "competitors-parts", 21),
+            ("competitors_backward_short_kernel", "competitors-4-lanes", 0),
+            ("competitors_backward_kernel", "competitors-warp", 1),
+            ("dual_norm_kernel", "dual_norm-block-2", 0, norm_of(2)),
+            ("dual_norm_finish_kernel", "dual_norm-parts-2", 2, norm_of(2)),
+            ("dual_norm_ties_kernel", "dual_norm-parts-1", 5),
+        ],
+    ),
+    *mutants(
+        "lanes left out of a shuffle",
+        LANES_LEFT_OUT,
+        [
+            ("competitors_short_kernel", "competitors-4-lanes", 2),
+            ("dual_norm_finish_kernel", "dual_norm-parts-2", 4, norm_of(2)),
+            ("one_to_n_rows_kernel", "one_to_n-one-class", 3),
+        ],
+    ),
+    *mutants(
+        "predicate inverted",
+        INVERTED,
+        [
+            *[("competitors_short_kernel", "competitors-4-lanes", number) for number in (19, 30, 50)],
+            ("competitors_warp_kernel", "competitors-warp-ties", 85),
+            ("competitors_block_kernel", "competitors-block-many", 81),  # does not end
+            ("competitors_merge_kernel", "competitors-parts", 25),
+            ("competitors_backward_kernel", "competitors-block", 36),
+            ("dual_norm_backward_kernel", "dual_norm-parts-1", 35, norm_of(1)),
+            ("row_distance_kernel", "row_distance-warp-2", 13, (*norm_of(2), "Li32E")),
+            ("row_distance_backward_kernel", "row_distance-warp-2", 20, norm_of(2)),
+            ("margin_hinge_kernel", "margin_hinge-max-options", 193),
+            ("margin_hinge_backward_kernel", "margin_hinge-mean_distance-options", 155),
+            ("one_to_n_columns_kernel", "one_to_n-chunks", 25),
+            ("one_to_n_loss_kernel", "one_to_n-one-class", 0),
+            ("one_to_n_share_kernel", "one_to_n-one-class", 0),
+        ],
+    ),
+    *mutants(
+        "bound off by one",
+        ONE_MORE,
+        [
+            ("competitors_short_kernel", "competitors-4-lanes", 5),
+            ("competitors_backward_short_kernel", "competitors-4-lanes", 1),
+            ("competitors_backward_kernel", "competitors-warp", 3),
+            ("row_distance_ties_kernel", "row_distance-warp-1", 1),
+            ("margin_hinge_kernel", "margin_hinge-max-options", 39),
+            ("one_to_n_columns_kernel", "one_to_n-chunks", 4),
+        ],
+    ),
+    *mutants("bound off by one, the other way", ONE_LESS, [("competitors_backward_kernel", "competitors-block", 3)]),
+]
