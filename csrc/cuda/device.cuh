@@ -115,7 +115,7 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack, int word)
   if (word == 16) {
     uint4 bits;
     memcpy(&bits, static_cast<const void*>(&pack), 16);
-    *reinterpret_cast<uint4*>(to) = bits;
+    __stcs(reinterpret_cast<uint4*>(to), bits);  // nvcc takes an assignment apart, into four stores of 4 bytes
   } else if (sizeof(T) == 2 && word == 4) {
     uint32_t bits[4];
     memcpy(bits, static_cast<const void*>(&pack), 16);
