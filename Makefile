@@ -7,7 +7,8 @@
 #   make test-triton  the Triton kernels without a GPU: interpreted by the op tests, compiled for sm_90
 #   make test-all     test, test-triton, cpptest
 #   make nightly      what a change rarely breaks: cpptest under ASan and UBSan, 2,000 drawn networks, a toy op compiled, growth,
-#                     every cell of the table of several processes, runs killed at every write, device code for sm_80 too
+#                     every cell of the table of several processes, runs killed at every write, device code for sm_80 too,
+#                     the PTX of every kernel in every type
 #   make release      source archive and wheel in dist/, each installed in an empty environment and tried
 #
 # PYTHON  the interpreter for .venv          TORCH  what to install as torch, e.g. TORCH="torch==2.12.*"
@@ -57,7 +58,7 @@ test-all: test test-triton cpptest
 
 nightly: test-fuzz
 	MARGIN_KERNELS_NIGHTLY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/house/test_contributing.py tests/task/test_growth.py tests/distributed tests/experiments/test_failures.py \
-	    tests/experiments/test_torchrun.py
+	    tests/experiments/test_torchrun.py tests/ptx
 	$(MAKE) cpptest SANITIZE=ON
 	if command -v nvcc >/dev/null; then $(MAKE) cpptest CUDA_CHECK=ON; fi
 

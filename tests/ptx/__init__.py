@@ -9,6 +9,7 @@ does not know is an error that names it.
     memory.py        bytes with a shadow: what is allocated and written, who wrote and read last
     rounding.py      fma, bfloat16 and other roundings that numpy does not have
     arithmetic.py    what an opcode computes of its operands
+    operands.py      registers, numbers and places, and what depends on registers that nobody wrote
     instructions.py  Instruction -> a function on the 32 lanes of a warp
     warp.py          registers and groups of lanes that stand at the same instruction
     grid.py          blocks, barriers, launches

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .instructions import LANES, Program
+from .instructions import Program
 from .memory import Fault, Memory, Traffic
+from .operands import LANES
 from .warp import Warp
 
 

@@ -14,7 +14,24 @@ from .device import Array, Device, struct
 Int, Long = np.int32, np.int64
 BLOCK = 256  # threads, but for margin_hinge
 WARPS = BLOCK // 32
-PART_CLASSES = 32768
+# What csrc/cuda/*.cuh names so; a test reads it there.
+CONSTANTS = {
+    "kShortClasses": 128,
+    "kWarpClasses": 2048,
+    "kPartClasses": 32768,
+    "kListed": 32,
+    "kRowThreads": 256,
+    "kNormThreads": 256,
+    "kMarginHingeThreads": 128,
+    "kWarpRowBytes": 4096,
+    "kPartBytes": 65536,
+    "kNormLayers": 40,
+    "kWarpPairBytes": 8192,
+    "kStepPart": 8192,
+    "kTileLanes": 32,
+    "kRowsAtOnce": 4,
+}
+SHORT_CLASSES, WARP_CLASSES, PART_CLASSES = (CONSTANTS[f"k{name}Classes"] for name in ("Short", "Warp", "Part"))
 
 
 def pieces(size: int, piece: int) -> int:
@@ -68,13 +85,13 @@ def competitors(device: Device, logits: Array, target: Array, k: int, uniform: b
     )
     one = Long(1)
     taken = (logits, Long(classes), target, one, Long(-100), Long(n), Int(classes), Int(k), *out)
-    if classes <= 128:
+    if classes <= SHORT_CLASSES:
         width = short_width(classes)
         device.launch("competitors_short_kernel", (), pieces(n, BLOCK // width), BLOCK, taken, Int(width))
-    elif classes <= 2048:
+    elif classes <= WARP_CLASSES:
         device.launch("competitors_warp_kernel", (), pieces(n, WARPS), BLOCK, taken)
     else:
-        parts = 1 if k > 32 else pieces(classes, PART_CLASSES)
+        parts = 1 if k > CONSTANTS["kListed"] else pieces(classes, PART_CLASSES)
         length = length_of_part(classes, parts)
         lists, sums = (n * parts * k, n * parts * 5) if parts > 1 else (0, 0)
         work = (device.empty((lists,), wide), device.empty((lists,), Int), device.empty((sums,), wide))
@@ -95,11 +112,11 @@ def competitors_backward(
     per_sample = [item for grad in grads[1:] for item in (grad, one)]
     taken = (logits, Long(classes), target, one, Long(n), Int(classes), Int(k), index, normalizer)
     taken += (grads[0], Long(k), one, *per_sample, slopes)
-    if classes <= 128:
+    if classes <= SHORT_CLASSES:
         width = short_width(classes)
         device.launch("competitors_backward_short_kernel", (), pieces(n, BLOCK // width), BLOCK, taken, Int(width))
     else:
-        threads = 32 if classes <= 2048 else BLOCK
+        threads = 32 if classes <= WARP_CLASSES else BLOCK
         parts = 1 if threads == 32 else pieces(classes, PART_CLASSES)
         length = classes if threads == 32 else length_of_part(classes, parts)
         blocks = pieces(n, WARPS) if threads == 32 else n * parts
@@ -148,7 +165,7 @@ def norm_plan(device: Device, layers: list[Layer]) -> NormPlan:
     entries, split_entries = [], []
     for column, layer in enumerate(layers):
         size = layer.length * element_bytes(device)
-        parts = 0 if size <= 4096 else pieces(size, 65536)
+        parts = 0 if size <= CONSTANTS["kWarpRowBytes"] else pieces(size, CONSTANTS["kPartBytes"])
         strides = (Long(k * layer.row_stride), Long(layer.row_stride), Long(k * layer.length), Long(layer.length))
         start = (layer.rows, layer.slopes, *strides, Long(layer.length))
         end = (Long(partials), Int(parts), Int(column))
@@ -161,7 +178,7 @@ def norm_plan(device: Device, layers: list[Layer]) -> NormPlan:
     tail = (Long(rows), Long(k))
     tables = []
     for chosen in (entries, split_entries):
-        room = b"".join(chosen).ljust(40 * len(entries[0]), b"\0")
+        room = b"".join(chosen).ljust(CONSTANTS["kNormLayers"] * len(entries[0]), b"\0")
         tables.append(struct(room, *tail, Int(len(chosen)), Int(len(layers))))
     return NormPlan(tables[0], blocks, tables[1], split_blocks, partials)
 
@@ -203,7 +220,7 @@ def row_distance(device: Device, rows: Array, index: Array, target: Array, p: fl
     """Norms [n, k] of rows[index] - rows[target]."""
     n, k = index.shape
     norms = device.empty((n, k), device.wide)
-    a_warp = rows.shape[1] * element_bytes(device) <= 8192
+    a_warp = rows.shape[1] * element_bytes(device) <= CONSTANTS["kWarpPairBytes"]
     tags = (norm_tag(p), "Li32E" if a_warp else "Li256E")
     blocks = pieces(n * k, WARPS) if a_warp else n * k
     device.launch("row_distance_kernel", tags, blocks, BLOCK, pairs_of(rows, index, target), exponent(p), norms)
@@ -346,7 +363,7 @@ def one_to_n_backward(
 
 # -------------------------------------------------------------------------------------------------- deepfool_step
 
-STEP_PART = 8192
+STEP_PART = CONSTANTS["kStepPart"]
 
 
 class Candidates(NamedTuple):

@@ -1,4 +1,4 @@
-"""The text of a PTX file -> its kernels. A function that a kernel calls is inlined, its registers and labels renamed."""
+"""The text of a PTX file -> its kernels. A function that is called is inlined, its registers and labels renamed."""
 
 import copy
 import re

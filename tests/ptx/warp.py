@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .instructions import ALL, LANES, Kind, Lanes, Step
+from .instructions import Kind, Step
 from .memory import Access, Fault, moments
+from .operands import ALL, LANE, LANES, Lanes
 
 if TYPE_CHECKING:
     from .grid import Block
 
-LANE = np.arange(LANES)
 MOST_STEPS = 500_000  # of one warp; the longest case takes a tenth of it
 
 
