@@ -14,17 +14,24 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a b + c, rounded to float64 from a sum of 64 bits of exact products."""
+    """a b + c, rounded to float64 from a sum of exact products, in which no cancellation loses a bit."""
     a, b, c = a.astype(Long), b.astype(Long), c.astype(Long)
     a_low, b_low = low_bits(a), low_bits(b)
     a_high, b_high = a - a_low, b - b_low
-    product = a_high * b_high  # 64 bits: exact, and so are the others
-    total = product + c
-    shared = total - product
-    lost = (product - (total - shared)) + (c - shared)
-    result = total + (lost + (a_high * b_low + a_low * b_high) + a_low * b_low)
+    total, lost = a_high * b_high, np.zeros_like(a)  # 64 bits: exact, and so are the other products
+    for term in (c, a_high * b_low, a_low * b_high, a_low * b_low):
+        total, error = exact_sum(total, term)
+        lost = lost + error
+    result = total + lost
     # Beyond the finite numbers nothing is lost that could be added.
     return np.where(np.isfinite(result), result, a * b + c).astype(np.float64)
+
+
+def exact_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a + b, and what its rounding has lost."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
 
 
 def low_bits(x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The tool itself, on kernels of a few lines: each mistake is a fault that says what it is."""
 
 import random
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ptx.device import Array, Device
 from ptx.memory import Fault
 from ptx.parser import Module, UnknownPtx
+from ptx.rounding import fma64, toward
 
 Long = np.int64
 ENTRY = """
@@ -191,3 +193,28 @@ def test_roundings_are_those_of_the_names():
     assert np.array_equal(nearest, exact.astype(np.float32))
     cut = arithmetic("add.rz.f32 %f3, %f1, %f2;", a, b)
     assert (np.abs(cut) <= np.abs(a.astype(np.float64) + b)).all()
+
+
+def test_fma_of_float64_is_rounded_once():
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal(2000), rng.standard_normal(2000)
+    for c in (rng.standard_normal(2000), -(a * b), 1e-17 * rng.standard_normal(2000), np.zeros(2000)):
+        exact = [float(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in zip(a, b, c, strict=True)]
+        assert np.array_equal(fma64(a, b, c), exact)
+
+
+def test_fma_of_float64_beyond_the_finite_numbers():
+    a, b = np.array([1e300, np.inf, np.inf, 1e200, 1e-200]), np.array([1e300, 1.0, 0.0, 1e200, 1e-200])
+    c = np.array([1.0, 1.0, 1.0, -np.inf, 5e-324])
+    with np.errstate(all="ignore"):
+        assert np.array_equal(fma64(a, b, c), [np.inf, np.inf, np.nan, -np.inf, 5e-324], equal_nan=True)
+
+
+@pytest.mark.parametrize("direction, below, above", [("rn", 1, 2), ("rz", 1, 1), ("rm", 1, 1), ("rp", 2, 2)])
+def test_directions_of_rounding(direction, below, above):
+    """A quarter and three quarters of the way from 1 to the next number of float32, in units of that step."""
+    step = float(np.finfo(np.float32).eps)
+    places = np.array([1 + step / 4, 1 + 3 * step / 4])
+    assert list((toward(direction)(places, np.float32) - 1) / step + 1) == [below, above]
+    mirrored = {"rm": "rp", "rp": "rm"}.get(direction, direction)
+    assert list(-(toward(mirrored)(-places, np.float32) + 1) / step + 1) == [below, above]

@@ -157,7 +157,10 @@ class Warp:
     def load(self, space: str, addresses: np.ndarray, lanes: Lanes, width: int) -> np.ndarray:
         """[lanes, width] bytes."""
         if space == "param":
-            return self.block.parameters[(addresses if lanes is None else addresses[lanes])[:, None] + np.arange(width)]
+            places = (addresses if lanes is None else addresses[lanes])[:, None] + np.arange(width)
+            if places.min() < 0 or places.max() >= len(self.block.parameters):
+                raise Fault(f"load of {width} bytes out of the bounds of the parameters")
+            return self.block.parameters[places]
         return self.block.memory(space).load(self.access(addresses, lanes, width, stores=False))
 
     def store(self, space: str, addresses: np.ndarray, lanes: Lanes, content: np.ndarray) -> None:
