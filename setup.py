@@ -2,8 +2,8 @@
 
 MARGIN_KERNELS_NO_EXT=1       build nothing: reference and Triton backends only
 MARGIN_KERNELS_CUDA=auto|0|1  CUDA kernels; auto: where torch has CUDA and a CUDA toolkit is found
-CUDA_HOME, CXX                the CUDA toolkit and the C++ compiler; both are checked before anything is compiled. Without
-                              CUDA_HOME: /usr/local/cuda, or the toolkit of the nvcc on PATH, which may be a script
+CUDA_HOME, CXX                the CUDA toolkit and the C++ compiler; both are checked before anything is compiled.
+                              Without CUDA_HOME: /usr/local/cuda, or the toolkit of the nvcc on PATH, also a script
 MARGIN_KERNELS_DEBUG=1        device code asserts that classes are in range, instead of giving NaN
 TORCH_CUDA_ARCH_LIST          default 8.0;9.0+PTX
 """
@@ -72,7 +72,7 @@ def check_toolkit(cuda_home: str) -> None:
 
 
 def toolkit() -> str | None:
-    """CUDA_HOME or CUDA_PATH as they are set; else a complete toolkit at the customary place, or above the nvcc on PATH;
+    """CUDA_HOME or CUDA_PATH as they are set; else a complete toolkit at the customary place, or of the nvcc on PATH;
     else, where there is an nvcc, the folder above it, of which check_toolkit says what it lacks."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(name):

@@ -2,7 +2,9 @@
 
 python benchmarks/kernels_gpu.py --out benchmarks/results/kernels_gpu.json
 
---compiled adds torch.compile of the eager compositions. Every case rotates among as many input sets as fill four times the L2 cache, so that nothing is found there. The copy
+--compiled adds torch.compile of the eager compositions.
+
+Every case rotates among as many input sets as fill four times the L2 cache, so that nothing is found there. The copy
 that a share refers to reads and writes 1 GB in the same run. Floors in bytes, of size N C or N D only:
 
     dual_norm       one read of the gradients

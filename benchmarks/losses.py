@@ -54,7 +54,7 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
 
 
 def prototypes(count: int) -> tuple[Tensor, Tensor]:
-    """Ten drawn 8 x 8 images with noise, where scikit-learn and its digits are not installed: [count, 1, 8, 8], [count]."""
+    """Ten drawn 8 x 8 images with noise, where scikit-learn is not installed: [count, 1, 8, 8], [count]."""
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(10, 1, 8, 8, generator=generator), torch.arange(count) % 10
     return (images[labels] + 0.2 * torch.randn(count, 1, 8, 8, generator=generator)).clamp(0, 1), labels

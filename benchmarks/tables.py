@@ -411,7 +411,7 @@ def gpu_rows(run: dict) -> str:
 
 
 def read(archive: Path) -> dict[str, str]:
-    """The tables of an archive of benchmarks/run_gpu.sh, by name of file and part; what was stopped is there in part."""
+    """The tables of an archive of benchmarks/run_gpu.sh, by name of file and part, also of a run that was stopped."""
     found: dict[str, str] = {}
     with tarfile.open(archive) as files:
         for member in files:
