@@ -17,11 +17,15 @@ def gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
 
 def is_split(loss: Tensor) -> bool:
     """Whether the gradients of a loss come from a split backward: a node of it is in the graph of the loss."""
-    nodes = [loss.grad_fn]
-    for node in nodes:
+    seen = {loss.grad_fn}
+    open_ = list(seen)
+    while open_:
+        node = open_.pop()
         if type(node).__name__ == "GivenGradientsBackward":
             return True
-        nodes += [following for following, _ in node.next_functions if following is not None]
+        met = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= met
+        open_ += met
     return False
 
 
