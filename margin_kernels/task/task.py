@@ -63,13 +63,14 @@ class MarginTask(nn.Module):
             a step does and why.
             "loop": one activation-only backward pass for each competitor, and the ordinary backward of the loss.
             "split": the gradients of the parameters from those that the passes found, half a backward pass less, for
-            top_k = 1 the cost of cross-entropy. The loss is then a function of the parameters and of tensors that enter
-            the model with a graph of their own; it is not connected to the activations in between. Needs no
-            cross-entropy term (but with competitors="soft", auxiliary="pairwise" or all competitors), samples that do
-            not interact between taps and logits, no hooks on activations, and the compiled extension; with
-            second_order=True, as with MarginSensitivityLoss, also one competitor and a network that is linear piece by
-            piece, 4 F instead of 6 F. An operation of which nothing is known is tried out at steps 1, 2, 4, 8, ... and
-            every 1024th, on all processes alike; a trial that fails raises ValueError.
+            top_k = 1 the cost of cross-entropy. The loss can then be differentiated in the parameters and in tensors
+            that enter the model with a graph of their own, and not in activations. Needs no cross-entropy term (but
+            with competitors="soft", auxiliary="pairwise" or all competitors), samples that do not interact between taps
+            and logits, no hooks on activations, and the compiled extension; with second_order=True, as with
+            MarginSensitivityLoss, also one competitor and a network that is linear piece by piece, 4 F instead of 6 F.
+            By name it also takes operations of which nothing is known: at steps 1, 2, 4, 8, ... and every 1024th a
+            random half of the batch is set to zero, on all processes alike, and where the other half notices it
+            ValueError is raised.
             "auto": split where the graph of the forward pass proves it exact and top_k is at most 2, beyond which
             it is not faster; else loop.
         batchnorm: for models with batch norm in training mode, where samples are coupled and the gradient of a summed
