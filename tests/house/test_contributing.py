@@ -74,7 +74,7 @@ def half_square(x: Tensor, backend: str = "auto") -> Tensor:
         BackendError: a backend named by the caller cannot run.
     """
     name, op = choose("half_square", (x,), backend)
-    if name not in _COMPILED:
+    if name not in COMPILED:
         checks.check_half_square(x)
     return op(x)
 ''',

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def once(folders: Sequence[Path]) -> None:
     """Raises ValueError where the same folder is given twice."""
-    resolved = [folder.resolve() for folder in folders]
+    resolved = [os.path.realpath(folder) for folder in folders]  # of links in a circle too
     for own, folder in zip(resolved, folders, strict=True):
         if resolved.count(own) > 1:
             raise ValueError(f"folders must be given once each, got {folder} {resolved.count(own)} times")
@@ -18,7 +19,7 @@ def distinct(names: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The names; those that several have are replaced by the shortest ends of their folders in which these differ.
     Raises ValueError where the same folder is given twice."""
     once(folders)
-    parts = [folder.resolve().parts[1:] for folder in folders]
+    parts = [Path(os.path.realpath(folder)).parts[1:] for folder in folders]
     found = list(names)
     for name in {name for name in names if list(names).count(name) > 1}:
         alike = [i for i, other in enumerate(names) if other == name]
