@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -51,38 +52,33 @@ def test_there_are_examples_and_each_is_short():
     assert all(len(path.read_text().splitlines()) < LONGEST for path in EXAMPLES)
 
 
+def output_of(path: Path, program: str, *options: str, **environment: str) -> str:
+    """What an example prints that runs as its docstring says, by `program` in a line of its own: Python with these
+    options. Its last line tells a test error below 15 %."""
+    (line,) = re.findall(rf"^    {program} (.*)$", path.read_text(), re.MULTILINE)
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-P", *options, *line.split()]
+    found = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    assert found.returncode == 0, found.stderr
+    assert float(re.fullmatch(r"test error ([\d.]+)%", found.stdout.splitlines()[-1])[1]) < 15
+    return found.stdout
+
+
 @pytest.mark.parametrize("path", PROCESSES, ids=lambda path: path.name)
 def test_an_example_of_several_processes_runs_as_its_docstring_says(path):
-    (line,) = re.findall(r"^    torchrun (.*)$", path.read_text(), re.MULTILINE)
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", *line.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert found.returncode == 0, found.stderr
-    *epochs, last = found.stdout.splitlines()
+    *epochs, _ = output_of(path, "torchrun", "-m", "torch.distributed.run", "--standalone").splitlines()
     errors = [float(re.search(r"error ([\d.]+)%", text)[1]) for text in epochs]
     assert len(epochs) == 15 and errors[-1] < 2 < errors[0]  # each epoch is told once
-    assert float(re.fullmatch(r"test error ([\d.]+)%", last)[1]) < 15
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_an_example_in_one_process_runs_as_its_docstring_says(name):
-    (line,) = re.findall(r"^    python (.*)$", (ROOT / "examples" / name).read_text(), re.MULTILINE)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-P", *line.split()]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert found.returncode == 0, found.stderr
-    assert float(re.fullmatch(r"test error ([\d.]+)%", found.stdout.splitlines()[-1])[1]) < 15
-    assert ALONE[name](found.stdout), found.stdout
+    out = output_of(ROOT / "examples" / name, "python")
+    assert ALONE[name](out), out
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_an_example_in_another_library_runs_as_its_docstring_says(name):
     for package in LIBRARIES[name]:
         pytest.importorskip(package, reason=f"{package} is not installed: pip install {package}")
-    (line,) = re.findall(r"^    python (.*)$", (ROOT / "examples" / name).read_text(), re.MULTILINE)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-P", *line.split()]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert found.returncode == 0, found.stderr
-    last = found.stdout.splitlines()[-1]
-    assert float(re.fullmatch(r"test error ([\d.]+)%", last)[1]) < 15
+    output_of(ROOT / "examples" / name, "python", HF_HUB_OFFLINE="1")

@@ -3,18 +3,14 @@
 import csv
 import dataclasses
 import fnmatch
-import importlib.util
 import re
 
 import pytest
+import tables
 from support import ROOT
 
 from margin_kernels.experiments import config, models, sweeps
 from margin_kernels.experiments.results import RECORDS, Records, summary
-
-spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
 
 RESULTS = ROOT / "benchmarks" / "results"
 SWEEPS = sorted(path.parent for room in ("papers", "presets") for path in (RESULTS / room).glob("*/records.jsonl"))

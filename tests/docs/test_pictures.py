@@ -1,16 +1,13 @@
 """The pictures of the site show what the library computes."""
 
-import importlib.util
 import re
 
+import pictures
 import pytest
 import torch
 from matplotlib import pyplot
+from matplotlib.patches import Rectangle
 from support import ROOT
-
-spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
-pictures = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pictures)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +57,7 @@ def test_the_slope_of_1_to_n_ends_at_delta():
 def test_a_step_is_as_wide_as_its_passes():
     widths: dict[float, float] = {}
     for patch in pictures.step().axes[0].patches:
+        assert isinstance(patch, Rectangle)
         widths[patch.get_y()] = widths.get(patch.get_y(), 0) + patch.get_width()
     assert [width for _, width in sorted(widths.items())] == [4, 6, 4, 3, 3]
 

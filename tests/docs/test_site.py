@@ -1,18 +1,14 @@
 """The site: every public name and every page is on it, links lead somewhere, quoted messages are those of the code."""
 
-import importlib.util
 import re
 
+import hooks
 import pytest
 import yaml
 from support import ROOT
 
 import margin_kernels as mk
 from margin_kernels import losses
-
-spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
-hooks = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hooks)
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 SOURCES = [*(ROOT / "margin_kernels").rglob("*.py"), ROOT / "setup.py", ROOT / "build_backend.py"]

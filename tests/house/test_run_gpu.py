@@ -3,7 +3,6 @@
 `DEVICE=cpu bash benchmarks/run_gpu.sh FOLDER` is the dry run: every stage in small.
 """
 
-import importlib.util
 import io
 import json
 import re
@@ -12,6 +11,7 @@ import sys
 import tarfile
 
 import pytest
+import tables
 from support import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
@@ -21,10 +21,8 @@ PARTS = {int(part): names.split() for part, names in re.findall(r'\[(\d)\]="([^"
 LONGEST = 560  # seconds that a command may take
 # What a machine with a GPU may lack.
 MISSING = ("jsonargparse", "rich", "foolbox", "sklearn", "docstring_parser", "mkdocs")
-
-spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-tables = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tables)
+WITHOUT = f"import sys; sys.modules.update(dict.fromkeys({MISSING!r})); "
+WITHOUT += f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); "
 
 
 def test_the_limits_of_a_command_add_up_to_less_than_it_may_take():
@@ -40,15 +38,13 @@ def test_the_build_comes_first_and_the_tests_before_the_sanitizers_and_the_times
 
 @pytest.mark.parametrize("module", ["step", "losses", "kernels_gpu"])
 def test_what_a_stage_runs_can_be_imported_without_the_experiments_extra(module):
-    block = f"import sys; sys.modules.update(dict.fromkeys({MISSING!r}))"
-    code = f"{block}; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import {module}; print({module}.__doc__[:5])"
+    code = f"{WITHOUT} import {module}; print({module}.__doc__[:5])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0 and len(found.stdout) == 6, found.stderr
 
 
 def test_losses_are_timed_on_drawn_images_where_there_are_no_digits():
-    block = f"import sys; sys.modules.update(dict.fromkeys({MISSING!r}))"
-    code = f"{block}; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import losses; x, y = losses.digits(20); "
+    code = f"{WITHOUT} import losses; x, y = losses.digits(20); "
     code += "print(losses.WITH_DIGITS, tuple(x.shape), y.tolist()[:11])"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False (20, 1, 28, 28) [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0]"
