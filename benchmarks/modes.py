@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import margin_kernels as mk
 from margin_kernels.gradients.autograd_graph import Graph
+from margin_kernels.gradients.split import NODES
 
 # Of a batch x, y: the loss [].
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -74,7 +75,7 @@ class Mode:
     def auto_takes(self, model: nn.Module, hidden: Sequence[str], x: Tensor, y: Tensor) -> str:
         """ "loop" or "split", whichever passes="auto" takes."""
         loss = self.task(model, hidden, "auto")(x, y)["loss"]
-        return "split" if any(node.name() == "GivenGradientsBackward" for node in Graph(loss).nodes) else "loop"
+        return "split" if any(node.name() in NODES for node in Graph(loss).nodes) else "loop"
 
 
 def floor(

@@ -10,6 +10,7 @@
 #include "../csrc/graph/node_hooks.h"
 #include "../csrc/graph/redirected_edges.h"
 #include "../csrc/graph/signature.h"
+#include "../csrc/loss_and_gradient.h"
 #include "../csrc/margin_flags.h"
 #include "../csrc/ops.h"
 #include "../csrc/soft_cotangent.h"
@@ -87,6 +88,25 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("soft_cotangent", &margin_kernels::soft_cotangent, py::arg("logits"), py::arg("target"), py::arg("counted"));
   m.def("margin_flags", &margin_kernels::margin_flags, py::arg("gap"), py::arg("norm"), py::arg("distance"),
         py::arg("gamma"), py::arg("cap"), py::arg("min_norm"), py::arg("valid"));
+  m.def("ranked_once", &margin_kernels::ranked_once, py::arg("logits"), py::arg("target"), py::arg("k"),
+        py::arg("ignore_index"), py::arg("soft"));
+  m.def(
+      "loss_and_gradient",
+      [](const at::Tensor& logits, const at::Tensor& target, const at::Tensor& gap, const at::Tensor& nll,
+         const at::Tensor& index, const at::Tensor& normalizer, const at::Tensor& valid, const at::Tensor& norm,
+         std::vector<double> gamma, std::vector<double> cap, std::vector<double> weight, std::vector<double> min_norm,
+         double eps, double margin_weight, double cross_entropy_weight, std::string_view aggregation,
+         std::string_view layer_reduction, bool mean, bool soft) {
+        const margin_kernels::HingeNumbers numbers{
+            std::move(gamma), std::move(cap),      std::move(weight), std::move(min_norm), eps,
+            margin_weight,    cross_entropy_weight};
+        return margin_kernels::loss_and_gradient(logits, target, gap, nll, index, normalizer, valid, norm, numbers,
+                                                 aggregation, layer_reduction, mean, soft);
+      },
+      py::arg("logits"), py::arg("target"), py::arg("gap"), py::arg("nll"), py::arg("index"), py::arg("normalizer"),
+      py::arg("valid"), py::arg("norm"), py::arg("gamma"), py::arg("cap"), py::arg("weight"), py::arg("min_norm"),
+      py::arg("eps"), py::arg("margin_weight"), py::arg("cross_entropy_weight"), py::arg("aggregation"),
+      py::arg("layer_reduction"), py::arg("mean"), py::arg("soft"));
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
   py::class_<margin_kernels::RedirectedEdges>(m, "RedirectedEdges")
       .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&,

@@ -267,13 +267,17 @@ def _breadth_first(root: Tensor) -> list[Any]:
 
 
 def gradients_at(
-    ends: Sequence[Tensor], roots: Sequence[GradientEdge], seeds: Sequence[Tensor], keep_graph: bool
+    ends: Sequence[Tensor | GradientEdge],
+    roots: Sequence[Tensor | GradientEdge],
+    seeds: Sequence[Tensor],
+    keep_graph: bool,
+    create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """torch.autograd.grad(roots, ends, seeds, retain_graph=keep_graph, allow_unused=True), without what that costs
-    before the engine runs. The seeds have the shapes of the roots, which the engine checks."""
+    """torch.autograd.grad(roots, ends, seeds, retain_graph=keep_graph, create_graph=create_graph, allow_unused=True),
+    without what that costs before the engine runs. The seeds have the shapes of the roots, which the engine checks."""
     engine = torch.autograd.Variable._execution_engine
     found: tuple[Tensor | None, ...] = engine.run_backward(
-        tuple(roots), tuple(seeds), keep_graph, False, tuple(ends), allow_unreachable=True, accumulate_grad=False
+        tuple(roots), tuple(seeds), keep_graph, create_graph, tuple(ends), allow_unreachable=True, accumulate_grad=False
     )
     return found
 

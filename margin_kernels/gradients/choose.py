@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -47,6 +47,11 @@ class Gradients(Protocol):
 
     def attach(self, loss: Tensor) -> Tensor:
         """The loss, with its way to the parameters."""
+
+
+def takes_gradient(gradients: Gradients) -> TypeGuard[Split]:
+    """Whether a strategy takes the gradient of the loss in the logits instead of a graph that leads to them."""
+    return type(gradients) is Split
 
 
 def check_passes(passes: str) -> str:

@@ -26,7 +26,7 @@ from ..backends import EXTENSION
 from ..second_derivative import check_second_derivative, is_missing, sentence
 from ..sharding import check_order, gathered
 from ..tracing import tracing
-from .autograd_graph import Graph
+from .autograd_graph import Graph, gradients_at
 from .plan import Cotangents, Plan, Seeds, Source, make_plan, pass_start
 from .request import Captured, Request, Tap
 from .structure import by_sample
@@ -231,9 +231,7 @@ class Passes:
             check_order(self._tapped_path())
         try:
             with self._graph.silenced():
-                gradients = torch.autograd.grad(
-                    self.start, self._edges, seed, retain_graph=True, create_graph=second_order, allow_unused=True
-                )
+                gradients = gradients_at(self._edges, [self.start], [seed], True, second_order)
         except RuntimeError as error:
             if check and second_order and is_missing(error):
                 raise ValueError(sentence(str(error), INSTEAD)) from error
@@ -252,7 +250,8 @@ class Passes:
             if gradient is None:
                 raise ValueError(f"tap {tap.name!r} is outside the graph of the logits: they do not depend on it")
             found.append(gradient if thin is None else thin.input_gradient(gradient))
-        return found, list(gradients[len(self.taps) :])
+        others: list[Any] = list(gradients[len(self.taps) :])
+        return found, others
 
     def _tapped_path(self) -> set[Any]:
         """The nodes from the logits to what reads a tap."""

@@ -119,13 +119,22 @@ def _among(edge: GradientEdge, edges: list[GradientEdge]) -> bool:
 
 class Cotangents:
     """c [N,C], c[n,:] = d (s[n,i] - s[n,y]) / d z[n,:], and the rows c W [N,D], one competitor i at a time; None where
-    nothing needs them. A sample against its own label has c = 0. The soft competitor is one, whatever its number."""
+    nothing needs them. A sample against its own label has c = 0. The soft competitor is one, whatever its number;
+    `direction` is its c where that is known."""
 
-    def __init__(self, captured: Captured, target: Tensor, request: Request, second_order: bool) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        target: Tensor,
+        request: Request,
+        second_order: bool,
+        direction: Tensor | None = None,
+    ) -> None:
         logits, head = captured.logits, captured.head
         self._target, self._columns = target, target.unsqueeze(1)
         self._scores: Tensor | None = None
         self._soft: Callable[[Tensor], Tensor] | None = None
+        self._direction = direction
         self._weight: Tensor | None = None
         if head is not None:
             self._weight = head.weight if second_order else head.weight.detach()
@@ -145,7 +154,9 @@ class Cotangents:
 
     def of(self, index: Tensor) -> Seeds:
         """c [N,C] (None where nothing needs it) and c W [N,D] (None without a head) for competitors index [N]."""
-        cotangent = None if self._soft is None else self._soft(index != self._target)
+        cotangent = self._direction
+        if self._soft is not None and cotangent is None:
+            cotangent = self._soft(index != self._target)
         if self._scores is not None:
             cotangent = self._softmax(self._scores, index.unsqueeze(1))
         elif cotangent is None and self._weight is None:
@@ -172,7 +183,8 @@ def soft_cotangent(logits: Tensor, target: Tensor, second_order: bool, backend: 
         return found
     with torch.enable_grad():
         z = logits if second_order else logits.detach().requires_grad_()
-        rows = functional.competitors(z, target, backend=backend)
+        # NaN in the logits of samples that are not counted is nobody's.
+        rows = functional.competitors(torch.where(counted.unsqueeze(1), z, 0), target, backend=backend)
         label_is_masked = counted & (rows.phi.detach() == -math.inf)
         weights = -counted.to(rows.phi.dtype), label_is_masked.to(rows.nll.dtype)
         return torch.autograd.grad((rows.phi, rows.nll), z, weights, create_graph=second_order)[0]

@@ -354,12 +354,13 @@ class Split:
         """The logits as made by a node whose inputs are those of the loss, and whose backward is `_gradients`."""
         return GivenGradients.apply(self.captured.logits.detach(), self._gradients, *self.parameters)
 
-    def norms(self, target: Tensor, index: Tensor) -> Tensor:
-        """D [N,k,L] as `Loop.norms`; the passes record what `attach` needs. Raises ValueError where a trial fails."""
+    def norms(self, target: Tensor, index: Tensor, direction: Tensor | None = None) -> Tensor:
+        """D [N,k,L] as `Loop.norms`; the passes record what `attach` needs. direction: of the soft competitor, where it
+        is known. Raises ValueError where a trial fails."""
         self._index, self._target = index, target
         plan, request = self._plan, self.request
         with without_autocast(target.device.type), torch.set_grad_enabled(request.second_order):
-            cotangents = Cotangents(self.captured, target, request, False)
+            cotangents = Cotangents(self.captured, target, request, False, direction)
             passes = Passes(self.captured, plan.taps, self.edges, self._readers())
             norms: list[Tensor] = []
             for competitor in index.unbind(1):
@@ -424,6 +425,12 @@ class Split:
         self._logits = None
         return loss
 
+    def known(self, loss: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
+        """`loss` [] whose gradient in the logits is known, with its way to the parameters. weights [N,k]: those of the
+        recorded gradients in it."""
+        total: Tensor = KnownGradient.apply(loss, gradient, weights, self._found, *self.parameters)
+        return total
+
     def _check_late_hooks(self) -> None:
         late = self._hooked()
         if late:
@@ -434,11 +441,15 @@ class Split:
 
     def _gradients(self, outer: Tensor) -> list[Tensor | None]:
         """The gradients in `parameters`, from the one in `logits`."""
-        self._check_late_hooks()
-        keep_graph = self._graph.still_to_run(self._made)
         # In z a pair's direction has 1 at the competitor, that of the soft competitor -1 at the label.
         soft = self.request.soft
         weights = -outer.gather(1, self._target.unsqueeze(1)) if soft else outer.gather(1, self._index)
+        return self._found(outer, weights)
+
+    def _found(self, outer: Tensor, weights: Tensor) -> list[Tensor | None]:
+        """The gradients in `parameters`, from the one in the logits and the weights of the recorded gradients."""
+        self._check_late_hooks()
+        keep_graph = self._graph.still_to_run(self._made)
         weights = weights if self._plan.scale == 1 else weights / self._plan.scale
         roots, seeds = list(self.edges), self._combined(weights, keep_graph)
         if self._proof.leaves_at_top:
@@ -508,6 +519,38 @@ class GivenGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError('the split backward has no second derivative (create_graph=True): use passes="loop"')
+        check_first_derivative()
         return (None, None, *ctx.gradients(grad))
+
+
+class KnownGradient(torch.autograd.Function):
+    """A loss [] whose gradient in the logits is known; from that, and from the weights of the recorded gradients in it,
+    a function finds those in the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        gradient: Tensor,
+        weights: Tensor,
+        found: Callable[[Tensor, Tensor], list[Tensor | None]],
+        *inputs: Tensor,
+    ) -> Tensor:
+        ctx.found = found
+        ctx.save_for_backward(gradient, weights)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        check_first_derivative()
+        gradient, weights = ctx.saved_tensors
+        return (None, None, None, None, *ctx.found(gradient * grad, weights * grad))
+
+
+def check_first_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError('the split backward has no second derivative (create_graph=True): use passes="loop"')
+
+
+# The names of the nodes that stand in the graph of a loss whose gradients come from a split backward.
+NODES = tuple(f"{function.__name__}Backward" for function in (GivenGradients, KnownGradient))

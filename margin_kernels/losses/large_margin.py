@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import functional
-from ..backends import BACKENDS
-from ..gradients.choose import choose
+from ..backends import BACKENDS, EXTENSION
+from ..backends import choose as choose_backend
+from ..gradients.choose import Split, choose, takes_gradient
 from ..gradients.request import Captured, Request
 from ..process_group import WORLD, Group
 from ..reference.margin_hinge import AGGREGATIONS
+from ..tracing import tracing
 from . import base
 from .base import TapLoss, optional
 from .margins import Margins
@@ -39,6 +41,9 @@ class Medians(Protocol):
     def step(self, distance: Tensor, usable: Tensor, warmup: int, group: Group) -> tuple[Tensor, Tensor]:
         """Takes distances [N,k,L] where usable, of this process; the medians [L], and whether the margin has its
         weight, [] bool."""
+
+    def known(self) -> list[float] | None:
+        """The medians where the host knows that they are fixed."""
 
 
 class LargeMarginLoss(TapLoss):
@@ -210,6 +215,10 @@ class LargeMarginLoss(TapLoss):
         self._check_targets(targets)
         request = self.request(logits.shape[-1], targets.soft is not None)
         gradients = choose(passes, request, captured, logits, **how)
+        if takes_gradient(gradients) and everywhere is None and self._is_plain(logits, targets, captured):
+            fixed = medians.known() if self.gamma == "auto" and medians is not None else None
+            if self.gamma != "auto" or fixed is not None:
+                return self._at_once(logits, targets, gradients, captured, fixed)
         source = gradients.logits
         found = self.gaps(source, targets)
         index, gap, valid = found.competitor, found.gap, targets.valid
@@ -249,6 +258,68 @@ class LargeMarginLoss(TapLoss):
         total = gradients.attach(self._total(targets.weighed(loss), *rows))
         nll = rows[0].nll.detach()
         return Margins(total, nll, gaps, index, norms, distance, active, degenerate, valid)
+
+    def _is_plain(self, logits: Tensor, targets: Targets, captured: Captured) -> bool:
+        """Whether the loss is a mean or sum over the rows of this process of nothing but hinge and cross-entropy."""
+        return (
+            targets.soft is None
+            and targets.factor is None
+            and targets.share is None
+            and self.label_smoothing == 0
+            and self.auxiliary == "cross_entropy"
+            and self.reduction != "none"
+            and self.layer_scale is None
+            and captured.chosen is None
+            and logits.dtype in (torch.float32, torch.float64)
+            and self.group().size == 1
+            and not tracing()
+            and choose_backend("competitors", (logits,), self.backend)[0] == "cpu"
+        )
+
+    def _at_once(
+        self, logits: Tensor, targets: Targets, gradients: Split, captured: Captured, medians: list[float] | None
+    ) -> Margins:
+        """`statistics` of such a loss, its gradient in the logits found together with it: a third of the operations.
+        medians: of gamma="auto"."""
+        assert EXTENSION is not None
+        soft, classes = self.competitors == "soft", logits.shape[1]
+        gap, nll, index, normalizer, valid, direction = EXTENSION.ranked_once(
+            logits, targets.label, self.top_k, targets.ignored, soft
+        )
+        label = targets.safe(classes)
+        rivals = index if soft else torch.where(valid.unsqueeze(1), index, label.unsqueeze(1))
+        norm = gradients.norms(label, rivals, direction if soft else None)
+        layers = captured.layers or norm.shape[2]
+        numbers = self.numbers(layers)
+        gamma, cap, weight, least = (numbers[i * layers : (i + 1) * layers] for i in range(4))
+        reduction = self.layer_reduction
+        if medians is not None:
+            whole = sum(weight) if reduction == "mean" else 1.0
+            gamma, cap = ([x * m for x, m in zip(values, medians, strict=True)] for values in (gamma, cap))
+            weight, reduction = [w / g / whole for w, g in zip(weight, gamma, strict=True)], "sum"
+        loss, gradient, weights, distance, active, degenerate = EXTENSION.loss_and_gradient(
+            logits,
+            targets.label,
+            gap,
+            nll,
+            index,
+            normalizer,
+            valid,
+            norm,
+            gamma,
+            cap,
+            weight,
+            least,
+            self.eps,
+            self.margin_weight,
+            self.cross_entropy_weight,
+            self.aggregation,
+            reduction,
+            self.reduction == "mean",
+            soft,
+        )
+        total = gradients.known(loss, gradient, weights)
+        return Margins(total, nll, gap, index, norm, distance, active, degenerate, valid)
 
     def numbers(self, layers: int) -> list[float]:
         """What a compiled step does not fix but reads anew: gamma, cap, layer weight and min_norm for each layer, and

@@ -75,6 +75,11 @@ class AutoGamma(nn.Module):
             self._follow(distance, usable, warmup, group)
         return self._now(distance)
 
+    def known(self) -> list[float] | None:
+        """The medians where the host knows them to be fixed."""
+        found: list[float] | None = self.median.tolist() if self._known_fixed else None
+        return found
+
     def _now(self, distance: Tensor) -> tuple[Tensor, Tensor]:
         if self.median.device != distance.device:
             raise ValueError(
@@ -114,6 +119,9 @@ class Held:
 
     def __init__(self, medians: AutoGamma) -> None:
         self._medians = medians
+
+    def known(self) -> list[float] | None:
+        return self._medians.known()
 
     def step(self, distance: Tensor, usable: Tensor, warmup: int, group: Group) -> tuple[Tensor, Tensor]:
         return self._medians._now(distance)

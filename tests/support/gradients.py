@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from margin_kernels import MarginTask
+from margin_kernels.gradients.split import NODES
 from margin_kernels.losses.base import MarginLoss
 
 
@@ -21,7 +22,7 @@ def is_split(loss: Tensor) -> bool:
     open_ = list(seen)
     while open_:
         node = open_.pop()
-        if type(node).__name__ == "GivenGradientsBackward":
+        if type(node).__name__ in NODES:
             return True
         met = {following for following, _ in node.next_functions if following is not None} - seen
         seen |= met
