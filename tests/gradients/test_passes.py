@@ -113,15 +113,20 @@ def test_numel_divides_closed_forms_and_passes_alike(space) -> None:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[dict]:
-    """The arguments of every torch.autograd.grad call."""
+    """The arguments of every pass."""
     seen: list[dict] = []
-    original = torch.autograd.grad
+    original, by_pytorch = loop.gradients_at, torch.autograd.grad
 
-    def spy(outputs, inputs, grad_outputs=None, **options):
-        seen.append({"start": outputs, "inputs": len(inputs), "seed": grad_outputs, **options})
-        return original(outputs, inputs, grad_outputs, **options)
+    def spy(ends, roots, seeds, *options):
+        seen.append({"start": roots[0], "inputs": len(ends), "seed": seeds[0]})
+        return original(ends, roots, seeds, *options)
 
-    monkeypatch.setattr(torch.autograd, "grad", spy)
+    def other(*args, **options):
+        seen.append({})
+        return by_pytorch(*args, **options)
+
+    monkeypatch.setattr(loop, "gradients_at", spy)
+    monkeypatch.setattr(torch.autograd, "grad", other)
     return seen
 
 
