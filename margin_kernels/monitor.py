@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from . import functional
+from .backends import EXTENSION
 from .batchnorm import running_statistics, training_batchnorms
 from .gradients.autograd_graph import Graph
 from .gradients.loop import difference_norms
@@ -41,6 +42,7 @@ from .random_state import RandomState
 from .reference.dual_norm import dual_exponent
 from .sharding import gathered, whole
 from .task.capture import INPUT, OUTPUT, Taps
+from .tracing import is_plain, tracing
 
 # What g differs from s (p - e_y), summed over the rivals and relative to the label's entry: up to `KNOWN` a margin
 # counts as measured; from `OTHER` on, where rounding does not explain it, the loss was another one.
@@ -225,7 +227,7 @@ class MarginMonitor:
         """Forget what was measured: a new epoch."""
         self._distances: list[Tensor] = []
         self._seen = 0
-        self._others: list[Tensor] = []
+        self._others: list[Tensor | int] = []
         self._around: str | None = None
         self._done, self._written = [], {}
 
@@ -428,13 +430,10 @@ class MarginMonitor:
             bound = TRIAL[done.dtype] * expected.abs().amax()
             if not bool(((done.norms[name] - expected).abs() <= bound).all() | ~expected.isfinite().all()):
                 self._around = f"a term of the loss reaches layer {name!r} by another way than the logits: {INSTEAD}"
-        factor, phi, rest, knows = (found[:, i].unsqueeze(1) for i in (FACTOR, PHI, REST, KNOWS))
-        norms = torch.stack([found[:, NORM] if name == OUTPUT else done.norms[name] for name in self.layers], 1)
-        least = norms.new_tensor([done.least.get(name, 0.0) for name in self.layers])
-        weight = rest * factor
-        known = (knows > 0) & (norms > least) & norms.isfinite()
-        self._distances.append(torch.where(known, phi * weight / (self.eps * weight + norms), math.nan))
-        self._others.append(found[:, OTHER_LOSS].sum())
+        norms = [found[:, NORM] if name == OUTPUT else done.norms[name] for name in self.layers]
+        distances, others = _margins(found, norms, [done.least.get(name, 0.0) for name in self.layers], self.eps)
+        self._distances.append(distances)
+        self._others.append(others)
         self._seen += len(found)
 
     def _measure(self, done: _Pass) -> None:
@@ -537,8 +536,12 @@ class _Pass:
 def _read(g: Tensor, z: Tensor, p: float, given: Tensor | None = None) -> Tensor:
     """[N,7] of what the gradient g [N,C] of logits z [N,C] shows, with the labels [N] where they are given."""
     g, z, given = gathered(g, z, given)
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     rounding = max(ROUNDING[g.dtype], ROUNDING[z.dtype])
+    if EXTENSION is not None and _readable(g, z):
+        given = None if given is None else given.to(z.device)
+        found: Tensor = EXTENSION.read_logit_gradient(g, z, given, p, KNOWN, OTHER, rounding)
+        return found
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     norm = functional.dual_norm([g], p, batch_dims=1)[:, 0]
     g, z = g.to(wide), z.to(wide)
     if given is None:
@@ -565,6 +568,23 @@ def _read(g: Tensor, z: Tensor, p: float, given: Tensor | None = None) -> Tensor
     other = valid & (((own < 0) & (residual > OTHER * entry + rounding * factor)) | (own > rounding * g.abs().sum(1)))
     columns_ = (factor, phi, rest, knows.to(wide), other.to(wide), norm.to(wide), torch.ones_like(phi))
     return torch.stack(columns_, 1)
+
+
+def _margins(found: Tensor, norms: list[Tensor], least: list[float], eps: float) -> tuple[Tensor, Tensor | int]:
+    """d [N,L] of what `_read` gave and the norms [N] of each layer, and how many samples had another loss."""
+    if EXTENSION is not None and found.is_contiguous() and _readable(found, *norms):
+        distances, others = EXTENSION.monitored_margins(found, norms, least, eps)
+        return distances, others
+    factor, phi, rest, knows = (found[:, i].unsqueeze(1) for i in (FACTOR, PHI, REST, KNOWS))
+    measured = torch.stack(norms, 1)
+    weight = rest * factor
+    known = (knows > 0) & (measured > measured.new_tensor(least)) & measured.isfinite()
+    return torch.where(known, phi * weight / (eps * weight + measured), math.nan), found[:, OTHER_LOSS].sum()
+
+
+def _readable(*tensors: Tensor) -> bool:
+    """Whether compiled code may read these tensors."""
+    return not tracing() and all(tensor.device.type == "cpu" and is_plain(tensor) for tensor in tensors)
 
 
 class _Probe(torch.autograd.Function):

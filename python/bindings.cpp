@@ -12,6 +12,7 @@
 #include "../csrc/graph/signature.h"
 #include "../csrc/loss_and_gradient.h"
 #include "../csrc/margin_flags.h"
+#include "../csrc/monitored.h"
 #include "../csrc/ops.h"
 #include "../csrc/soft_cotangent.h"
 
@@ -107,6 +108,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("valid"), py::arg("norm"), py::arg("gamma"), py::arg("cap"), py::arg("weight"), py::arg("min_norm"),
       py::arg("eps"), py::arg("margin_weight"), py::arg("cross_entropy_weight"), py::arg("aggregation"),
       py::arg("layer_reduction"), py::arg("mean"), py::arg("soft"));
+  m.def("read_logit_gradient", &margin_kernels::read_logit_gradient, py::arg("g"), py::arg("z"), py::arg("given"),
+        py::arg("p"), py::arg("known"), py::arg("other"), py::arg("rounding"));
+  m.def("monitored_margins", &margin_kernels::monitored_margins, py::arg("found"), py::arg("norms"), py::arg("least"),
+        py::arg("eps"));
   m.def("cut_gradients", &margin_kernels::cut_gradients, py::arg("root"), py::arg("sources"));
   py::class_<margin_kernels::RedirectedEdges>(m, "RedirectedEdges")
       .def(py::init<const at::Tensor&, const std::vector<margin_kernels::RedirectedEdges::Place>&,

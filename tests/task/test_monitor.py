@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from margin_kernels import MarginMonitor
+from margin_kernels import MarginMonitor, monitor
 
 CLASSES, LAYERS = 5, ("input", "0", "2", "4", "output")
 batch = partial(batches.normal, n=7, shape=(1, 6, 6), classes=CLASSES)
@@ -504,3 +504,70 @@ def test_small_batches_and_numbers() -> None:
     phi = z.gather(1, y[:, None])[:, 0] - z.gather(1, 1 - y[:, None])[:, 0]
     (g,) = torch.autograd.grad(phi.sum(), h)
     close(monitor.distances()[:, 0], phi.detach() / (1e-6 + g.norm(dim=1)))
+
+
+def _logit_gradients(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients [N,C] of logits [N,C] under some loss, these logits, and labels where they must be given."""
+    torch.manual_seed(11)
+    n, classes = 24, 2 if kind == "two classes" else 7
+    z, y = 4 * torch.randn(n, classes, dtype=torch.float64), torch.randint(classes, (n,))
+    rows = torch.arange(n)
+    if kind == "masked rivals":
+        z[rows[::3], (y[::3] + 1) % classes] = -math.inf
+    elif kind == "masked labels":
+        z[rows[:4], y[:4]] = -math.inf
+    elif kind == "no rival":
+        z[2:4] = -math.inf
+        z[rows[2:4], y[2:4]] = 1.0
+    elif kind == "confident":
+        z[rows, y] += 12
+    p = torch.softmax(z, 1)
+    g = (p - F.one_hot(y, classes)) / n
+    given = None
+    if kind == "two classes":
+        given = y.clone()
+        given[[0, 5]] = torch.tensor([-100, 2])
+    elif kind == "ignored":
+        g[5:9] = 0
+    elif kind == "smoothed":
+        g = (p - 0.9 * F.one_hot(y, classes) - 0.1 / classes) / n
+    elif kind == "downhill":
+        g = -g
+    elif kind == "nan":
+        z[3, 1], g[3] = math.nan, math.nan
+        g[6, 2] = math.nan
+    elif kind == "inf":
+        z[3, 1] = math.inf
+    return g.to(dtype), z.to(dtype), given
+
+
+KINDS = ("plain", "masked rivals", "masked labels", "no rival", "confident", "two classes", "ignored", "smoothed")
+
+
+@pytest.mark.skipif(monitor.EXTENSION is None, reason="the compiled extension is missing")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [*KINDS, "nan", "inf", "downhill"])
+@pytest.mark.parametrize("p", [2.0, math.inf])
+def test_compiled_code_reads_a_gradient_as_the_formula_does(monkeypatch, kind, dtype, p) -> None:
+    g, z, given = _logit_gradients(kind, dtype)
+    found = monitor._read(g, z, p, given)
+    norms, least = (
+        [found[:, monitor.NORM], 2 * found[:, monitor.NORM]],
+        [0.0, float(found[:, monitor.NORM].nanmedian())],
+    )
+    margins, others = monitor._margins(found, norms, least, 1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor, "EXTENSION", None)
+        expected = monitor._read(g, z, p, given)
+        expected_margins, expected_others = monitor._margins(found, norms, least, 1e-3)
+    tolerance = 1e-11 if dtype == torch.float64 else 2e-5
+    usable = expected[:, monitor.KNOWS] > 0
+    assert torch.equal(found[:, monitor.KNOWS], expected[:, monitor.KNOWS])
+    assert torch.equal(found[:, monitor.OTHER_LOSS], expected[:, monitor.OTHER_LOSS])
+    torch.testing.assert_close(found[usable], expected[usable], rtol=tolerance, atol=1e-30)
+    torch.testing.assert_close(margins, expected_margins, rtol=tolerance, atol=0.0, equal_nan=True)
+    assert int(others) == int(expected_others)
+    if kind == "plain":
+        assert usable.all() and torch.equal(found[:, monitor.KNOWS], torch.ones_like(found[:, 0]))
+    if kind == "smoothed" or (kind == "downhill" and dtype in (torch.float32, torch.float64)):
+        assert int(others) == len(g)
