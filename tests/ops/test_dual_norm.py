@@ -251,6 +251,19 @@ def test_a_sum_beyond_float32_is_infinite_with_slope_one(backend):
     assert torch.autograd.grad(norms.sum(), g)[0].flatten().tolist() == [1.0, -1.0, 1.0]
 
 
+@pytest.mark.parametrize("p", [1.25, 4 / 3, 1.5, 2, 3, 4, 7])
+def test_the_norm_of_one_bfloat16_is_itself_in_rows_of_any_length(backend, p):
+    """Every positive normal number, alone and before zeros: within 2 units in the last place of float32."""
+    every = torch.arange(0x0080, 0x7F80, 1 if backend in ("cpu", "reference") else 97, dtype=torch.int32)
+    numbers = every.to(torch.int16).view(torch.bfloat16)
+    for length in (1, 33, 65):
+        rows = torch.zeros(len(numbers), length, dtype=torch.bfloat16)
+        rows[:, length // 2] = -numbers
+        norms = functional.dual_norm([rows], p, 1, backend=backend)[:, 0].double()
+        truth = numbers.double()
+        assert ((norms - truth).abs() <= 2 * torch.exp2(truth.log2().floor() - 23)).all()
+
+
 @pytest.mark.parametrize("p", P)
 def test_rows_that_overlap(backend, p):
     g = sample_gradients(20).unfold(0, 9, 1).detach().requires_grad_()
