@@ -44,7 +44,9 @@ def row_norm(g: Tensor, q: float) -> Tensor:
     if g.shape[-1] == 0:
         return g.sum(dim=-1)
     if q == 1:
-        return g.abs().sum(dim=-1)
+        # The slope at NaN is NaN; that of abs is 0.
+        poison = torch.where(g.isnan(), g, 0)
+        return (g.abs() + poison * poison.detach()).sum(dim=-1)
     if math.isinf(q):
         return g.abs().amax(dim=-1)
     scale = g.detach().abs().amax(dim=-1, keepdim=True)

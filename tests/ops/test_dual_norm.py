@@ -251,6 +251,16 @@ def test_a_sum_beyond_float32_is_infinite_with_slope_one(backend):
     assert torch.autograd.grad(norms.sum(), g)[0].flatten().tolist() == [1.0, -1.0, 1.0]
 
 
+@pytest.mark.parametrize("p", P)
+def test_the_slope_at_nan_is_nan(backend, p):
+    g = torch.tensor([[[1.0, math.nan, -2.0]]], requires_grad=True)
+    norms = functional.dual_norm([g], p, backend=backend)
+    slope = torch.autograd.grad(norms.sum(), g)[0].flatten()
+    assert norms.isnan().all() and slope[1].isnan()
+    if p == math.inf:
+        assert slope[[0, 2]].tolist() == [1.0, -1.0]
+
+
 @pytest.mark.parametrize("p", [1.25, 4 / 3, 1.5, 2, 3, 4, 7])
 def test_the_norm_of_one_bfloat16_is_itself_in_rows_of_any_length(backend, p):
     """Every positive normal number, alone and before zeros: within 2 units in the last place of float32."""
