@@ -1,10 +1,11 @@
 """`python -m margin_kernels.triton.compile_check`: every Triton kernel compiled for sm_90, without a GPU.
 
 Runs each op forward and backward on small CPU tensors, up to the launch itself, which only compiles; prints registers,
-spills and shared memory of each kernel. A spill is an error (exit status 1). A process of its own: nothing can be
-launched in it afterwards.
+spills and shared memory of each kernel, and how many instructions compute in float64. A spill is an error, and so is
+float64 in a kernel of another dtype (exit status 1). A process of its own: nothing can be launched in it afterwards.
 """
 
+import contextlib
 import math
 import re
 import subprocess
@@ -30,7 +31,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 class Row(NamedTuple):
-    """What one kernel needs: registers for each thread, bytes of spills for each thread, bytes of shared memory."""
+    """What one kernel needs: registers and bytes of spills for each thread, bytes of shared memory; float64 in it."""
 
     op: str
     kernel: str
@@ -39,6 +40,7 @@ class Row(NamedTuple):
     registers: int
     spills: int
     shared: int
+    float64: int
 
 
 class _NoDevice:
@@ -64,6 +66,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     registers, stack, local = (re.search(rf"{name}:(\d+)", said) for name in ("REG", "STACK", "LOCAL"))
     assert registers is not None and stack is not None and local is not None, said
     return int(registers[1]), int(stack[1]) + int(local[1])
+
+
+def _float64(ptx: str) -> int:
+    """Instructions on float64; not those that round an argument (eps, delta) to float32."""
+    code = re.findall(r"^\s*(?:@\S+ )?([a-z][\w.]*\.f64[\w.]*)", ptx, re.MULTILINE)
+    return sum(not name.startswith(("ld.param.", "cvt.rn.f32.f64")) for name in code)
 
 
 def cases() -> Iterator[tuple[str, torch.dtype, str, tuple[Any, ...]]]:
@@ -95,44 +103,57 @@ def cases() -> Iterator[tuple[str, torch.dtype, str, tuple[Any, ...]]]:
                 yield "one_to_n", dtype, name, (sample(2, classes), target, 1.0, "positive", cross_entropy)
 
 
-def check(chosen: str | None = None) -> Iterator[Row]:
-    """A row for each kernel of each case, as it is compiled; of one op only where `chosen` names it."""
+@contextlib.contextmanager
+def compile_only() -> Iterator[list[tuple[Any, Any]]]:
+    """Inside, launches only compile: for a GPU that is not there. The list is of (kernel, what it was compiled to)."""
     assert not INTERPRETED, "TRITON_INTERPRET=1 replaces the compiler: unset it"
     run = triton.runtime.JITFunction.run
-    launched: list[tuple[str, Any]] = []
+    launched: list[tuple[Any, Any]] = []
 
-    def compile_only(function: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
-        launched.append((function.__name__, run(function, *arguments, grid=grid, warmup=True, **constants)))
+    def compiled(function: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        launched.append((function, run(function, *arguments, grid=grid, warmup=True, **constants)))
 
     driver.set_active(_NoDevice())
-    triton.runtime.JITFunction.run = compile_only
+    triton.runtime.JITFunction.run = compiled
     try:
-        for op, dtype, name, arguments in cases():
-            if chosen not in (None, op):
-                continue
-            results = getattr(ops, op)(*arguments)
-            found = results if isinstance(results, tuple) else (results,)
-            outputs = [out for out in found if out is not None and out.requires_grad]
-            torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
-            while launched:
-                kernel, compiled = launched.pop(0)
-                registers, spills = _resources(compiled.asm["cubin"])
-                shared = compiled.metadata.shared
-                yield Row(op, kernel, str(dtype).removeprefix("torch."), name, registers, spills, shared)
+        yield launched
     finally:
         triton.runtime.JITFunction.run = run
 
 
+def forward_and_backward(op: str, arguments: tuple[Any, ...]) -> None:
+    results = getattr(ops, op)(*arguments)
+    found = results if isinstance(results, tuple) else (results,)
+    outputs = [out for out in found if out is not None and out.requires_grad]
+    torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+
+
+def check(chosen: str | None = None) -> Iterator[Row]:
+    """A row for each kernel of each case, as it is compiled; of one op only where `chosen` names it."""
+    with compile_only() as launched:
+        for op, dtype, name, arguments in cases():
+            if chosen not in (None, op):
+                continue
+            forward_and_backward(op, arguments)
+            while launched:
+                kernel, compiled = launched.pop(0)
+                registers, spills = _resources(compiled.asm["cubin"])
+                shared, float64 = compiled.metadata.shared, _float64(compiled.asm["ptx"])
+                type_ = str(dtype).removeprefix("torch.")
+                yield Row(op, kernel.__name__, type_, name, registers, spills, shared, float64)
+
+
 def main(arguments: list[str]) -> int:
     print(f"triton {triton.__version__}, sm_{CAPABILITY}")
-    print(f"{'op':14} {'kernel':16} {'dtype':8} {'case':24} {'registers':>9} {'spills':>6} {'shared':>6}")
-    spilled = 0
+    print(
+        f"{'op':14} {'kernel':16} {'dtype':8} {'case':24} {'registers':>9} {'spills':>6} {'shared':>6} {'float64':>7}"
+    )
+    wrong = 0
     for row in check(*arguments[:1]):
-        spilled += row.spills > 0
-        print(
-            f"{row.op:14} {row.kernel:16} {row.dtype:8} {row.case:24} {row.registers:9} {row.spills:6} {row.shared:6}"
-        )
-    return int(spilled > 0)
+        wrong += row.spills > 0 or (row.float64 > 0 and row.dtype != "float64")
+        needs = f"{row.registers:9} {row.spills:6} {row.shared:6} {row.float64:7}"
+        print(f"{row.op:14} {row.kernel:16} {row.dtype:8} {row.case:24} {needs}")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ TILE = 2048  # elements, and half as many of float64; tiles of short rows hold h
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """@triton.jit without specialisation; every argument that is not a tl.constexpr is a run-time argument."""
+    """@triton.jit without specialisation; every argument that is not a tl.constexpr is a run-time argument.
+
+    A Python float would arrive as float32. One that a schedule may change (eps, delta) is annotated tl.float64, and the
+    kernel rounds it to the type of its sums before anything is computed with it: tl.full(shape, eps, ACC).
+    """
     parameters = inspect.signature(function).parameters.values()
     run_time = [p.name for p in parameters if p.annotation is not tl.constexpr]
     return triton.jit(do_not_specialize=run_time, do_not_specialize_on_alignment=run_time)(function)

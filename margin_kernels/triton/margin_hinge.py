@@ -103,7 +103,7 @@ def _forward(
     samples,
     k,
     layers,
-    EPS: tl.constexpr,
+    eps: tl.float64,
     AGGREGATION: tl.constexpr,
     MEAN_OF_LAYERS: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -113,7 +113,7 @@ def _forward(
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     layer = tl.arange(0, LAYERS)[None, :]
     mask = (sample < samples)[:, None] & (layer < layers)
-    eps = tl.full([1, 1], EPS, ACC)
+    eps = tl.full([1, 1], eps, ACC)
     bounds = _load_layers(
         gamma, gamma_stride, cap, cap_stride, weight, weight_stride, min_norm, min_norm_stride, layer, layers,
         MEAN_OF_LAYERS, ACC,
@@ -168,7 +168,7 @@ def _backward(
     samples,
     k,
     layers,
-    EPS: tl.constexpr,
+    eps: tl.float64,
     AGGREGATION: tl.constexpr,
     MEAN_OF_LAYERS: tl.constexpr,
     ACC: tl.constexpr,
@@ -178,7 +178,7 @@ def _backward(
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     layer = tl.arange(0, LAYERS)[None, :]
     mask = (sample < samples)[:, None] & (layer < layers)
-    eps = tl.full([1, 1], EPS, ACC)
+    eps = tl.full([1, 1], eps, ACC)
     bounds = _load_layers(
         gamma, gamma_stride, cap, cap_stride, weight, weight_stride, min_norm, min_norm_stride, layer, layers,
         MEAN_OF_LAYERS, ACC,
@@ -259,9 +259,9 @@ def _margin_hinge(
     inputs = (gap, *gap.stride(), norm, *norm.stride())
     bounds = (*_with_stride(gamma), *_with_stride(cap), *_with_stride(weight), *_with_stride(min_norm))
     tile = _tile(layers)
-    constants = {"EPS": eps, "AGGREGATION": aggregation, "MEAN_OF_LAYERS": layer_reduction == "mean", **tile}
+    constants = {"AGGREGATION": aggregation, "MEAN_OF_LAYERS": layer_reduction == "mean", **tile}
     grid = (cdiv(n, tile["SAMPLES"]),)
-    launch(_forward, grid, gap, *inputs, *bounds, loss, distances, n, k, layers, **constants)
+    launch(_forward, grid, gap, *inputs, *bounds, loss, distances, n, k, layers, eps, **constants)
     return loss, distances
 
 
@@ -292,10 +292,10 @@ def _margin_hinge_backward(
     bounds = (*_with_stride(gamma), *_with_stride(cap), *_with_stride(weight), *_with_stride(min_norm))
     tile = _tile(layers)
     acc = tl.float64 if accumulate(gap.dtype, norm.dtype) == torch.float64 else tl.float32
-    constants = {"EPS": eps, "AGGREGATION": aggregation, "MEAN_OF_LAYERS": layer_reduction == "mean", "ACC": acc}
+    constants = {"AGGREGATION": aggregation, "MEAN_OF_LAYERS": layer_reduction == "mean", "ACC": acc}
     outputs = (dgap, dnorm if norm_grad else None)
     grid = (cdiv(n, tile["SAMPLES"]),)
-    launch(_backward, grid, gap, *inputs, *bounds, *outputs, n, k, layers, **constants, **tile)
+    launch(_backward, grid, gap, *inputs, *bounds, *outputs, n, k, layers, eps, **constants, **tile)
     return dgap, dnorm
 
 

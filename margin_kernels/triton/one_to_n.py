@@ -53,7 +53,7 @@ def _columns(
     parts,  # [S, 2, C]: largest bounded logit of each column in a chunk of rows, sum of exp(b - largest)
     samples,
     classes,
-    DELTA: tl.constexpr,
+    delta: tl.float64,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -63,7 +63,7 @@ def _columns(
     chunk = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     in_columns = column < whole_vectors(classes, VEC)
-    delta = tl.full([1, 1], DELTA, ACC)
+    delta = tl.full([1, 1], delta, ACC)
     # Every negative is at least -delta, so the sum is 0 only where there is none.
     largest = tl.zeros([1, BLOCK], ACC) - delta
     total = tl.zeros([1, BLOCK], ACC)
@@ -90,14 +90,14 @@ def _merge(
     columns,  # [C]
     classes,
     chunks,
-    DELTA: tl.constexpr,
-    LIFT: tl.constexpr,
+    delta: tl.float64,
+    lift: tl.float64,  # delta for bound = "positive", else 0
     BLOCK: tl.constexpr,
 ):
     ACC: tl.constexpr = columns.dtype.element_ty
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < classes
-    largest = tl.full([BLOCK], -DELTA, ACC)
+    largest = -tl.full([BLOCK], delta, ACC)
     total = tl.zeros([BLOCK], ACC)
     for chunk in range(chunks):
         place = parts + tl.full([BLOCK], 2, tl.int64) * chunk * classes + column
@@ -107,7 +107,7 @@ def _merge(
         total = total * tl.exp(largest - larger) + part * tl.exp(top - larger)
         largest = larger
     value = tl.where(total == 0, -_INF, largest + tl.log(tl.where(total == 0, 1.0, total)))
-    tl.store(columns + column, value + tl.full([BLOCK], LIFT, ACC), inside)
+    tl.store(columns + column, value + tl.full([BLOCK], lift, ACC), inside)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _losses(
     normalizer,  # [N]: logsumexp of each row, or None without cross-entropy
     samples,
     classes,
-    DELTA: tl.constexpr,
+    delta: tl.float64,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -138,7 +138,7 @@ def _losses(
     ACC: tl.constexpr = loss.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < samples
-    delta = tl.full([1], DELTA, ACC)
+    delta = tl.full([1], delta, ACC)
     _, labelled, z_label, against = _own(logits, row_stride, target, columns, row, inside, classes, ACC)
     a = tl.where(z_label >= delta, delta, z_label)
     if normalizer is None:
@@ -181,14 +181,14 @@ def _weights(
     shares,  # [N]: grad_i s_i
     samples,
     classes,
-    DELTA: tl.constexpr,
+    delta: tl.float64,
     ROWS: tl.constexpr,
 ):
     ACC: tl.constexpr = shares.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < samples
     _, _, z_label, against = _own(logits, row_stride, target, columns, row, inside, classes, ACC)
-    delta = tl.full([1], DELTA, ACC)
+    delta = tl.full([1], delta, ACC)
     positive = tl.where(z_label >= delta, delta, z_label)
     if normalizer is not None:
         positive = tl.load(normalizer + row, inside, other=0.0)
@@ -232,8 +232,8 @@ def _backward(
     dlogits,  # [N, C]
     samples,
     classes,
-    DELTA: tl.constexpr,
-    LIFT: tl.constexpr,
+    delta: tl.float64,
+    lift: tl.float64,  # delta for bound = "positive", else 0
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -244,7 +244,7 @@ def _backward(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     in_columns = column < whole_vectors(classes, VEC)
     mask = (row < samples) & in_columns
-    delta = tl.full([1, 1], DELTA, ACC)
+    delta = tl.full([1, 1], delta, ACC)
     y = tl.load(target + row, row < samples, other=0)
     z = widen(tl.load(address(logits + row * row_stride, column, VEC), mask, other=0.0), ACC)
     z = _finite_or_nan(z, (y >= 0) & (y < classes))
@@ -253,7 +253,7 @@ def _backward(
     share = tl.load(shares + row, row < samples, other=0.0)
     g = widen(tl.load(grad + row * grad_stride, row < samples, other=0.0), ACC)
     # A is at least b, so the exponent is at most 0 but for rounding.
-    exponent = z + tl.full([1, 1], LIFT, ACC) - against
+    exponent = z + tl.full([1, 1], lift, ACC) - against
     negative = tl.where(z <= -delta, 0.0, total * tl.exp(exponent))
     at_label = -share
     if normalizer is not None:
@@ -282,11 +282,11 @@ def _one_to_n(
     parts = torch.empty(chunks, 2, classes, dtype=acc, device=z.device)
     block = {"BLOCK": COLUMNS, "ROWS": TILE_ROWS, "VEC": tile.vec, "CHUNK": CHUNK_ROWS}
     grid = (cdiv(classes, COLUMNS), chunks)
-    launch(_columns, grid, z, z, z.stride(0), y, parts, n, classes, DELTA=delta, **block)
+    launch(_columns, grid, z, z, z.stride(0), y, parts, n, classes, delta, **block)
     lift = delta if bound == "positive" else 0.0
-    launch(_merge, (cdiv(classes, COLUMNS),), z, parts, columns, classes, chunks, DELTA=delta, LIFT=lift, BLOCK=COLUMNS)
-    rows = (z, z.stride(0), y, columns, loss, normalizer if cross_entropy else None, n, classes)
-    launch(_losses, (cdiv(n, tile.rows),), z, *rows, DELTA=delta, **tile.constants)
+    launch(_merge, (cdiv(classes, COLUMNS),), z, parts, columns, classes, chunks, delta, lift, BLOCK=COLUMNS)
+    rows = (z, z.stride(0), y, columns, loss, normalizer if cross_entropy else None, n, classes, delta)
+    launch(_losses, (cdiv(n, tile.rows),), z, *rows, **tile.constants)
     return loss, columns, normalizer
 
 
@@ -317,12 +317,12 @@ def _one_to_n_backward(
     rows = (grad, grad.stride(0), z, z.stride(0), y, columns, normalizer.contiguous() if cross_entropy else None)
     shares, sums = torch.empty(n, dtype=acc, device=z.device), torch.empty(classes, dtype=acc, device=z.device)
     dlogits = torch.empty(n, classes, dtype=z.dtype, device=z.device)
-    launch(_weights, (cdiv(n, 128),), z, *rows, shares, n, classes, DELTA=delta, ROWS=128)
+    launch(_weights, (cdiv(n, 128),), z, *rows, shares, n, classes, delta, ROWS=128)
     launch(_class_sums, (cdiv(classes, COLUMNS),), z, y, shares, sums, n, classes, ROWS=TILE_ROWS, BLOCK=COLUMNS)
     lift = delta if bound == "positive" else 0.0
     grid = (cdiv(n, tile.rows), cdiv(classes, tile.block))
-    arguments = (*rows, shares, sums, dlogits, n, classes)
-    launch(_backward, grid, z, *arguments, DELTA=delta, LIFT=lift, **tile.constants)
+    arguments = (*rows, shares, sums, dlogits, n, classes, delta, lift)
+    launch(_backward, grid, z, *arguments, **tile.constants)
     return dlogits
 
 

@@ -1,12 +1,16 @@
 """What the op tests cannot see of the Triton backend: compilation for a GPU without one, targets that only a GPU lets
 through, opcheck, rows that several programs share, and why the backend does not run."""
 
+import ast
+import contextlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support import ROOT
 from torch.library import opcheck
 
 from margin_kernels import BackendError, backends, functional
@@ -33,7 +37,81 @@ def test_every_kernel_compiles_for_sm_90_without_spills(op):
     rows = [line.split() for line in result.stdout.splitlines() if line.startswith(op)]
     assert {row[1] for row in rows} >= {"_forward", "_backward"} or op in ("one_to_n", "deepfool_step")
     assert {row[2] for row in rows} == {"float64", "float32", "bfloat16", "float16"}
-    assert all(0 < int(row[-3]) < 255 and int(row[-2]) == 0 for row in rows)
+    for row in rows:
+        registers, spills, _, float64 = map(int, row[-4:])
+        assert 0 < registers < 255 and spills == 0
+        assert (float64 == 0) == (row[2] != "float64"), row  # an eps or a delta in float64 promotes nothing
+
+
+@installed
+@interpreter
+def test_a_schedule_of_eps_or_delta_compiles_every_kernel_once():
+    code = """
+import torch
+from margin_kernels.testing import sample_gradients, sample_logits
+from margin_kernels.triton.compile_check import compile_only, forward_and_backward
+
+logits, target = sample_logits(2, 10)
+with compile_only() as launched:
+    def entries():
+        found = {kernel.__module__.split(".")[-1] + kernel.__name__: kernel for kernel, _ in launched}
+        return {name: len(kernel.device_caches[0][0]) for name, kernel in found.items()}
+
+    def hinge(eps, aggregation):
+        leaves = sample_gradients(2, 3).requires_grad_(), sample_gradients(2, 3, 5).requires_grad_()
+        forward_and_backward("margin_hinge", (*leaves, *[torch.ones(5)] * 4, eps, aggregation, "mean"))
+
+    for value in (1e-6, 0.1, 0.0, 1.0, 1e-40, 1e300, float("inf")):
+        hinge(value, "max")
+        for bound in ("positive", "symmetric"):
+            forward_and_backward("one_to_n", (logits.requires_grad_(), target, value, bound, True))
+    print(entries())
+    hinge(1e-6, "sum")
+    print(entries())
+"""
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    one, other = map(ast.literal_eval, result.stdout.splitlines())
+    names = ("columns", "merge", "losses", "weights", "class_sums", "backward")
+    assert one == {f"one_to_n_{name}": 1 for name in names} | {"margin_hinge_forward": 1, "margin_hinge_backward": 1}
+    assert other["margin_hinge_forward"] == other["margin_hinge_backward"] == 2  # so the entries do count
+
+
+@installed
+def test_every_launch_is_on_the_device_of_its_tensor(monkeypatch):
+    from margin_kernels.triton.launch import launch
+
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: launches.append((grid, arguments, current[-1]))
+
+    launches = []
+    monkeypatch.setattr(torch.cuda, "device", device)
+    tensor = SimpleNamespace(is_cuda=True, device="cuda:1")
+    launch(Kernel(), (3, 2), tensor, 7)
+    launch(Kernel(), (3, 0), tensor, 7)
+    assert launches == [((3, 2), (7,), "cuda:1")] and current == ["cuda:0"]
+    on_cpu = SimpleNamespace(is_cuda=False, device="cpu")
+    launch(Kernel(), (1,), on_cpu)
+    assert launches[1:] == [((1,), (), "cuda:0")]
+
+
+def test_no_kernel_is_launched_but_by_launch():
+    """A launch is a call of what is subscripted with a grid: no other file has one."""
+    folder = ROOT / "margin_kernels" / "triton"
+    calls = {}
+    for file in sorted(folder.glob("*.py")):
+        tree = ast.parse(file.read_text())
+        calls[file.name] = sum(isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript) for n in ast.walk(tree))
+    assert calls.pop("launch.py") == 2 and set(calls.values()) == {0}
 
 
 def test_importing_the_package_does_not_import_triton():
