@@ -5,12 +5,13 @@ R     = the largest competitor,  S = sum of exp(z - R) over the competitors,  ph
 nll   = log1p(S exp(R - z[n, y[n]])),   uniform = mean over the finite classes of -log p        [N]
 dz    = the competitors' and the label's entries of csrc/math/competitors.h                          [N, C]
 
-Forward: one program for a tile of rows; it runs over the row once for each competitor and once for the sum of
-exponentials, of which only the first read comes from memory, the others from cache. The next competitor is the first
-class behind the last one in the order (larger logit, then lower class): nothing is marked or sorted, any k will do,
-and masked classes (-inf) come last by themselves.
+Forward: one program for a tile of rows, which reads every row once. Of a row longer than a tile each lane sees every
+BLOCK-th class: it keeps the first of them and their sum of exponentials, relative to a logit of its own. The first of
+all lanes is the next competitor; its lane alone then reads its C / BLOCK classes again, for the first one behind it in
+the order (larger logit, then lower class). Any k will do, and masked classes (-inf) come last by themselves.
 Rows above 65536 classes: one program for each 16384 of them, then one for each row that merges their lists.
-Reads N C elements, writes 2 N k + 5 N numbers. Backward reads and writes N C elements.
+Reads N C elements, and C / BLOCK for each competitor but the last (none in rows of one tile); writes 2 N k + 5 N
+numbers. Backward reads and writes N C elements.
 """
 
 import torch
@@ -26,73 +27,119 @@ SHORTEST_CHUNK = 16384
 
 _INF = tl.constexpr(float("inf"))
 _NO_CLASS = tl.constexpr(2**31 - 1)
+# A lane's sum moves to a larger logit only where that is 4 above the one it is relative to: the roundings of a move
+# then reach a share of the sum that falls by exp(-4) with each later move, however often the logits grow.
+_STEP = tl.constexpr(4.0)
+_STRIDE = tl.constexpr(32)
 
 
 @triton.jit
-def _next(
-    values, places, begin, end, inside, y, last, last_place,
+def _first(best, place):
+    """(value, class) [ROWS] of the first of the classes [ROWS, BLOCK]; (-inf, _NO_CLASS) where there is none."""
+    value = tl.max(best, 1)
+    return value, tl.min(tl.where(best == value[:, None], place, _NO_CLASS), 1)
+
+
+@triton.jit
+def _read(
+    values, begin, end, inside, y,
+    UNIFORM: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(value, class) [ROWS] of the first class of columns [begin, end) that is not y and comes behind `last`.
+    """One read of the competitors in columns [begin, end) of every row.
 
-    values [ROWS, 1]: addresses of the rows. places: the same for the classes, or None where they are the columns.
+    Returns the first one of each lane, values and classes [ROWS, BLOCK]; and of each row [ROWS] the largest logit R,
+    the sum of exp(z - R), the number of the finite ones and the sum of R - z over these (both 0 but for UNIFORM).
+    The sum is 0 where every competitor is masked, NaN where one is NaN or +inf.
+    values [ROWS, 1]: addresses of the rows. WHOLE: the columns are one tile.
     """
     best = tl.full([ROWS, BLOCK], -_INF, ACC)
     place = tl.full([ROWS, BLOCK], _NO_CLASS, tl.int32)
-    for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
+    if WHOLE:
+        column = begin + tl.arange(0, BLOCK)[None, :]
         mask = inside & (column < whole_vectors(end, VEC))
         value = widen(tl.load(address(values, column, VEC), mask, other=0.0), ACC)
-        if places is None:
-            where = column
-        else:
-            where = tl.load(places + column, mask, other=0)
-        behind = (value < last[:, None]) | ((value == last[:, None]) & (where > last_place[:, None]))
-        # Classes come in increasing order, so an equal one does not replace the one that a lane holds.
-        # A lane that holds nothing yet takes a masked class too.
-        up = mask & behind & (where != y[:, None]) & ((value > best) | (place == _NO_CLASS))
-        best = tl.where(up, value, best)
+        rival = mask & (column != y[:, None])
+        best = tl.where(rival, value, best)
+        place = tl.where(rival, column, place)
+        top = tl.max(best, 1)
+        base = tl.where(top > -_INF, top, 0.0)[:, None]
+        masked = best == -_INF
+        total = tl.sum(tl.where(masked, 0.0, tl.exp(best - base)), 1)
+        if UNIFORM:
+            count = tl.sum(tl.where(masked, 0.0, 1.0).to(ACC), 1)
+            deficit = tl.sum(tl.where(masked, 0.0, base - best), 1)
+    else:
+        base = tl.full([ROWS, BLOCK], -_INF, ACC)
+        totals = tl.zeros([ROWS, BLOCK], ACC)
+        if UNIFORM:
+            counts = tl.zeros([ROWS, BLOCK], ACC)
+            deficits = tl.zeros([ROWS, BLOCK], ACC)
+        for start in range(begin, end, BLOCK):
+            column = start + tl.arange(0, BLOCK)[None, :]
+            mask = inside & (column < whole_vectors(end, VEC))
+            value = widen(tl.load(address(values, column, VEC), mask, other=0.0), ACC)
+            rival = mask & (column != y[:, None])
+            value = tl.where(rival, value, -_INF)
+            # Classes come in increasing order, so an equal one does not replace the one that a lane holds.
+            # A lane that holds nothing yet takes a masked class too.
+            up = rival & ((value > best) | (place == _NO_CLASS))
+            best = tl.where(up, value, best)
+            place = tl.where(up, column, place)
+            moves = value > base + _STEP
+            ahead = value - base
+            e = tl.exp(tl.where(moves, -ahead, ahead))
+            masked = value == -_INF
+            totals = tl.where(moves, totals * e + 1.0, totals + tl.where(masked, 0.0, e))
+            if UNIFORM:
+                # Relative to the base as well; the first class of a lane moves no sum.
+                deficits += tl.where(moves, tl.where(counts > 0, counts * ahead, 0.0), tl.where(masked, 0.0, -ahead))
+                counts += tl.where(masked, 0.0, 1.0)
+            base = tl.where(moves, value, base)
+        top = tl.max(best, 1)
+        base_of_row = tl.where(top > -_INF, top, 0.0)[:, None]
+        total = tl.sum(totals * exact_exp(base - base_of_row), 1)
+        if UNIFORM:
+            count = tl.sum(counts, 1)
+            deficit = tl.sum(tl.where(counts > 0, deficits + counts * (base_of_row - base), 0.0), 1)
+    if not UNIFORM:
+        count = tl.zeros([ROWS], ACC)
+        deficit = tl.zeros([ROWS], ACC)
+    return best, place, top, total, count, deficit
+
+
+@triton.jit
+def _behind(values, begin, end, y, last, last_place, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """(value, class) [1] of the first class behind `last`, also [1], in its lane; a tile of one row."""
+    lane = begin + (last_place - begin) % BLOCK
+    best = tl.full([1], -_INF, ACC)
+    place = tl.full([1], _NO_CLASS, tl.int32)
+    for start in range(0, end - begin, BLOCK * _STRIDE):
+        column = lane[:, None] + start + tl.arange(0, _STRIDE)[None, :] * BLOCK
+        mask = column < end
+        value = widen(tl.load(values + column, mask, other=0.0), ACC)
+        behind = (value < last[:, None]) | ((value == last[:, None]) & (column > last_place[:, None]))
+        mask = mask & behind & (column != y[:, None])
+        first, where = _first(tl.where(mask, value, -_INF), tl.where(mask, column, _NO_CLASS))
+        up = (first > best) | (place == _NO_CLASS)
+        best = tl.where(up, first, best)
         place = tl.where(up, where, place)
-    first = tl.max(best, 1)
-    return first, tl.min(tl.where(best == first[:, None], place, _NO_CLASS), 1)
+    return best, place
 
 
 @triton.jit
-def _sum_exp(
-    values, begin, end, inside, y, top,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
+def _remove(
+    best, place, values, begin, end, y, last, last_place,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """sum of exp(z - top) over the competitors in columns [begin, end) of every row, [ROWS].
-
-    NaN where a logit, the label's too, is NaN or +inf; 0 where every competitor is masked.
-    """
-    base = tl.where(top > -_INF, top, 0.0)[:, None]
-    lanes = tl.zeros([ROWS, BLOCK], ACC)
-    for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        mask = inside & (column < whole_vectors(end, VEC))
-        value = widen(tl.load(address(values, column, VEC), mask, other=0.0), ACC)
-        term = tl.where(column == y[:, None], 0.0, tl.exp(value - base))
-        lanes += tl.where(mask, tl.where(value < _INF, term, float("nan")), 0.0)
-    return tl.sum(lanes, 1)
-
-
-@triton.jit
-def _spread(
-    values, begin, end, inside, y, top,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(how many competitors in columns [begin, end) are finite, the sum of top - z over them), [ROWS] each."""
-    counts = tl.zeros([ROWS, BLOCK], ACC)
-    deficits = tl.zeros([ROWS, BLOCK], ACC)
-    for start in range(begin, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        mask = inside & (column < whole_vectors(end, VEC))
-        value = widen(tl.load(address(values, column, VEC), mask, other=0.0), ACC)
-        finite = mask & (column != y[:, None]) & (value > -_INF)
-        counts += tl.where(finite, 1.0, 0.0)
-        deficits += tl.where(finite, top[:, None] - value, 0.0)
-    return tl.sum(counts, 1), tl.sum(deficits, 1)
+    """The lanes (best, place) [ROWS, BLOCK] without the class `last` of each row."""
+    if WHOLE:
+        next_value = tl.full(last.shape, -_INF, ACC)
+        next_place = tl.full(last.shape, _NO_CLASS, tl.int32)
+    else:
+        next_value, next_place = _behind(values, begin, end, y, last, last_place, BLOCK, ACC)
+    hit = place == last_place[:, None]
+    return tl.where(hit, next_value[:, None], best), tl.where(hit, next_place[:, None], place)
 
 
 @triton.jit
@@ -136,6 +183,13 @@ def _put_losses(
         tl.store(normalizer + row * 3 + 2, tl.where(usable, classes, constant), inside)
 
 
+@triton.jit
+def _usable(labelled, ignored, z_label, top, total):
+    """Rows with a label, a finite logit, and neither NaN nor +inf."""
+    finite = (total == total) & (z_label < _INF)
+    return labelled & finite & ((top > -_INF) | (z_label > -_INF)) & (ignored == 0)
+
+
 @kernel
 def _forward(
     logits,  # [N, C], rows row_stride apart
@@ -153,6 +207,7 @@ def _forward(
     classes,
     k,
     CHUNK: tl.constexpr,  # columns for each program, 0: all of them
+    WHOLE: tl.constexpr,  # whether the columns of a program are one tile
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -173,33 +228,27 @@ def _forward(
     z_label = widen(tl.load(logits + row * row_stride + y, inside, other=0.0), ACC)
     values = (logits + row * row_stride)[:, None]
 
-    last = tl.full([ROWS], _INF, ACC)
-    place = tl.full([ROWS], -1, tl.int32)
-    last, place = _next(values, None, begin, end, inside[:, None], y, last, place, ROWS, BLOCK, VEC, ACC)
-    top = last
-    total = _sum_exp(values, begin, end, inside[:, None], y, top, ROWS, BLOCK, VEC, ACC)
-    count = tl.zeros([ROWS], ACC)
-    deficit = tl.zeros([ROWS], ACC)
-    if uniform is not None:
-        count, deficit = _spread(values, begin, end, inside[:, None], y, top, ROWS, BLOCK, VEC, ACC)
+    best, place, top, total, count, deficit = _read(
+        values, begin, end, inside[:, None], y, uniform is not None, WHOLE, ROWS, BLOCK, VEC, ACC
+    )
     if CHUNK:
         part = row * tl.num_programs(1) + tl.program_id(1)
         tl.store(normalizer + part * 4, top, inside)
         tl.store(normalizer + part * 4 + 1, total, inside)
         tl.store(normalizer + part * 4 + 2, count, inside)
         tl.store(normalizer + part * 4 + 3, deficit, inside)
-        for j in range(k):
-            tl.store(index + part * k + j, place, inside)
-            tl.store(gap + part * k + j, last, inside)
-            if j + 1 < k:
-                last, place = _next(values, None, begin, end, inside[:, None], y, last, place, ROWS, BLOCK, VEC, ACC)
     else:
-        usable = labelled & (total == total) & ((top > -_INF) | (z_label > -_INF)) & (ignored == 0)
+        usable = _usable(labelled, ignored, z_label, top, total)
         _put_losses(nll, phi, uniform, normalizer, row, usable, ignored, z_label, top, total, count, deficit, inside)
-        for j in range(k):
-            _put(index + row * k, gap + row * k, j, usable, ignored, last, place, y, z_label, inside)
-            if j + 1 < k:
-                last, place = _next(values, None, begin, end, inside[:, None], y, last, place, ROWS, BLOCK, VEC, ACC)
+    for j in range(k):
+        last, last_place = _first(best, place)
+        if CHUNK:
+            tl.store(index + part * k + j, last_place, inside)
+            tl.store(gap + part * k + j, last, inside)
+        else:
+            _put(index + row * k, gap + row * k, j, usable, ignored, last, last_place, y, z_label, inside)
+        if j + 1 < k:
+            best, place = _remove(best, place, values, begin, end, y, last, last_place, WHOLE, BLOCK, ACC)
 
 
 @kernel
@@ -220,12 +269,11 @@ def _merge(
     normalizer,  # [N, 3]
     classes,
     k,
-    candidates,  # S times the length of a chunk's list
+    listed,  # length of a chunk's list
     chunks,  # S
     CHUNKS: tl.constexpr,  # S, rounded up to a power of two
-    BLOCK: tl.constexpr,
 ):
-    """One program for each row; a tile of one row."""
+    """One program for each row, a tile of one row. A lane holds the first class of a chunk's list that is left."""
     ACC: tl.constexpr = gap.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     y = tl.load(target + row * target_stride)
@@ -249,17 +297,21 @@ def _merge(
         deficits = tl.load(part + 3, chunk < chunks, other=0.0)
         count = tl.sum(counts, 1)
         deficit = tl.sum(tl.where(counts > 0, deficits + counts * (base[:, None] - tops), 0.0), 1)
-    usable = labelled & (total == total) & ((top > -_INF) | (z_label > -_INF)) & (ignored == 0)
+    usable = _usable(labelled, ignored, z_label, top, total)
     inside = row >= 0
     _put_losses(nll, phi, uniform, normalizer, row, usable, ignored, z_label, top, total, count, deficit, inside)
 
-    values = (values + row * candidates)[:, None]
-    places = (places + row * candidates)[:, None]
-    last = tl.full([1], _INF, ACC)
-    place = tl.full([1], -1, tl.int32)
+    head = (row[:, None] * chunks + chunk) * listed
+    end = tl.where(chunk < chunks, head + listed, head)
+    best = tl.load(values + head, head < end, other=-_INF)
+    place = tl.load(places + head, head < end, other=_NO_CLASS)
     for j in range(k):
-        last, place = _next(values, places, 0, candidates, inside[:, None], y, last, place, 1, BLOCK, 1, ACC)
-        _put(index + row * k, gap + row * k, j, usable, ignored, last, place, y, z_label, inside)
+        last, last_place = _first(best, place)
+        _put(index + row * k, gap + row * k, j, usable, ignored, last, last_place, y, z_label, inside)
+        hit = place == last_place[:, None]
+        head += hit.to(tl.int64)
+        best = tl.where(hit, tl.load(values + head, hit & (head < end), other=-_INF), best)
+        place = tl.where(hit, tl.load(places + head, hit & (head < end), other=_NO_CLASS), place)
 
 
 @triton.jit
@@ -369,7 +421,8 @@ def _competitors(
     result = (gap, nll, phi, smoothing, index, normalizer)
     if classes <= LONG:
         outputs = (index, gap, *losses, normalizer)
-        launch(_forward, (cdiv(n, tile.rows),), z, *row, *outputs, n, classes, k, CHUNK=0, **tile.constants)
+        constants = {"CHUNK": 0, "WHOLE": classes <= tile.block, **tile.constants}
+        launch(_forward, (cdiv(n, tile.rows),), z, *row, *outputs, n, classes, k, **constants)
         return result
     # The number of chunks stays small for any number of classes, so that one tile holds what they found.
     chunk = max(SHORTEST_CHUNK, triton.next_power_of_2(cdiv(classes, 512)))
@@ -378,13 +431,11 @@ def _competitors(
     values = torch.empty(n, chunks, listed, dtype=acc, device=z.device)
     parts = torch.empty(n, chunks, 4, dtype=acc, device=z.device)
     grid = (cdiv(n, tile.rows), chunks)
-    launch(_forward, grid, z, *row, places, values, *losses, parts, n, classes, listed, CHUNK=chunk, **tile.constants)
+    constants = {"CHUNK": chunk, "WHOLE": False, **tile.constants}
+    launch(_forward, grid, z, *row, places, values, *losses, parts, n, classes, listed, **constants)
     outputs = (index, gap, *losses, normalizer)
-    candidates = chunks * listed
-    block = min(triton.next_power_of_2(max(candidates, 128)), 2048)
-    sizes = (classes, k, candidates, chunks)
-    constants = {"CHUNKS": triton.next_power_of_2(chunks), "BLOCK": block}
-    launch(_merge, (n,), z, *row, places, values, parts, *outputs, *sizes, **constants)
+    sizes = (classes, k, listed, chunks)
+    launch(_merge, (n,), z, *row, places, values, parts, *outputs, *sizes, CHUNKS=triton.next_power_of_2(chunks))
     return result
 
 

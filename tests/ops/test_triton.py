@@ -114,6 +114,42 @@ def test_no_kernel_is_launched_but_by_launch():
     assert calls.pop("launch.py") == 2 and set(calls.values()) == {0}
 
 
+class Reads:
+    """How often each element of a tensor is read by the kernels that the interpreter runs."""
+
+    def __init__(self, monkeypatch, tensor):
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.counts = torch.zeros(tensor.shape, dtype=torch.int64)
+        flat, first, size = self.counts.view(-1), tensor.data_ptr(), tensor.element_size()
+        assert tensor.is_contiguous()
+        load = InterpreterBuilder.create_masked_load
+
+        def counted(builder, pointers, mask, *arguments):
+            places = torch.from_numpy(pointers.data[mask.data].astype("int64")) - first
+            places = places[(places >= 0) & (places < flat.numel() * size)] // size
+            flat.index_add_(0, places, torch.ones_like(places))
+            return load(builder, pointers, mask, *arguments)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
+
+
+@interpreter
+@pytest.mark.parametrize("classes,k", [(100, 5), (2048, 3), (5001, 1), (5001, 4), (70001, 3)])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_competitors_read_a_row_once(monkeypatch, classes, k, uniform):
+    logits, target = sample_logits(2, classes)
+    reads = Reads(monkeypatch, logits)
+    functional.competitors(logits, target, k, uniform=uniform, backend="triton")
+    assert reads.counts.min() == 1
+    again = reads.counts.sum(1) - classes
+    programs = -(-classes // 16384) if classes > 65536 else 1
+    labels = programs + (programs > 1)  # each program reads the label's logit, and so does the one that merges
+    # A lane of each program, behind every competitor but the last, reads its part of the row once more.
+    lane = 0 if classes <= 2048 else -(-min(classes, 16384) // 2048)
+    assert (again >= labels).all() and (again <= labels + programs * (k - 1) * lane).all()
+
+
 def test_importing_the_package_does_not_import_triton():
     result = run_python("-c", "import margin_kernels, sys; print('triton' in sys.modules)")
     assert result.stdout.strip() == "False", result.stderr
