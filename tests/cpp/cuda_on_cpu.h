@@ -6,9 +6,11 @@
 //
 // One block at a time, each of its threads a fiber that runs until it waits: at __syncthreads for the block, at a
 // shuffle, vote or __syncwarp for the lanes of its mask. Blocks and threads run in the order of `schedule()`; results
-// that differ between schedules show a missing barrier. Dynamic shared memory lies on the heap, exactly as long as
-// asked for and filled with NaN before each block; 16-byte loads check their alignment. With AddressSanitizer and UBSan
-// an access outside a tensor is found as on the host.
+// that differ between schedules show a missing barrier. Under Schedule::SWITCHING a fiber also waits at loads and
+// stores drawn by chance: compiled with -fsanitize=thread, but not linked with it, every access calls a function that
+// stands here in the place of that library. Dynamic shared memory lies on the heap, exactly as long as asked for; it
+// and the static one are filled with NaN (-1 as an integer) before each block. 16-byte loads check their alignment.
+// With AddressSanitizer and UBSan, which exclude those switches, an access outside a tensor is found as on the host.
 //
 // launch() throws std::runtime_error where a block cannot go on (threads that wait at different barriers, or for one
 // that has returned), where a shuffle reads a lane outside its mask, and where a launch exceeds what a device allows.
@@ -16,6 +18,7 @@
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+#include <link.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -46,7 +49,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __shared__ static  // one block runs at a time
+// One block runs at a time. Thread-local, as all of those of the program lie together: see fill_static_shared().
+#define __shared__ static thread_local
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -94,7 +98,13 @@ constexpr int warpSize = 32;
 
 namespace cuda_on_cpu {
 
-enum class Schedule { ASCENDING, DESCENDING, SHUFFLED };
+#if defined(__SANITIZE_THREAD__)
+#define MK_UNWATCHED __attribute__((no_sanitize_thread))
+#else
+#define MK_UNWATCHED
+#endif
+
+enum class Schedule { ASCENDING, DESCENDING, SHUFFLED, SWITCHING };
 inline Schedule& schedule() {
   static Schedule value = Schedule::ASCENDING;
   return value;
@@ -109,12 +119,38 @@ void under_every_schedule(const Body& body) {
   schedule() = Schedule::ASCENDING;
   return;
 #endif
-  for (const auto order : {Schedule::ASCENDING, Schedule::DESCENDING, Schedule::SHUFFLED}) {
+  for (const auto order : {Schedule::ASCENDING, Schedule::DESCENDING, Schedule::SHUFFLED, Schedule::SWITCHING}) {
+#if !defined(__SANITIZE_THREAD__)
+    if (order == Schedule::SWITCHING) continue;
+#endif
     schedule() = order;
     body();
   }
   schedule() = Schedule::ASCENDING;
 }
+
+// Fills the thread-local variables of this program, not those of its libraries: they are the static shared memory.
+inline void fill_static_shared() {
+  static const auto [first, size] = [] {
+    std::pair<void*, size_t> block{nullptr, 0};
+    dl_iterate_phdr(
+        [](dl_phdr_info* program, size_t, void* out) {
+          for (int i = 0; i < program->dlpi_phnum; ++i) {
+            if (program->dlpi_phdr[i].p_type != PT_TLS) continue;
+            *static_cast<std::pair<void*, size_t>*>(out) = {program->dlpi_tls_data, program->dlpi_phdr[i].p_memsz};
+          }
+          return 1;  // the program comes first
+        },
+        &block);
+    return block;
+  }();
+  if (first != nullptr) std::memset(first, 0xff, size);
+}
+
+// Whether an access may switch threads: it is one of a kernel, not of what stands here.
+inline bool in_kernel = false;
+MK_UNWATCHED inline void leave_kernel() { in_kernel = false; }
+MK_UNWATCHED inline void enter_kernel() { in_kernel = schedule() == Schedule::SWITCHING; }
 
 enum class Collective { SHUFFLE, BALLOT, SYNC };
 
@@ -149,6 +185,7 @@ class Block {
     count_ = threads.x * threads.y * threads.z;
     shared_ = std::make_unique_for_overwrite<char[]>(shared_bytes);
     std::memset(shared_.get(), 0xff, shared_bytes);
+    fill_static_shared();
     for (size_t t = threads_.size(); t < count_; ++t) {
       threads_.push_back(std::make_unique<Thread>());
       threads_[t]->stack = std::make_unique_for_overwrite<char[]>(kStack);
@@ -165,8 +202,10 @@ class Block {
     std::iota(order_.begin(), order_.end(), 0u);
     if (schedule() == Schedule::DESCENDING) std::reverse(order_.begin(), order_.end());
     std::mt19937 random(count_ + 31 * block.x);
+    draws_.seed(count_ + 31 * block.x);
+    until_switch_ = 1;
     for (bool progress = true; progress;) {
-      if (schedule() == Schedule::SHUFFLED) std::shuffle(order_.begin(), order_.end(), random);
+      if (schedule() >= Schedule::SHUFFLED) std::shuffle(order_.begin(), order_.end(), random);
       progress = false;
       for (const unsigned t : order_) {
         if (threads_[t]->state != Thread::READY) continue;
@@ -182,8 +221,18 @@ class Block {
   unsigned lane() const { return linear(current_->index) % 32; }
   void* shared() { return shared_.get(); }
 
+  // At a load or store of a kernel: now and then the other threads go on first.
+  MK_UNWATCHED void access() {
+    if (--until_switch_ > 0) return;
+    in_kernel = false;
+    until_switch_ = 1 + static_cast<int>(draws_() % 64);
+    leave();
+    in_kernel = true;
+  }
+
   // Waits for every thread of the block; the sum of what they bring.
   uint64_t barrier(uint64_t value, std::source_location where) {
+    leave_kernel();
     current_->where = where;
     current_->value = value;
     current_->state = Thread::AT_BARRIER;
@@ -203,11 +252,14 @@ class Block {
       }
     }
     leave();
-    return current_->result;
+    const uint64_t total = current_->result;
+    enter_kernel();
+    return total;
   }
 
   // Waits for every lane of the mask; a shuffle gives the value of lane `source`, a ballot the bits of all.
   uint64_t collective(Collective kind, uint32_t mask, uint64_t value, int source) {
+    leave_kernel();
     Thread& me = *current_;
     if ((mask >> lane() & 1) == 0) fail("a lane is not in its own mask");
     me.kind = kind;
@@ -240,11 +292,14 @@ class Block {
       }
     }
     leave();
-    return me.result;
+    const uint64_t result = me.result;
+    enter_kernel();
+    return result;
   }
 
   // Ends the launch from inside a kernel: the fiber is left behind.
   void fail(const std::string& message) {
+    leave_kernel();
     error_ = message + ", block " + std::to_string(blockIdx.x) + " thread " + std::to_string(linear(current_->index));
     leave();
   }
@@ -318,7 +373,9 @@ class Block {
     __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack_, &block.scheduler_size_);
 #endif
     for (;;) {
+      enter_kernel();
       (*block.kernel_)();
+      leave_kernel();
       block.current_->state = Thread::DONE;
       block.leave();
     }
@@ -332,6 +389,8 @@ class Block {
   const std::function<void()>* kernel_ = nullptr;
   std::unique_ptr<char[]> shared_;
   std::string error_;
+  int until_switch_;
+  std::minstd_rand draws_;
 #if defined(__SANITIZE_ADDRESS__)
   ucontext_t scheduler_;
   const void* scheduler_stack_ = nullptr;
@@ -340,6 +399,10 @@ class Block {
   jmp_buf scheduler_;
 #endif
 };
+
+MK_UNWATCHED inline void access() {
+  if (in_kernel) Block::running().access();
+}
 
 inline void* dynamic_shared() { return Block::running().shared(); }
 
@@ -447,11 +510,31 @@ void __stcs(T* to, T value) {
   *to = value;
 }
 
+namespace cuda_on_cpu {
+
+// Stores f(*to); returns what was there. No other thread comes between.
+template <class T, class Function>
+T at_once(T* to, const Function& f) {
+  leave_kernel();
+  const T before = std::exchange(*to, f(*to));
+  enter_kernel();
+  return before;
+}
+
+}  // namespace cuda_on_cpu
+
 // Integers only: floating point atomics would add in an order of their own.
-inline int atomicAdd(int* to, int value) { return std::exchange(*to, *to + value); }
-inline unsigned atomicAdd(unsigned* to, unsigned value) { return std::exchange(*to, *to + value); }
-inline int atomicMax(int* to, int value) { return std::exchange(*to, std::max(*to, value)); }
-inline int atomicMin(int* to, int value) { return std::exchange(*to, std::min(*to, value)); }
+template <class T>
+T atomicAdd(T* to, std::type_identity_t<T> value) {
+  static_assert(std::is_integral_v<T>);
+  return cuda_on_cpu::at_once(to, [&](T x) { return x + value; });
+}
+inline int atomicMax(int* to, int value) {
+  return cuda_on_cpu::at_once(to, [&](int x) { return std::max(x, value); });
+}
+inline int atomicMin(int* to, int value) {
+  return cuda_on_cpu::at_once(to, [&](int x) { return std::min(x, value); });
+}
 inline void __threadfence() {}
 
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
@@ -459,3 +542,58 @@ inline int __ffs(uint32_t bits) { return bits == 0 ? 0 : std::countr_zero(bits) 
 inline int __clz(uint32_t bits) { return std::countl_zero(bits); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+
+#if defined(__SANITIZE_THREAD__)
+// What the compiler calls at loads and stores, in the place of the library of ThreadSanitizer.
+#define MK_HOOK(TYPE) inline __attribute__((used)) MK_UNWATCHED TYPE
+#define MK_ACCESS(NAME) \
+  MK_HOOK(void) NAME(void*) { cuda_on_cpu::access(); }
+#define MK_ACCESSES(SIZE)                \
+  MK_ACCESS(__tsan_read##SIZE)           \
+  MK_ACCESS(__tsan_write##SIZE)          \
+  MK_ACCESS(__tsan_unaligned_read##SIZE) \
+  MK_ACCESS(__tsan_unaligned_write##SIZE)
+// Those of the headers, which no kernel uses. Always in sequence, whatever is asked for.
+#define MK_ATOMICS(TYPE, BITS)                                                                                       \
+  MK_HOOK(TYPE) __tsan_atomic##BITS##_load(const volatile void* from, int) {                                         \
+    return __atomic_load_n(static_cast<const volatile TYPE*>(from), __ATOMIC_SEQ_CST);                               \
+  }                                                                                                                  \
+  MK_HOOK(void) __tsan_atomic##BITS##_store(volatile void* to, TYPE x, int) {                                        \
+    __atomic_store_n(static_cast<volatile TYPE*>(to), x, __ATOMIC_SEQ_CST);                                          \
+  }                                                                                                                  \
+  MK_HOOK(TYPE) __tsan_atomic##BITS##_exchange(volatile void* to, TYPE x, int) {                                     \
+    return __atomic_exchange_n(static_cast<volatile TYPE*>(to), x, __ATOMIC_SEQ_CST);                                \
+  }                                                                                                                  \
+  MK_HOOK(TYPE) __tsan_atomic##BITS##_fetch_add(volatile void* to, TYPE x, int) {                                    \
+    return __atomic_fetch_add(static_cast<volatile TYPE*>(to), x, __ATOMIC_SEQ_CST);                                 \
+  }                                                                                                                  \
+  MK_HOOK(TYPE) __tsan_atomic##BITS##_fetch_sub(volatile void* to, TYPE x, int) {                                    \
+    return __atomic_fetch_sub(static_cast<volatile TYPE*>(to), x, __ATOMIC_SEQ_CST);                                 \
+  }                                                                                                                  \
+  MK_HOOK(bool) __tsan_atomic##BITS##_compare_exchange_strong(volatile void* to, void* expected, TYPE x, int, int) { \
+    return __atomic_compare_exchange_n(static_cast<volatile TYPE*>(to), static_cast<TYPE*>(expected), x, false,      \
+                                       __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                                          \
+  }                                                                                                                  \
+  MK_HOOK(bool) __tsan_atomic##BITS##_compare_exchange_weak(volatile void* to, void* expected, TYPE x, int, int) {   \
+    return __atomic_compare_exchange_n(static_cast<volatile TYPE*>(to), static_cast<TYPE*>(expected), x, false,      \
+                                       __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                                          \
+  }
+extern "C" {
+MK_ACCESSES(1)
+MK_ACCESSES(2)
+MK_ACCESSES(4)
+MK_ACCESSES(8)
+MK_ACCESSES(16)
+MK_HOOK(void) __tsan_read_range(void*, long) { cuda_on_cpu::access(); }
+MK_HOOK(void) __tsan_write_range(void*, long) { cuda_on_cpu::access(); }
+MK_ATOMICS(unsigned char, 8)
+MK_ATOMICS(unsigned short, 16)
+MK_ATOMICS(unsigned int, 32)
+MK_ATOMICS(unsigned long, 64)
+MK_HOOK(void) __tsan_init() {}
+MK_HOOK(void) __tsan_func_entry(void*) {}
+MK_HOOK(void) __tsan_func_exit(void*) {}
+MK_HOOK(void) __tsan_vptr_read(void*) {}
+MK_HOOK(void) __tsan_vptr_update(void*, void*) {}
+}
+#endif

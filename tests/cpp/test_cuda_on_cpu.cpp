@@ -3,6 +3,37 @@
 #include "cuda/device.cuh"
 #include "cuda_on_cpu.h"
 
+namespace mistakes {
+
+// These mistakes leave no trace where every thread runs to the next barrier, and a block finds what the one
+// before left. With a name outside this file, as the kernels of csrc/cuda: the compiler may keep a variable of this file
+// alone in a register.
+__global__ void lost_updates(int* out) {  // a sum without atomicAdd
+  __shared__ int count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  count = count + 1;
+  __syncthreads();
+  if (threadIdx.x == 0) *out = count;
+}
+__global__ void atomic_updates(int* out) {
+  __shared__ int count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  atomicAdd(&count, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) *out = count;
+}
+template <class T>
+__global__ void stale(const T* in, T* out) {  // block 1 writes nothing: a condition that is wrong for it
+  __shared__ T held[32];
+  if (blockIdx.x == 0) held[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
+  out[32 * blockIdx.x + threadIdx.x] = held[31 - threadIdx.x];
+}
+
+}  // namespace mistakes
+
 namespace {
 
 using margin_kernels::cuda::sum_lanes;
@@ -104,11 +135,38 @@ void mistakes_are_reported() {
   EXPECT(error_of(nothing, 3, 1024).empty());
 }
 
+void mistakes_between_barriers_are_found() {
+  int count = 0;
+  const auto run = [&](auto kernel) {
+    cuda_on_cpu::Launch()(kernel, 1, 256, 0, &count);
+    return count;
+  };
+  cuda_on_cpu::under_every_schedule([&] { EXPECT(run(mistakes::atomic_updates) == 256); });
+  EXPECT(run(mistakes::lost_updates) == 256);  // not seen
+#if defined(__SANITIZE_THREAD__)
+  cuda_on_cpu::schedule() = cuda_on_cpu::Schedule::SWITCHING;
+  const int first = run(mistakes::lost_updates);
+  EXPECT(first < 256 && run(mistakes::lost_updates) == first);  // found, and alike in every run
+  cuda_on_cpu::schedule() = cuda_on_cpu::Schedule::ASCENDING;
+#endif
+}
+
+void no_block_sees_the_shared_memory_of_another() {
+  std::vector<float> in(32, 1.0f), out(64);
+  cuda_on_cpu::Launch()(mistakes::stale<float>, 2, 32, 0, in.data(), out.data());
+  EXPECT(std::count(out.begin(), out.end(), 1.0f) == 32 && std::isnan(out[32]) && std::isnan(out[63]));
+  std::vector<int> places(32, 7), found(64);
+  cuda_on_cpu::Launch()(mistakes::stale<int>, 2, 32, 0, places.data(), found.data());
+  EXPECT(std::count(found.begin(), found.end(), 7) == 32 && std::count(found.begin(), found.end(), -1) == 32);
+}
+
 }  // namespace
 
 int main() {
   a_sum_in_two_stages();
   lanes_talk();
   mistakes_are_reported();
+  mistakes_between_barriers_are_found();
+  no_block_sees_the_shared_memory_of_another();
   return report("cuda_on_cpu");
 }
