@@ -19,7 +19,8 @@ using cuda::out;
 void check_size(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must have shape [N, C] on a GPU, got ", logits.sizes());
   const int64_t n = logits.size(0), classes = logits.size(1);
-  TORCH_CHECK_VALUE(classes <= int64_t{1} << 30 && n <= 0x7fffffff / (1 + classes / cuda::kPartClasses),
+  // A row is a block of the grid's first dimension, and its parts are in the second.
+  TORCH_CHECK_VALUE(classes <= int64_t{1} << 28 && n <= 0x7fffffff,
                     "logits are too large for one launch: ", logits.sizes());
 }
 
@@ -36,13 +37,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> competitors_c
   Tensor index = at::empty({n, k}, target.options()), gap = at::empty({n, k}, options);
   Tensor nll = at::empty({n}, options), phi = at::empty({n}, options), normalizer = at::empty({n, 3}, options);
   Tensor uniform_loss = at::empty({uniform ? n : 0}, options);
-  const auto [lists, sums] = cuda::competitors_workspace(n, static_cast<int>(classes), static_cast<int>(k));
-  const Tensor values = at::empty({lists}, options), indices = at::empty({lists}, options.dtype(at::kInt));
-  const Tensor totals = at::empty({5 * sums}, options);
   cuda::with_type(z.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc = cuda::acc_t<T>;
-    static_assert(sizeof(cuda::SumExp<acc>) == 5 * sizeof(acc));
+    const auto [lists, sums] = cuda::competitors_workspace<T>(n, static_cast<int>(classes), static_cast<int>(k));
+    const Tensor values = at::empty({lists}, options), indices = at::empty({lists}, options.dtype(at::kInt));
+    static_assert(sizeof(cuda::SumExp<acc>) == 4 * sizeof(acc));
+    const Tensor totals = at::empty({4 * sums}, options);
     const cuda::CompetitorsIn<T> arguments{in<T>(z),
                                            z.stride(0),
                                            in<int64_t>(target),

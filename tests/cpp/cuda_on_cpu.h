@@ -92,6 +92,31 @@ inline float __bfloat162float(__nv_bfloat16 x) { return static_cast<float>(x); }
 inline __half __float2half_rn(float x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
+// Two numbers of 2 bytes in a register.
+struct alignas(4) __half2 {
+  __half x, y;
+};
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+namespace cuda_on_cpu {
+template <class T>
+T larger(T a, T b) {
+  return std::fmax(static_cast<float>(a), static_cast<float>(b));
+}
+template <class Pair>
+unsigned ge_mask(Pair a, Pair b) {
+  return (static_cast<float>(a.x) >= static_cast<float>(b.x) ? 0xffffu : 0u) |
+         (static_cast<float>(a.y) >= static_cast<float>(b.y) ? 0xffff0000u : 0u);
+}
+}  // namespace cuda_on_cpu
+inline __half2 __hmax2(__half2 a, __half2 b) { return {cuda_on_cpu::larger(a.x, b.x), cuda_on_cpu::larger(a.y, b.y)}; }
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {cuda_on_cpu::larger(a.x, b.x), cuda_on_cpu::larger(a.y, b.y)};
+}
+inline unsigned __hge2_mask(__half2 a, __half2 b) { return cuda_on_cpu::ge_mask(a, b); }
+inline unsigned __hge2_mask(__nv_bfloat162 a, __nv_bfloat162 b) { return cuda_on_cpu::ge_mask(a, b); }
+
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -492,6 +517,12 @@ template <class T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
   const int lane = cuda_on_cpu::lane(), source = lane - static_cast<int>(delta);
   return cuda_on_cpu::shuffle(mask, value, source >= (lane & -width) ? source : lane);
+}
+
+inline int __reduce_max_sync(uint32_t mask, int value) {
+  if (mask != 0xffffffffu) cuda_on_cpu::Block::running().fail("a reduction is of a whole warp here");
+  for (int bits = 16; bits > 0; bits /= 2) value = std::max(value, __shfl_xor_sync(mask, value, bits));
+  return value;
 }
 
 // Loads and stores with a cache hint.

@@ -12,6 +12,8 @@ import numpy as np
 from .parser import UnknownPtx
 from .rounding import Long, bfloat16_bits, flushed, fma32, fma64, from_bfloat16_bits, toward
 
+PAIRS = ("f16x2", "bf16x2")  # two numbers in a register, the first in its lower half
+
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
@@ -128,10 +130,42 @@ def remainder(modifiers: tuple[str, ...], kind: str) -> Operation | None:
     return None if modifiers else Operation(truncating(np.remainder), (dtype, dtype), divides=True)
 
 
+def halves(pairs: np.ndarray, kind: str) -> np.ndarray:
+    """[32] registers -> [32, 2] float32"""
+    parts = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, 2)
+    return from_bfloat16_bits(parts) if kind == "bf16x2" else parts.view(np.float16).astype(np.float32)
+
+
+def extreme_of_pairs(function: np.ufunc, kind: str) -> Operation:
+    """min and max of two pairs: no rounding, as each is one of the operands."""
+
+    def pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        result = function(halves(a, kind), halves(b, kind))
+        parts = bfloat16_bits(result) if kind == "bf16x2" else result.astype(np.float16).view(np.uint16)
+        return np.ascontiguousarray(parts).view(np.uint32).reshape(-1)
+
+    return Operation(pairs, (np.uint32, np.uint32))
+
+
+def mask_of_pairs(modifiers: tuple[str, ...], kind: str) -> Operation | None:
+    """set.compare.u32.f16x2: all bits of a half where the comparison holds."""
+    if kind not in PAIRS or len(modifiers) != 2 or modifiers[0] not in COMPARISONS or modifiers[1] != "u32":
+        return None
+    compare = COMPARISONS[modifiers[0]]
+
+    def mask(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        holds = compare(halves(a, kind), halves(b, kind))
+        return np.where(holds, np.uint16(0xFFFF), np.uint16(0)).view(np.uint32).reshape(-1)
+
+    return Operation(mask, (np.uint32, np.uint32))
+
+
 def extreme(of_floats: np.ufunc, of_integers: np.ufunc) -> Rule:
     """min and max: the number where one is NaN."""
 
     def rule(modifiers: tuple[str, ...], kind: str) -> Operation | None:
+        if kind in PAIRS:
+            return None if modifiers else extreme_of_pairs(of_floats, kind)
         dtype = type_of(kind)
         return None if modifiers else Operation(of_floats if kind[0] == "f" else of_integers, (dtype, dtype))
 
@@ -254,6 +288,24 @@ def bits_of(count: Callable[[int, int], int]) -> Rule:
     return rule
 
 
+def byte_permutation(modifiers: tuple[str, ...], kind: str) -> Operation | None:
+    """prmt: each byte of the result is one of the eight of a and b; no use of the signs of bytes."""
+    if modifiers or kind != "b32":
+        return None
+
+    def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+        if (selector & 0x8888).any():
+            raise UnknownPtx("prmt with the sign of a byte has no rule in tests/ptx/arithmetic.py")
+        both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+        result = np.zeros_like(a)
+        for place in range(4):
+            byte = (selector >> np.uint32(4 * place) & np.uint32(7)).astype(np.uint64)
+            result |= (both >> (np.uint64(8) * byte) & np.uint64(255)).astype(np.uint32) << np.uint32(8 * place)
+        return result
+
+    return Operation(permuted, (np.uint32,) * 3)
+
+
 def find_leading_one(modifiers: tuple[str, ...], kind: str) -> Operation | None:
     """bfind of unsigned integers: the place of the leading 1, or by how much to shift it to the top."""
     if kind[0] != "u":
@@ -287,9 +339,11 @@ RULES: dict[str, Rule] = {
     "shl": shift(left=True),
     "shr": shift(left=False),
     "setp": comparison,
+    "set": mask_of_pairs,
     "selp": selection,
     "cvt": conversion,
     "popc": bits_of(lambda x, width: x.bit_count()),
     "brev": bits_of(lambda x, width: int(f"{x:0{width}b}"[::-1], 2)),
     "bfind": find_leading_one,
+    "prmt": byte_permutation,
 }

@@ -72,9 +72,11 @@ def decode(program: Program, instruction: Instruction) -> Step:
     if opcode in (("bar", "sync"), ("barrier", "sync")) and operands == ("0",) and guard is None:
         return Step(Kind.BARRIER, instruction, counted_as=counted_as)
     try:
-        if opcode[:2] in (("shfl", "sync"), ("vote", "sync"), ("bar", "warp")) and guard is None:
+        if opcode[:2] in (("shfl", "sync"), ("vote", "sync"), ("redux", "sync"), ("bar", "warp")) and guard is None:
             members = certain(source(program, operands[-1], np.uint32), "the mask of a shuffle")
-            run = {"shfl": shuffle, "vote": vote, "bar": warp_barrier}[opcode[0]](program, instruction)
+            run = {"shfl": shuffle, "vote": vote, "redux": reduction, "bar": warp_barrier}[opcode[0]](
+                program, instruction
+            )
             return Step(Kind.TOGETHER, instruction, run, members=members, counted_as=counted_as)
         builders = {"ld": load, "st": store, "mov": move, "cvta": address_as_it_is}
         run = builders.get(opcode[0], elementwise)(program, instruction)
@@ -235,6 +237,21 @@ def vote(program: Program, instruction: Instruction) -> Run:
     return run
 
 
+def reduction(program: Program, instruction: Instruction) -> Run:
+    """redux.sync of 32-bit integers: the largest or smallest of the lanes that take part."""
+    mode, kind = instruction.opcode[2:]
+    if mode not in ("max", "min") or kind not in ("s32", "u32"):
+        raise UnknownPtx("no rule")
+    write = target(program, instruction.operands[0])
+    read = certain(source(program, instruction.operands[1], type_of(kind)), "a reduction")
+
+    def run(warp: "Warp", lanes: Lanes) -> None:
+        values = read(warp, lanes)[ALL if lanes is None else lanes]
+        write(warp, np.full(LANES, values.max() if mode == "max" else values.min()), lanes)
+
+    return run
+
+
 def warp_barrier(program: Program, instruction: Instruction) -> Run:
     """bar.warp.sync orders what the lanes of the warp do before and after it."""
 
@@ -309,19 +326,19 @@ def store(program: Program, instruction: Instruction) -> Run:
 
 CLASSES = {
     "control": "bra ret exit bar",
-    "shuffle": "shfl vote",
+    "shuffle": "shfl vote redux",
     "move": "mov selp cvta",
-    "compare": "setp",
+    "compare": "setp set",
     "convert": "cvt",
     "special": "div rem sqrt rcp ex2 lg2",
 }
 
 
 def class_of(opcode: tuple[str, ...]) -> str:
-    """What it is counted as: a key of CLASSES, "ld.global" and the like, "float32", "float64" or "integer"."""
+    """What it is counted as: a key of CLASSES, "ld.global" and the like, a type of floats or "integer"."""
     for name, opcodes in CLASSES.items():
         if opcode[0] in opcodes.split():
             return name
     if opcode[0] in ("ld", "st"):
         return ".".join(opcode[:2])
-    return {"f32": "float32", "f64": "float64"}.get(opcode[-1], "integer")
+    return {"f32": "float32", "f64": "float64", "f16x2": "halves", "bf16x2": "halves"}.get(opcode[-1], "integer")

@@ -17,8 +17,8 @@ WARPS = BLOCK // 32
 # What csrc/cuda/*.cuh names so; a test reads it there.
 CONSTANTS = {
     "kShortClasses": 128,
-    "kWarpClasses": 2048,
-    "kPartClasses": 32768,
+    "kBackwardWarp": 2048,
+    "kBackwardClasses": 32768,
     "kListed": 32,
     "kRowThreads": 256,
     "kNormThreads": 256,
@@ -31,7 +31,9 @@ CONSTANTS = {
     "kTileLanes": 32,
     "kRowsAtOnce": 4,
 }
-SHORT_CLASSES, WARP_CLASSES, PART_CLASSES = (CONSTANTS[f"k{name}Classes"] for name in ("Short", "Warp", "Part"))
+SHORT_CLASSES, WARP_CLASSES, BACKWARD_CLASSES = (
+    CONSTANTS[name] for name in ("kShortClasses", "kBackwardWarp", "kBackwardClasses")
+)
 
 
 def pieces(size: int, piece: int) -> int:
@@ -58,8 +60,32 @@ class Competitors(NamedTuple):
     normalizer: Array
 
 
+def warp_classes(device: Device) -> int:
+    """Up to so many, lanes of a warp hold a row."""
+    return 1024 if device.dtype == "float64" else 2048
+
+
+def lanes_of(device: Device, classes: int) -> tuple[int, int, int]:
+    """Lanes a row, logits a lane, and how many classes are too few for them."""
+    width, held, more_than = 1, 16, 0
+    while width * held < classes:
+        more_than = width * held
+        if width == 1:
+            width = 4
+        elif held == 256 // element_bytes(device):
+            width *= 2
+        else:
+            held *= 2
+    return width, held, more_than
+
+
+def part_classes(device: Device) -> int:
+    """Of a row that takes a block or several."""
+    return BLOCK * (64 if element_bytes(device) == 2 else 32)
+
+
 def short_width(classes: int) -> int:
-    """Lanes a row for up to 128 classes."""
+    """Lanes a row for up to 128 classes, in the backward pass."""
     width = 4
     while width * 4 < classes:
         width *= 2
@@ -85,19 +111,20 @@ def competitors(device: Device, logits: Array, target: Array, k: int, uniform: b
     )
     one = Long(1)
     taken = (logits, Long(classes), target, one, Long(-100), Long(n), Int(classes), Int(k), *out)
-    if classes <= SHORT_CLASSES:
-        width = short_width(classes)
-        device.launch("competitors_short_kernel", (), pieces(n, BLOCK // width), BLOCK, taken, Int(width))
-    elif classes <= WARP_CLASSES:
-        device.launch("competitors_warp_kernel", (), pieces(n, WARPS), BLOCK, taken)
-    else:
-        parts = 1 if k > CONSTANTS["kListed"] else pieces(classes, PART_CLASSES)
-        length = length_of_part(classes, parts)
-        lists, sums = (n * parts * k, n * parts * 5) if parts > 1 else (0, 0)
-        work = (device.empty((lists,), wide), device.empty((lists,), Int), device.empty((sums,), wide))
-        device.launch("competitors_block_kernel", (), n * parts, BLOCK, taken, Int(parts), Int(length), work)
-        if parts > 1:
-            device.launch("competitors_merge_kernel", (), pieces(n, WARPS), BLOCK, taken, Int(parts), work)
+    if classes <= warp_classes(device):
+        width, held, more_than = lanes_of(device, classes)
+        tags = (f"Li{width}ELi{held}ELi{more_than}E",)
+        device.launch("competitors_row_kernel", tags, pieces(n, BLOCK // width), BLOCK, taken)
+        return out
+    parts, many = pieces(classes, part_classes(device)), k > CONSTANTS["kListed"]
+    first = (*taken[:7], Int(0), *taken[8:]) if many else taken
+    lists, sums = (0 if many else n * parts * k, n * parts * 4) if parts > 1 else (0, 0)
+    work = (device.empty((lists,), wide), device.empty((lists,), Int), device.empty((sums,), wide))
+    device.launch("competitors_part_kernel", (), (n, parts), BLOCK, first, Int(parts), work)
+    if parts > 1:
+        device.launch("competitors_merge_kernel", (), pieces(n, WARPS), BLOCK, first, Int(parts), work)
+    if many:
+        device.launch("competitors_many_kernel", (), n, BLOCK, taken)
     return out
 
 
@@ -114,13 +141,13 @@ def competitors_backward(
     taken += (grads[0], Long(k), one, *per_sample, slopes)
     if classes <= SHORT_CLASSES:
         width = short_width(classes)
-        device.launch("competitors_backward_short_kernel", (), pieces(n, BLOCK // width), BLOCK, taken, Int(width))
+        device.launch("competitors_backward_short_kernel", (f"Li{width}E",), pieces(n, BLOCK // width), BLOCK, taken)
+    elif classes <= WARP_CLASSES:
+        device.launch("competitors_backward_kernel", ("Li32E",), pieces(n, WARPS), BLOCK, taken, Int(classes))
     else:
-        threads = 32 if classes <= WARP_CLASSES else BLOCK
-        parts = 1 if threads == 32 else pieces(classes, PART_CLASSES)
-        length = classes if threads == 32 else length_of_part(classes, parts)
-        blocks = pieces(n, WARPS) if threads == 32 else n * parts
-        device.launch("competitors_backward_kernel", (), blocks, BLOCK, taken, Int(threads), Int(parts), Int(length))
+        parts = pieces(classes, BACKWARD_CLASSES)
+        length = Int(length_of_part(classes, parts))
+        device.launch("competitors_backward_kernel", ("Li256E",), (n, parts), BLOCK, taken, length)
     return slopes
 
 

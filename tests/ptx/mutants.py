@@ -51,11 +51,17 @@ LANES_LEFT_OUT: Edit = (r"(shfl\.sync\.\w+\.b32\s+[^;]*), [^;,]*;", r"\1, 65535;
 INVERTED: Edit = (r"@(%p\d+) bra", r"@!\1 bra")
 ONE_MORE: Edit = (r"setp\.lt\.s", r"setp.le.s")
 ONE_LESS: Edit = (r"setp\.gt\.s", r"setp.ge.s")
+ONE_MORE_LEFT: Edit = (r"setp\.ge\.s", r"setp.gt.s")
 
 
 def norm_of(p: float) -> tuple[str, ...]:
     """The template argument of a kernel of a norm."""
     return (norm_tag(p),)
+
+
+# Lanes a row, logits a lane, and more classes than.
+FOUR, SIXTEEN = ("Li4ELi64ELi128E",), ("Li16ELi64ELi512E",)
+WARP, BLOCK = ("Li32E",), ("Li256E",)  # threads a row
 
 
 def mutants(what: str, edit: Edit, places: list[tuple]) -> list[Mutant]:
@@ -64,14 +70,16 @@ def mutants(what: str, edit: Edit, places: list[tuple]) -> list[Mutant]:
 
 
 MUTANTS = [
-    # Every barrier of every kernel; the second of competitors_block_kernel is there for the next 32 competitors.
+    # Every barrier of every kernel; the second of competitors_many_kernel is there for the next 32 competitors.
     *mutants(
         "barrier removed",
         BARRIER,
         [
-            ("competitors_block_kernel", "competitors-block", 0),
-            ("competitors_block_kernel", "competitors-block-many", 1),
-            ("competitors_backward_kernel", "competitors-block", 0),
+            ("competitors_part_kernel", "competitors-2100-ties", 0),
+            ("competitors_part_kernel", "competitors-2100-ties", 1),
+            ("competitors_many_kernel", "competitors-2600-many", 0),
+            ("competitors_many_kernel", "competitors-2600-many", 1),
+            ("competitors_backward_kernel", "competitors-2100-ties", 0, BLOCK),
             *[("dual_norm_kernel", f"dual_norm-block-{p}", 0, norm_of(p)) for p in (1, 2, 3, math.inf)],
             ("dual_norm_ties_kernel", "dual_norm-parts-1", 0),
             ("dual_norm_backward_kernel", "dual_norm-block-1", 0, norm_of(1)),
@@ -93,15 +101,18 @@ MUTANTS = [
         "__syncwarp removed",
         WARP_BARRIER,
         [
-            ("competitors_backward_short_kernel", "competitors-4-lanes", 0),
-            ("competitors_backward_kernel", "competitors-warp", 0),
+            ("competitors_row_kernel", "competitors-1001", 0, SIXTEEN),
+            ("competitors_row_kernel", "competitors-1001", 1, SIXTEEN),
+            ("competitors_part_kernel", "competitors-33000-parts", 0),
+            ("competitors_backward_short_kernel", "competitors-10", 0, ("Li4E",)),
+            ("competitors_backward_kernel", "competitors-1001", 0, WARP),
         ],
     ),
     *mutants(
         "barrier that few threads skip",
         DIVERGENT,
         [
-            ("competitors_block_kernel", "competitors-block", 1),
+            ("competitors_part_kernel", "competitors-2100-ties", 1),
             ("one_to_n_totals_kernel", "one_to_n-eight", 0, ("Li8E",)),
         ],
     ),
@@ -109,7 +120,9 @@ MUTANTS = [
         "shared value not written",
         STORE_LOST,
         [
-            *[("competitors_block_kernel", "competitors-block-many", number) for number in (0, 1, 2, 4, 7, 8)],
+            *[("competitors_part_kernel", "competitors-2100-ties", number) for number in (0, 1, 2, 3, 20)],
+            *[("competitors_many_kernel", "competitors-2600-many", number) for number in (0, 1, 2, 3)],
+            *[("competitors_row_kernel", "competitors-1001", number, SIXTEEN) for number in (0, 9, 17)],
             ("dual_norm_kernel", "dual_norm-block-2", 1, norm_of(2)),
             ("one_to_n_columns_kernel", "one_to_n-chunks", 4),
             ("one_to_n_rows_kernel", "one_to_n-one-class", 1),
@@ -121,7 +134,7 @@ MUTANTS = [
         "shared value beside its place",
         STORE_MOVED,
         [
-            ("competitors_block_kernel", "competitors-block", 2),
+            ("competitors_part_kernel", "competitors-2100-ties", 2),
             ("row_distance_kernel", "row_distance-block-2", 0, (*norm_of(2), "Li256E")),
             ("one_to_n_totals_kernel", "one_to_n-eight", 1, ("Li8E",)),
             ("deepfool_product_kernel", "deepfool_step-1", 0, norm_of(1)),
@@ -131,12 +144,12 @@ MUTANTS = [
         "lane of a shuffle changed",
         LANE,
         [
-            *[("competitors_short_kernel", "competitors-4-lanes", number) for number in (0, 3, 5, 6)],
-            ("competitors_warp_kernel", "competitors-warp-ties", 1),
-            ("competitors_block_kernel", "competitors-block-many", 36),
-            ("competitors_merge_kernel", "competitors-parts", 21),
-            ("competitors_backward_short_kernel", "competitors-4-lanes", 0),
-            ("competitors_backward_kernel", "competitors-warp", 1),
+            *[("competitors_row_kernel", "competitors-1001", number, SIXTEEN) for number in (0, 2, 6, 10)],
+            ("competitors_part_kernel", "competitors-2100-ties", 4),
+            ("competitors_merge_kernel", "competitors-33000-parts", 6),
+            ("competitors_many_kernel", "competitors-2600-many", 2),
+            ("competitors_backward_short_kernel", "competitors-30-masked", 0, ("Li8E",)),
+            ("competitors_backward_kernel", "competitors-1001", 1, WARP),
             ("dual_norm_kernel", "dual_norm-block-2", 0, norm_of(2)),
             ("dual_norm_finish_kernel", "dual_norm-parts-2", 2, norm_of(2)),
             ("dual_norm_ties_kernel", "dual_norm-parts-1", 5),
@@ -146,7 +159,7 @@ MUTANTS = [
         "lanes left out of a shuffle",
         LANES_LEFT_OUT,
         [
-            ("competitors_short_kernel", "competitors-4-lanes", 2),
+            ("competitors_row_kernel", "competitors-1001", 2, SIXTEEN),
             ("dual_norm_finish_kernel", "dual_norm-parts-2", 4, norm_of(2)),
             ("one_to_n_rows_kernel", "one_to_n-one-class", 3),
         ],
@@ -155,11 +168,13 @@ MUTANTS = [
         "predicate inverted",
         INVERTED,
         [
-            *[("competitors_short_kernel", "competitors-4-lanes", number) for number in (19, 30, 50)],
-            ("competitors_warp_kernel", "competitors-warp-ties", 85),
-            ("competitors_block_kernel", "competitors-block-many", 81),  # does not end
-            ("competitors_merge_kernel", "competitors-parts", 25),
-            ("competitors_backward_kernel", "competitors-block", 36),
+            ("competitors_row_kernel", "competitors-10", 43, ("Li1ELi16ELi0E",)),
+            ("competitors_row_kernel", "competitors-1001", 101, SIXTEEN),
+            *[("competitors_row_kernel", "competitors-150-ties", number, FOUR) for number in (20, 142, 182)],
+            ("competitors_part_kernel", "competitors-2100-ties", 51),
+            ("competitors_many_kernel", "competitors-2600-many", 24),
+            ("competitors_merge_kernel", "competitors-33000-parts", 32),
+            ("competitors_backward_kernel", "competitors-2100-ties", 65, BLOCK),
             ("dual_norm_backward_kernel", "dual_norm-parts-1", 35, norm_of(1)),
             ("row_distance_kernel", "row_distance-warp-2", 13, (*norm_of(2), "Li32E")),
             ("row_distance_backward_kernel", "row_distance-warp-2", 20, norm_of(2)),
@@ -174,13 +189,23 @@ MUTANTS = [
         "bound off by one",
         ONE_MORE,
         [
-            ("competitors_short_kernel", "competitors-4-lanes", 5),
-            ("competitors_backward_short_kernel", "competitors-4-lanes", 1),
-            ("competitors_backward_kernel", "competitors-warp", 3),
+            ("competitors_row_kernel", "competitors-10", 14, ("Li1ELi16ELi0E",)),
+            ("competitors_row_kernel", "competitors-1001", 69, SIXTEEN),
+            ("competitors_backward_short_kernel", "competitors-10", 1, ("Li4E",)),
+            ("competitors_backward_kernel", "competitors-1001", 6, WARP),
             ("row_distance_ties_kernel", "row_distance-warp-1", 1),
             ("margin_hinge_kernel", "margin_hinge-max-options", 39),
             ("one_to_n_columns_kernel", "one_to_n-chunks", 4),
         ],
     ),
-    *mutants("bound off by one, the other way", ONE_LESS, [("competitors_backward_kernel", "competitors-block", 3)]),
+    *mutants("bound off by one, the other way", ONE_LESS, [("one_to_n_rows_kernel", "one_to_n-one-class", 0)]),
+    *mutants(
+        "one too many left in",
+        ONE_MORE_LEFT,
+        [
+            ("competitors_row_kernel", "competitors-10", 1, ("Li1ELi16ELi0E",)),
+            ("competitors_backward_short_kernel", "competitors-10", 0, ("Li4E",)),
+            ("competitors_backward_kernel", "competitors-1001", 0, WARP),
+        ],
+    ),
 ]

@@ -76,6 +76,7 @@ class Module:
     """A PTX file: kernels by name, each parsed when it is asked for."""
 
     def __init__(self, text: str):
+        text = re.sub(r"\n\}(?=\s*// end inline asm)", " }", text)  # the end of a scope, not of a kernel
         text = re.sub(r"//[^\n]*", "", text)
         self.files = {m[1]: m[2].rpartition("/")[2] for m in re.finditer(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
         # name -> (parameters, body)

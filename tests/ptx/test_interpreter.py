@@ -173,6 +173,59 @@ def test_the_sectors_of_a_store_are_counted_by_its_width():
     assert sectors("st.global.u32 [%rd5], %r1;") == {("st", 4): 4}
 
 
+def integers(body: str, a: int, b: int) -> int:
+    """What an instruction makes of two registers of 32 bits."""
+    read = f"mov.u32 %r5, {a}; mov.u32 %r6, {b}; {body} and.b32 %r8, %r7, 65535; shr.u32 %r9, %r7, 16; "
+    read += "cvt.rn.f32.u32 %f1, %r8; st.global.f32 [%rd2], %f1; cvt.rn.f32.u32 %f1, %r9; st.global.f32 [%rd2+4], %f1;"
+    low, high = run(read, threads=1, size=2)
+    return int(high) << 16 | int(low)
+
+
+# The first of two numbers is in the lower half: (1, -2) in float16 is 0x3C00 | 0xC000 << 16.
+@pytest.mark.parametrize(
+    "instruction, a, b, result",
+    [
+        ("max.f16x2", 0xC0003C00, 0x40003800, 0x40003C00),  # (1, -2), (0.5, 2)
+        ("max.f16x2", 0x7E003C00, 0x40007E00, 0x40003C00),  # the number where one is NaN
+        ("min.f16x2", 0xC0003C00, 0x40003800, 0xC0003800),
+        ("max.bf16x2", 0xC0003F80, 0x40003F00, 0x40003F80),
+        ("max.bf16x2", 0xFF803F80, 0xC0007FC0, 0xC0003F80),  # (1, -inf), (NaN, -2)
+        ("set.ge.u32.f16x2", 0xC0003C00, 0x40003C00, 0x0000FFFF),
+        ("set.ge.u32.bf16x2", 0xC0003F80, 0xC0007FC0, 0xFFFF0000),  # false for NaN
+        ("set.lt.u32.bf16x2", 0xC0003F80, 0x40003F80, 0xFFFF0000),
+    ],
+)
+def test_pairs_of_halves(instruction, a, b, result):
+    assert integers(f"{instruction} %r7, %r5, %r6;", a, b) == result
+
+
+def test_bytes_are_permuted():
+    """0x1054: the bytes 4, 5, 0, 1 of a and b, from the lowest on."""
+    assert integers("prmt.b32 %r7, %r5, %r6, 4180;", 0x44332211, 0x88776655) == 0x22116655
+    with pytest.raises(UnknownPtx, match=r"sign of a byte"):
+        integers("prmt.b32 %r7, %r5, %r6, 8;", 1, 2)
+
+
+@pytest.mark.parametrize("instruction, result", [("max.s32", 15), ("min.s32", -16), ("max.u32", 0xFFFFFFFF)])
+def test_a_warp_reduces_integers(instruction, result):
+    body = f"add.s32 %r5, %r1, -16; redux.sync.{instruction} %r6, %r5, -1; "
+    body += f"cvt.rn.f32.{instruction[-3:]} %f1, %r6; st.global.f32 [%rd5], %f1;"
+    assert np.array_equal(run(body, threads=32, size=32), np.full(32, result, np.float32))
+
+
+def test_a_reduction_waits_for_the_lanes_that_it_names():
+    body = "setp.lt.u32 %p1, %r1, 9; @%p1 bra $L; redux.sync.max.s32 %r6, %r1, -1; $L:"
+    with pytest.raises(Fault, match=r"a shuffle waits for lane 0, which has ended|lanes that do not come"):
+        run(body)
+
+
+def test_the_scope_of_an_assembler_text_does_not_end_a_kernel():
+    """As nvcc writes it: with a brace at the beginning of a line."""
+    scope = "// begin inline asm\n\t{add.f32 %f1, %f1, %f1;\n}\n\t// end inline asm\n"
+    load, store = COPY.split("; ")
+    assert np.array_equal(run(f"{load};\n{scope}{store}"), 2 * (np.arange(64) + 0.5))
+
+
 def arithmetic(body: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """One float32 instruction on 32 pairs."""
     kernel = "ld.global.f32 %f1, [%rd4]; ld.global.f32 %f2, [%rd4+128]; {} st.global.f32 [%rd5], %f3;"
