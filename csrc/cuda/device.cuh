@@ -1,9 +1,10 @@
 // What the kernels share: launches, 16-byte loads, conversions and reductions over a warp.
 //
-// No torch header and no inline PTX: g++ compiles the same kernels against tests/cpp/cuda_on_cpu.h, and the tests run
+// No torch header, and inline PTX beside a plain twin alone: g++ compiles the same kernels against tests/cpp/cuda_on_cpu.h, and the tests run
 // them without a GPU.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -75,6 +76,46 @@ __device__ __forceinline__ T narrow(acc_t<T> x) {
   }
 }
 
+// The larger one, NaN where one is NaN.
+__device__ __forceinline__ double max_or_nan(double a, double b) { return b > a || b != b ? b : a; }
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return b > a || b != b ? b : a;
+#endif
+}
+
+// 2^x, a float32 below 2^-126 as 0. Without .ftz every power takes two multiplications more.
+__device__ __forceinline__ double exp2_flushed(double x) { return std::exp2(x); }
+__device__ __forceinline__ float exp2_flushed(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+// a b, which no addition beside it takes into an fma.
+__device__ __forceinline__ double rounded_product(double a, double b) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+__device__ __forceinline__ float rounded_product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // 16 bytes of a row. Which elements a thread takes depends on their place in the row, never on the address, so that the
 // order of a sum does not change with the alignment; rows that do not begin at a multiple of 16 bytes are read in
 // smaller words.
@@ -84,10 +125,10 @@ struct alignas(16) Pack {
   T data[size];
 };
 
-// The word in which a row at `address` is read: 16, 4 or sizeof(T) bytes.
+// The word in which a row at `address` is read, or every row, `stride` elements apart: 16, 4 or sizeof(T) bytes.
 template <class T>
-__host__ __device__ inline int word_of(const T* address) {
-  const auto place = reinterpret_cast<uintptr_t>(address);
+__host__ __device__ inline int word_of(const T* address, int64_t stride = 0) {
+  const auto place = reinterpret_cast<uintptr_t>(address) | static_cast<uintptr_t>(stride) * sizeof(T);
   if (place % 16 == 0) return 16;
   return place % 4 == 0 && sizeof(T) <= 4 ? 4 : static_cast<int>(sizeof(T));
 }
@@ -153,6 +194,18 @@ __device__ __forceinline__ float opaque(float x) {
   return x;
 }
 __device__ __forceinline__ double opaque(double x) { return x; }
+
+// A value of a multiple of 16 bytes in loads of 16.
+template <class V>
+__device__ __forceinline__ V load_whole(const V* from) {
+  static_assert(alignof(V) % 16 == 0 && std::is_trivially_copyable_v<V>);
+  uint4 bits[sizeof(V) / 16];
+  MK_UNROLL
+  for (int i = 0; i < static_cast<int>(sizeof(V) / 16); ++i) bits[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  V value;
+  memcpy(static_cast<void*>(&value), bits, sizeof(V));
+  return value;
+}
 
 // combine() over `width` neighbouring lanes, in a fixed order; every lane gets the result.
 template <class T, class Combine>

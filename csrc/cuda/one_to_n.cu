@@ -19,7 +19,7 @@ using cuda::out;
 
 template <class T>
 cuda::OneToN<T> logits_of(const Tensor& z, const Tensor& y, double delta) {
-  // Tiles of columns are the second dimension of a grid, which ends at 65535; a tile has at least 64 columns.
+  // Tiles of columns are the second dimension of a grid, which ends at 65535; a tile of so many has at least 64 columns.
   TORCH_CHECK_VALUE(z.size(1) <= 65535 * 64 && z.size(0) <= std::numeric_limits<int>::max(),
                     "logits are too large for one launch: ", z.sizes());
   return {in<T>(z), z.stride(0), z.size(0), z.size(1), in<int64_t>(y), static_cast<cuda::acc_t<T>>(delta)};
@@ -34,10 +34,10 @@ std::tuple<Tensor, Tensor, Tensor> one_to_n_cuda(const Tensor& logits, const Ten
   const auto options = logits.options().dtype(check::accumulate_type(logits.scalar_type()));
   Tensor loss = at::empty({n}, options), column = at::empty({classes}, options);
   Tensor normalizer = at::empty({cross_entropy ? n : 0}, options);
-  const Tensor partials = at::empty({cuda::one_to_n_chunks(n), classes, 2}, options);
   cuda::with_type(z.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc = cuda::acc_t<T>;
+    const Tensor partials = at::empty({cuda::forward_tiles<T>(n, classes).chunks, classes, 2}, options);
     cuda::one_to_n_forward(device.launch, logits_of<T>(z, y, delta), bound == "positive",
                            out<cuda::LogSum<acc>>(partials), out<acc>(loss), out<acc>(column),
                            cross_entropy ? out<acc>(normalizer) : nullptr);
@@ -52,15 +52,18 @@ Tensor one_to_n_backward_cuda(const Tensor& grad, const Tensor& logits, const Te
   const Tensor z = unit_stride_rows(logits), y = target.contiguous();
   const Tensor against = column.contiguous(), rows = normalizer.contiguous();
   const Tensor grads = grad.to(column.scalar_type()).contiguous();
-  const Tensor share = at::empty({logits.size(0)}, column.options());
+  const Tensor samples = at::empty({logits.size(0), 4}, column.options());
   const Tensor totals = at::empty({logits.size(1), 2}, column.options());
+  const Tensor segments =
+      at::empty({cuda::one_to_n_segments(logits.size(0)), logits.size(1)}, column.options().dtype(at::kDouble));
   Tensor dlogits = at::empty_like(logits, at::MemoryFormat::Contiguous);
   cuda::with_type(z.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc = cuda::acc_t<T>;
     cuda::one_to_n_backward(device.launch, logits_of<T>(z, y, delta), bound == "positive", in<acc>(grads),
-                            in<acc>(against), cross_entropy ? in<acc>(rows) : nullptr, out<acc>(share),
-                            out<cuda::LogSum<acc>>(totals), out<T>(dlogits));
+                            in<acc>(against), cross_entropy ? in<acc>(rows) : nullptr,
+                            out<cuda::SampleSlope<acc>>(samples), out<double>(segments), out<cuda::LogSum<acc>>(totals),
+                            out<T>(dlogits));
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return dlogits;

@@ -28,16 +28,17 @@ Results on_device(const Tensor& logits, const Tensor& target, const Tensor& grad
                      target.data_ptr<int64_t>(), static_cast<acc>(delta)};
   Results r{unwritten({n}, wide), unwritten({classes}, wide), unwritten({cross_entropy ? n : 0}, wide),
             misaligned(unwritten({n, classes}, type_of<T>))};
-  const Tensor partials = unwritten({mk::cuda::one_to_n_chunks(n), classes, 2}, wide);
-  const Tensor share = unwritten({n}, wide), totals = unwritten({classes, 2}, wide);
+  const Tensor partials = unwritten({mk::cuda::forward_tiles<T>(n, classes).chunks, classes, 2}, wide);
+  const Tensor samples = unwritten({n, 4}, wide), totals = unwritten({classes, 2}, wide);
+  const Tensor segments = unwritten({mk::cuda::one_to_n_segments(n), classes}, at::kDouble);
   acc* rows = cross_entropy ? r.normalizer.data_ptr<acc>() : nullptr;
   const cuda_on_cpu::Launch launch;
   mk::cuda::one_to_n_forward(launch, in, positive, reinterpret_cast<LogSum<acc>*>(partials.data_ptr<acc>()),
                              r.loss.data_ptr<acc>(), r.column.data_ptr<acc>(), rows);
   mk::cuda::one_to_n_backward(launch, in, positive, grad.data_ptr<acc>(),
                               static_cast<const acc*>(r.column.data_ptr<acc>()), static_cast<const acc*>(rows),
-                              share.data_ptr<acc>(), reinterpret_cast<LogSum<acc>*>(totals.data_ptr<acc>()),
-                              r.slope.data_ptr<T>());
+                              static_cast<mk::cuda::SampleSlope<acc>*>(samples.data_ptr()), segments.data_ptr<double>(),
+                              reinterpret_cast<LogSum<acc>*>(totals.data_ptr<acc>()), r.slope.data_ptr<T>());
   return r;
 }
 
@@ -100,8 +101,9 @@ int main() {
   agrees_with_the_cpu<c10::BFloat16>(37, 301);
   agrees_with_the_cpu<c10::Half>(9, 130);
   agrees_with_the_cpu<float>(1, 2);
-  agrees_with_the_cpu<float>(4200, 3, "", false);  // chunks of 64 rows
-  agrees_with_the_cpu<float>(5, 8200, "", false);  // eight classes to a warp
+  agrees_with_the_cpu<float>(4200, 3, "", false);  // several chunks of rows and segments of samples
+  agrees_with_the_cpu<float>(5, 8200, "", false);  // a block for each row, many tiles of columns
+  agrees_with_the_cpu<c10::BFloat16>(70, 264);     // eight rows of a thread at once
   agrees_with_the_cpu<float>(0, 4);
   an_invalid_target_makes_every_loss_nan();
   return report("cuda_one_to_n");

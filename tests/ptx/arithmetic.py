@@ -161,12 +161,14 @@ def mask_of_pairs(modifiers: tuple[str, ...], kind: str) -> Operation | None:
 
 
 def extreme(of_floats: np.ufunc, of_integers: np.ufunc) -> Rule:
-    """min and max: the number where one is NaN."""
+    """min and max: the number where one is NaN; with .NaN that is NaN."""
 
     def rule(modifiers: tuple[str, ...], kind: str) -> Operation | None:
         if kind in PAIRS:
             return None if modifiers else extreme_of_pairs(of_floats, kind)
         dtype = type_of(kind)
+        if modifiers == ("NaN",) and kind == "f32":
+            return Operation(of_integers, (dtype, dtype))  # numpy's minimum and maximum keep NaN
         return None if modifiers else Operation(of_floats if kind[0] == "f" else of_integers, (dtype, dtype))
 
     return rule

@@ -231,7 +231,6 @@ def one_to_n(
     cross_entropy: bool,
     what: str = "",
     shift: int = 0,
-    per_warp: int | None = None,
 ) -> None:
     """Both directions."""
     z, y = 1.5 * random(n, classes), torch.randint(classes, (n,))
@@ -250,7 +249,7 @@ def one_to_n(
     out = launches.one_to_n(device, logits, target, 1.0, positive, cross_entropy)
     close("loss", out.loss, expected, WIDE_ROUNDING[device.wide])
     grad = random(n)
-    arguments = (logits, target, 1.0, positive, device.array(grad, device.wide), out, shift, per_warp)
+    arguments = (logits, target, 1.0, positive, device.array(grad, device.wide), out, shift)
     slopes = launches.one_to_n_backward(device, *arguments)
     close("dlogits", slopes, torch.autograd.grad(expected, z, grad)[0], 2 * ROUNDING[device.dtype], 0.1)
 
@@ -339,16 +338,19 @@ CASES: dict[str, Case] = {
     },
     "margin_hinge-one-lane": partial(margin_hinge, n=6, k=1, layers=1, aggregation="max"),
     "margin_hinge-warp": partial(margin_hinge, n=6, k=130, layers=1, aggregation="max"),
-    # One tile of columns and several, one chunk of rows and several, one class a warp and eight.
+    # Few lanes a row and 32, one tile of columns and several, single rows and eight at once, one chunk and two, rows of
+    # a warp and of a block, one segment of samples and two.
     "one_to_n": partial(one_to_n, n=7, classes=5, positive=False, cross_entropy=False, what="bounds"),
     "one_to_n-positive": partial(one_to_n, n=5, classes=6, positive=True, cross_entropy=True, what="masked"),
     "one_to_n-one-class": partial(one_to_n, n=3, classes=4, positive=False, cross_entropy=True, what="one class"),
     "one_to_n-not-finite": partial(one_to_n, n=6, classes=9, positive=True, cross_entropy=True, what="not finite"),
-    "one_to_n-tiles": partial(one_to_n, n=3, classes=259, positive=False, cross_entropy=True),
-    "one_to_n-misaligned": partial(one_to_n, n=3, classes=131, positive=False, cross_entropy=False, shift=MISALIGNED),
-    "one_to_n-chunks": partial(one_to_n, n=35, classes=5, positive=False, cross_entropy=False),
-    "one_to_n-samples": partial(one_to_n, n=259, classes=3, positive=False, cross_entropy=False),
-    "one_to_n-eight": partial(one_to_n, n=5, classes=70, positive=False, cross_entropy=False, per_warp=8),
+    "one_to_n-lanes": partial(one_to_n, n=9, classes=40, positive=False, cross_entropy=True, what="masked"),
+    "one_to_n-tiles": partial(one_to_n, n=9, classes=259, positive=False, cross_entropy=True),
+    "one_to_n-rows": partial(one_to_n, n=67, classes=132, positive=True, cross_entropy=True, what="not finite"),
+    "one_to_n-misaligned": partial(one_to_n, n=72, classes=131, positive=False, cross_entropy=False, shift=MISALIGNED),
+    "one_to_n-long-rows": partial(one_to_n, n=2, classes=4100, positive=False, cross_entropy=True),
+    "one_to_n-segments": partial(one_to_n, n=259, classes=3, positive=False, cross_entropy=False),
+    "one_to_n-chunks": partial(one_to_n, n=2060, classes=3, positive=False, cross_entropy=True),
     # One part and two, fewer candidates than lanes and more.
     **{f"deepfool_step-{p}": partial(deepfool_step, n=6, k=2, length=37, p=p, what="special") for p in PS},
     **{f"deepfool_step-parts-{p}": partial(deepfool_step, n=1, k=1, length=8193, p=p) for p in PS},
@@ -373,7 +375,7 @@ MAIN = (
 
 # Minutes each: what only many elements show.
 NIGHTLY: dict[str, Case] = {
-    "one_to_n-8200": partial(one_to_n, n=5, classes=8200, positive=False, cross_entropy=False),
+    "one_to_n-stages": partial(one_to_n, n=17000, classes=10, positive=False, cross_entropy=False),
     "competitors-70001-parts": partial(competitors, n=1, classes=70001, k=4, shift=MISALIGNED),
     "dual_norm-20-layers": partial(dual_norm, row_bytes=[4 * layer + 8 for layer in range(20)], p=2, n=3, k=3),
 }

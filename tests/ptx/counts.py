@@ -71,11 +71,11 @@ def margin_hinge(device: Device, rng: np.random.Generator, n: int, k: int, layer
     return n * k * layers
 
 
-def one_to_n(device: Device, rng: np.random.Generator, n: int, classes: int) -> int:
-    """With cross-entropy."""
+def one_to_n(device: Device, rng: np.random.Generator, n: int, classes: int, cross_entropy: bool = False) -> int:
+    """The symmetric bound."""
     logits = device.array(rng.standard_normal((n, classes)), device.dtype)
     target = device.array(rng.integers(classes, size=n), np.int64)
-    out = launches.one_to_n(device, logits, target, 1.0, False, True)
+    out = launches.one_to_n(device, logits, target, 1.0, False, cross_entropy)
     launches.one_to_n_backward(device, logits, target, 1.0, False, device.array(np.ones(n), device.wide), out, 0)
     return n * classes
 
@@ -104,7 +104,9 @@ SHAPES: dict[str, Run] = {
     "dual_norm [2, 8192], p = inf": partial(dual_norm, n=2, length=8192, p=math.inf),
     "row_distance [10, 512], 8 pairs, p = 2": partial(row_distance, classes=10, length=512, n=8),
     "margin_hinge [128, 9, 3], max": partial(margin_hinge, n=128, k=9, layers=3),
-    "one_to_n [32, 1024], cross-entropy": partial(one_to_n, n=32, classes=1024),
+    "one_to_n [64, 1000]": partial(one_to_n, n=64, classes=1000),
+    "one_to_n [64, 1000], cross-entropy": partial(one_to_n, n=64, classes=1000, cross_entropy=True),
+    "one_to_n [1024, 10], cross-entropy": partial(one_to_n, n=1024, classes=10, cross_entropy=True),
     "deepfool_step [2, 2, 4096], p = 2": partial(deepfool_step, n=2, k=2, length=4096),
 }
 

@@ -28,8 +28,8 @@ template void margin_hinge_forward(const Launch&, const MarginHinge<acc>&, acc*,
 template void margin_hinge_backward(const Launch&, const MarginHinge<acc>&, const acc*, acc*, acc*);
 
 template void one_to_n_forward(const Launch&, const OneToN<T>&, bool, LogSum<acc>*, acc*, acc*, acc*);
-template void one_to_n_backward(const Launch&, const OneToN<T>&, bool, const acc*, const acc*, const acc*, acc*,
-                                LogSum<acc>*, T*);
+template void one_to_n_backward(const Launch&, const OneToN<T>&, bool, const acc*, const acc*, const acc*,
+                                SampleSlope<acc>*, double*, LogSum<acc>*, T*);
 
 template void deepfool_step_forward(const Launch&, const DeepFool<T>&, double, T*, acc*, int64_t*, acc*);
 template void deepfool_step_backward(const Launch&, const DeepFool<T>&, double, const int64_t*, const acc*, const T*,

@@ -28,8 +28,13 @@ CONSTANTS = {
     "kNormLayers": 40,
     "kWarpPairBytes": 8192,
     "kStepPart": 8192,
-    "kTileLanes": 32,
-    "kRowsAtOnce": 4,
+    "kBlockBits": 8,
+    "kForwardRows": 8,
+    "kBackwardRows": 4,
+    "kRowPacks": 4,
+    "kWarpScoreBytes": 8192,
+    "kMostChunks": 256,
+    "kMostTiles": 4096,
 }
 SHORT_CLASSES, WARP_CLASSES, BACKWARD_CLASSES = (
     CONSTANTS[name] for name in ("kShortClasses", "kBackwardWarp", "kBackwardClasses")
@@ -334,28 +339,58 @@ def scores(device: Device, logits: Array, target: Array, delta: float) -> tuple:
     return (logits, Long(classes), Long(n), Long(classes), target, wide(delta))
 
 
-def tile_columns(device: Device) -> int:
-    """32 packs of 16 bytes."""
-    return 32 * 16 // element_bytes(device)
+class Tiles(NamedTuple):
+    """How logits are cut: lanes by rows, `rows` of them a chunk."""
+
+    lane_bits: int
+    columns: int
+    chunks: int
+    rows: int
+
+
+def lanes_for(classes: int, each: int) -> int:
+    """The exponent of 2 of the lanes that take `each` classes, up to a warp."""
+    bits = 0
+    while bits < 5 and each << bits < classes:
+        bits += 1
+    return bits
+
+
+def tiles_of(device: Device, n: int, classes: int, rows_at_once: int) -> Tiles:
+    """The tiles of a kernel whose threads take so many rows at once."""
+    pack = 16 // element_bytes(device)
+    lane_bits = lanes_for(classes, pack)
+    columns = pieces(classes, pack << lane_bits)
+    least = (BLOCK >> lane_bits) * rows_at_once
+    most = min(max(CONSTANTS["kMostTiles"] // columns, 1), CONSTANTS["kMostChunks"])
+    rows = pieces(pieces(n, most), least) * least
+    return Tiles(lane_bits, columns, pieces(n, rows), rows)
+
+
+def row_width_bits(device: Device, classes: int) -> int:
+    """Threads of a row."""
+    if classes * element_bytes(device) > CONSTANTS["kWarpScoreBytes"]:
+        return CONSTANTS["kBlockBits"]
+    return lanes_for(classes, CONSTANTS["kRowPacks"] * 16 // element_bytes(device))
 
 
 def one_to_n(device: Device, logits: Array, target: Array, delta: float, positive: bool, cross_entropy: bool) -> OneToN:
     """logits [N, C], N > 0"""
     n, classes = logits.shape
     wide = np.float64 if device.wide == "float64" else np.float32
-    chunk = pieces(pieces(n, 128), 32) * 32
-    chunks = pieces(n, chunk)
+    tiles = tiles_of(device, n, classes, CONSTANTS["kForwardRows"])
     taken = scores(device, logits, target, delta)
-    partials = device.empty((chunks, classes, 2), device.wide)
+    partials = device.empty((tiles.chunks, classes, 2), device.wide)
     column, loss = device.empty((classes,), device.wide), device.empty((n,), device.wide)
     normalizer = device.empty((n,), device.wide) if cross_entropy else None
-    tiles = (pieces(classes, tile_columns(device)), chunks)
-    device.launch("one_to_n_columns_kernel", (), tiles, BLOCK, taken, Long(chunk), partials)
+    cut = (Int(tiles.lane_bits), Long(tiles.rows))
+    device.launch("one_to_n_columns_kernel", (), (tiles.columns, tiles.chunks), BLOCK, taken, *cut, partials)
     shift = wide(delta if positive else 0)
-    finish = (partials, Long(chunks), Long(classes), shift, column)
-    device.launch("one_to_n_finish_kernel", (), pieces(classes, BLOCK), BLOCK, *finish)
+    finish = (partials, Long(tiles.chunks), Long(classes), shift, column)
+    device.launch("one_to_n_finish_kernel", (), pieces(classes, 32), BLOCK, *finish)
     if cross_entropy:
-        device.launch("one_to_n_rows_kernel", (), n, BLOCK, taken, normalizer)
+        bits = row_width_bits(device, classes)
+        device.launch("one_to_n_rows_kernel", (), pieces(n, BLOCK >> bits), BLOCK, taken, Int(bits), normalizer)
     device.launch("one_to_n_loss_kernel", (), pieces(n, BLOCK), BLOCK, taken, column, normalizer, loss)
     return OneToN(loss, column, normalizer)
 
@@ -369,22 +404,23 @@ def one_to_n_backward(
     grad: Array,
     out: OneToN,
     shift: int,
-    per_warp: int | None = None,
 ) -> Array:
-    """dlogits [N, C]; `per_warp` classes to a warp, or as many as the launcher takes."""
+    """dlogits [N, C]"""
     n, classes = logits.shape
     taken = scores(device, logits, target, delta)
-    share, totals = device.empty((n,), device.wide), device.empty((classes, 2), device.wide)
+    samples, totals = device.empty((n, 4), device.wide), device.empty((classes, 2), device.wide)
+    count = pieces(n, BLOCK)
+    segments = device.empty((count, classes), np.float64)
     slopes = device.empty((n, classes), device.dtype, shift)
-    device.launch("one_to_n_share_kernel", (), pieces(n, BLOCK), BLOCK, taken, out.column, out.normalizer, share)
-    per_warp = per_warp or (8 if classes > 8192 else 1)
+    arguments = (taken, out.column, out.normalizer, grad, samples, segments)
+    device.launch("one_to_n_samples_kernel", (), count, BLOCK, *arguments)
     wide = np.float64 if device.wide == "float64" else np.float32
-    summed = (target, grad, share, out.column, Long(n), Long(classes), wide(delta if positive else 0), totals)
-    blocks = pieces(classes, 8 * per_warp)
-    device.launch("one_to_n_totals_kernel", (f"Li{per_warp}E",), blocks, BLOCK, *summed)
-    tiles = (pieces(n, 32), pieces(classes, tile_columns(device)))
-    arguments = (taken, totals, out.normalizer, grad, share, slopes)
-    device.launch("one_to_n_backward_kernel", (), tiles, BLOCK, *arguments)
+    summed = (segments, out.column, Long(count), Long(classes), wide(delta if positive else 0), totals)
+    device.launch("one_to_n_totals_kernel", (), pieces(classes, 32), BLOCK, *summed)
+    tiles, cross_entropy = tiles_of(device, n, classes, CONSTANTS["kBackwardRows"]), out.normalizer is not None
+    cut = (Int(tiles.lane_bits), Long(tiles.rows))
+    arguments = (taken, *cut, (totals, samples, np.bool_(cross_entropy), slopes))
+    device.launch("one_to_n_backward_kernel", (), (tiles.chunks, tiles.columns), BLOCK, *arguments)
     return slopes
 
 

@@ -44,7 +44,7 @@ DIVERGENT: Edit = (
     r"\bbar\.sync\s+0;",
     "mov.u32 %r999999, %tid.x; setp.lt.u32 %p999999, %r999999, 7; @%p999999 bra $Lmutant; bar.sync 0; $Lmutant:",
 )
-STORE_LOST: Edit = (r"st\.shared\.\w+\s+[^;]*;", "")
+STORE_LOST: Edit = (r"st\.shared(?:\.v2)?\.\w+\s+[^;]*;", "")
 STORE_MOVED: Edit = (r"(st\.shared\.\w+\s+\[[^\]+]+)\]", r"\1+8]")
 LANE: Edit = (r"(shfl\.sync\.\w+\.b32\s+[^;,]*,[^;,]*), [^;,]*,", r"\1, 3,")
 LANES_LEFT_OUT: Edit = (r"(shfl\.sync\.\w+\.b32\s+[^;]*), [^;,]*;", r"\1, 65535;")
@@ -86,11 +86,11 @@ MUTANTS = [
             ("dual_norm_backward_kernel", "dual_norm-parts-1", 1, norm_of(1)),
             ("row_distance_kernel", "row_distance-block-2", 0, (*norm_of(2), "Li256E")),
             ("row_distance_ties_kernel", "row_distance-warp-1", 0),
-            ("one_to_n_columns_kernel", "one_to_n-chunks", 0),
-            ("one_to_n_rows_kernel", "one_to_n-one-class", 0),
-            ("one_to_n_totals_kernel", "one_to_n-samples", 0, ("Li1E",)),
-            ("one_to_n_totals_kernel", "one_to_n-samples", 1, ("Li1E",)),
-            ("one_to_n_totals_kernel", "one_to_n-eight", 1, ("Li8E",)),
+            ("one_to_n_columns_kernel", "one_to_n-tiles", 0),
+            ("one_to_n_finish_kernel", "one_to_n", 0),
+            ("one_to_n_rows_kernel", "one_to_n-long-rows", 0),
+            ("one_to_n_samples_kernel", "one_to_n", 0),
+            ("one_to_n_totals_kernel", "one_to_n-segments", 0),
             ("deepfool_step_kernel", "deepfool_step-1", 0, norm_of(1)),
             ("deepfool_step_kernel", "deepfool_step-1", 1, norm_of(1)),
             ("deepfool_product_kernel", "deepfool_step-1", 0, norm_of(1)),
@@ -113,7 +113,7 @@ MUTANTS = [
         DIVERGENT,
         [
             ("competitors_part_kernel", "competitors-2100-ties", 1),
-            ("one_to_n_totals_kernel", "one_to_n-eight", 0, ("Li8E",)),
+            ("one_to_n_samples_kernel", "one_to_n-segments", 0),
         ],
     ),
     *mutants(
@@ -124,9 +124,11 @@ MUTANTS = [
             *[("competitors_many_kernel", "competitors-2600-many", number) for number in (0, 1, 2, 3)],
             *[("competitors_row_kernel", "competitors-1001", number, SIXTEEN) for number in (0, 9, 17)],
             ("dual_norm_kernel", "dual_norm-block-2", 1, norm_of(2)),
-            ("one_to_n_columns_kernel", "one_to_n-chunks", 4),
-            ("one_to_n_rows_kernel", "one_to_n-one-class", 1),
-            ("one_to_n_totals_kernel", "one_to_n-eight", 0, ("Li8E",)),
+            ("one_to_n_columns_kernel", "one_to_n-lanes", 9),
+            ("one_to_n_finish_kernel", "one_to_n", 0),
+            ("one_to_n_rows_kernel", "one_to_n-long-rows", 0),
+            ("one_to_n_samples_kernel", "one_to_n-segments", 0),
+            ("one_to_n_totals_kernel", "one_to_n-segments", 0),
             ("deepfool_step_kernel", "deepfool_step-1", 4, norm_of(1)),
         ],
     ),
@@ -136,7 +138,7 @@ MUTANTS = [
         [
             ("competitors_part_kernel", "competitors-2100-ties", 2),
             ("row_distance_kernel", "row_distance-block-2", 0, (*norm_of(2), "Li256E")),
-            ("one_to_n_totals_kernel", "one_to_n-eight", 1, ("Li8E",)),
+            ("one_to_n_samples_kernel", "one_to_n-segments", 1),
             ("deepfool_product_kernel", "deepfool_step-1", 0, norm_of(1)),
         ],
     ),
@@ -153,6 +155,8 @@ MUTANTS = [
             ("dual_norm_kernel", "dual_norm-block-2", 0, norm_of(2)),
             ("dual_norm_finish_kernel", "dual_norm-parts-2", 2, norm_of(2)),
             ("dual_norm_ties_kernel", "dual_norm-parts-1", 5),
+            ("one_to_n_columns_kernel", "one_to_n-lanes", 3),
+            ("one_to_n_rows_kernel", "one_to_n-long-rows", 0),
         ],
     ),
     *mutants(
@@ -161,7 +165,7 @@ MUTANTS = [
         [
             ("competitors_row_kernel", "competitors-1001", 2, SIXTEEN),
             ("dual_norm_finish_kernel", "dual_norm-parts-2", 4, norm_of(2)),
-            ("one_to_n_rows_kernel", "one_to_n-one-class", 3),
+            ("one_to_n_rows_kernel", "one_to_n-long-rows", 1),
         ],
     ),
     *mutants(
@@ -180,9 +184,10 @@ MUTANTS = [
             ("row_distance_backward_kernel", "row_distance-warp-2", 20, norm_of(2)),
             ("margin_hinge_kernel", "margin_hinge-max-options", 193),
             ("margin_hinge_backward_kernel", "margin_hinge-mean_distance-options", 155),
-            ("one_to_n_columns_kernel", "one_to_n-chunks", 25),
+            ("one_to_n_columns_kernel", "one_to_n-lanes", 1),
             ("one_to_n_loss_kernel", "one_to_n-one-class", 0),
-            ("one_to_n_share_kernel", "one_to_n-one-class", 0),
+            ("one_to_n_samples_kernel", "one_to_n-one-class", 0),
+            ("one_to_n_backward_kernel", "one_to_n-tiles", 3),
         ],
     ),
     *mutants(
@@ -195,7 +200,8 @@ MUTANTS = [
             ("competitors_backward_kernel", "competitors-1001", 6, WARP),
             ("row_distance_ties_kernel", "row_distance-warp-1", 1),
             ("margin_hinge_kernel", "margin_hinge-max-options", 39),
-            ("one_to_n_columns_kernel", "one_to_n-chunks", 4),
+            ("one_to_n_columns_kernel", "one_to_n-misaligned", 28),
+            ("one_to_n_rows_kernel", "one_to_n-lanes", 0),
         ],
     ),
     *mutants("bound off by one, the other way", ONE_LESS, [("one_to_n_rows_kernel", "one_to_n-one-class", 0)]),

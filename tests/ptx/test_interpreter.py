@@ -248,6 +248,15 @@ def test_roundings_are_those_of_the_names():
     assert (np.abs(cut) <= np.abs(a.astype(np.float64) + b)).all()
 
 
+def test_the_larger_number_or_nan():
+    a, b = np.full(32, np.nan, np.float32), np.arange(32, dtype=np.float32)
+    a[:16] = 7
+    expected = np.where(np.arange(32) < 16, np.maximum(7, b), np.nan)
+    assert np.array_equal(arithmetic("max.NaN.f32 %f3, %f1, %f2;", a, b), expected, equal_nan=True)
+    assert np.array_equal(arithmetic("max.NaN.f32 %f3, %f1, %f2;", b, a), expected, equal_nan=True)
+    assert np.array_equal(arithmetic("max.f32 %f3, %f1, %f2;", a, b), np.fmax(a, b))
+
+
 def test_fma_of_float64_is_rounded_once():
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal(2000), rng.standard_normal(2000)
