@@ -184,8 +184,9 @@ __device__ __forceinline__ void add_rows(const OneToN<T>& in, LogSum<acc_t<T>> (
   for (int i = 0; i < size; ++i) columns[i].add(entries[i]);
 }
 
+// Two blocks a multiprocessor leave 128 registers for a thread, too few for float64.
 template <class T>
-__global__ void __launch_bounds__(kOneToNThreads)
+__global__ void __launch_bounds__(kOneToNThreads, sizeof(T) == 8 ? 1 : 2)
     one_to_n_columns_kernel(OneToN<T> in, int lane_bits, int64_t chunk_rows,
                             LogSum<acc_t<T>>* partials) {  // [chunks, C]
   using acc = acc_t<T>;

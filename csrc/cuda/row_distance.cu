@@ -22,7 +22,9 @@ using cuda::out;
 
 template <class T>
 cuda::RowPairs<T> pairs_of(const Tensor& rows, const Tensor& index, const Tensor& target) {
-  TORCH_CHECK_VALUE(index.numel() + target.numel() <= std::numeric_limits<int>::max(),
+  // Blocks for every tile of a row are the second dimension of a grid, which ends at 65535; a tile has at least 128 elements.
+  TORCH_CHECK_VALUE(rows.size(1) <= 65535 * 128, "rows are too long for one launch: ", rows.sizes());
+  TORCH_CHECK_VALUE(2 * index.numel() <= std::numeric_limits<int>::max(),
                     "index has too many pairs for one launch: ", index.numel());
   return {in<T>(rows),        rows.stride(0),      rows.size(0),   rows.size(1),
           in<int64_t>(index), in<int64_t>(target), target.size(0), index.size(1)};
@@ -47,14 +49,16 @@ Tensor row_distance_backward_cuda(const Tensor& grad, const Tensor& rows, const 
   const Tensor w = unit_stride_rows(rows), i = index.contiguous(), y = target.contiguous();
   const Tensor values = norm.contiguous(), grads = grad.to(norm.scalar_type()).contiguous();
   Tensor drows = at::zeros(rows.sizes(), rows.options());
-  const auto [sorted, order] =
-      at::sort(at::cat({i.view(-1), y}), /*stable=*/std::optional<bool>(true), /*dim=*/0, /*descending=*/false);
-  Tensor ties = at::empty({p == 1 ? i.numel() : 0}, i.options());
+  const auto [sorted, order] = at::sort(at::cat({i.view(-1), y.repeat_interleave(i.size(1))}),
+                                        /*stable=*/std::optional<bool>(true), /*dim=*/0, /*descending=*/false);
+  const Tensor ties = at::empty({p == 1 ? i.numel() : 0}, i.options());
+  const Tensor sums = at::empty({cuda::use_segments(i.numel()), 2, rows.size(1)}, norm.options());
   cuda::with_type(w.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc = cuda::acc_t<T>;
-    cuda::row_distance_backward<T>(device.launch, pairs_of<T>(w, i, y), p, in<int64_t>(sorted), in<int64_t>(order),
-                                   in<acc>(values), in<acc>(grads), out<int64_t>(ties), out<T>(drows));
+    const cuda::RowUses<T> uses{in<int64_t>(sorted), in<int64_t>(order), sorted.numel(), out<acc>(sums), out<T>(drows)};
+    cuda::row_distance_backward<T>(device.launch, pairs_of<T>(w, i, y), p, uses, in<acc>(values), in<acc>(grads),
+                                   out<int64_t>(ties));
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return drows;

@@ -4,8 +4,11 @@
 // the label comes from the cache for all but the first of its k competitors. No difference is stored.
 //
 // Backward goes by class. `order` lists the uses of the rows sorted by class, equal classes in their order of place:
-// use place = n k + j is the competitor of pair (n, j), place = N k + n the label of sample n. One block per class that
-// is used adds the slopes of its uses in that order and writes its row once; the rows of other classes stay zero.
+// use place = pair is the competitor of pair = n k + j, place = N k + pair its label. The list is cut into segments of 32
+// uses, a block each for every 128 packs of a row. A class whose uses all lie in one segment is written there; of one
+// that goes on, each segment leaves a sum, and a second kernel adds these in their order. The rows of other classes stay
+// zero. A use reads the class's own row (from the cache, but for the first use) and the other row of its pair; a thread
+// has the two packs of four uses under way.
 #pragma once
 
 #include "../math/row_distance.h"
@@ -102,58 +105,164 @@ __global__ void __launch_bounds__(kNormThreads, kNormBlocks<norm, acc_t<T>> == 4
   if (thread == 0) norms[pair] = static_cast<acc>(norm_of_total<norm>(total, q));
 }
 
+// A pack of a row of which `left` elements are left; behind them zeros.
+template <class T>
+__device__ __forceinline__ Pack<T> pack_of_row(const T* row, int64_t left) {
+  if (left >= Pack<T>::size) return load_pack(row, word_of(row));
+  Pack<T> pack;
+  MK_UNROLL
+  for (int i = 0; i < Pack<T>::size; ++i) pack.data[i] = i < left ? row[i] : narrow<T>(0);
+  return pack;
+}
+
 // How many entries of each pair's difference attain the maximum: a block per pair.
 template <class T>
 __global__ void __launch_bounds__(kNormThreads)
     row_distance_ties_kernel(RowPairs<T> in, const acc_t<T>* norms, int64_t* ties) {  // [N, k] both
+  constexpr int size = Pack<T>::size;
   const int64_t pair = blockIdx.x;
   if (!in.valid(pair)) return;
   const T *a = in.competitor(pair), *b = in.label(pair);
+  const acc_t<T> value = norms[pair];
   int64_t count = 0;
-  for (int64_t i = threadIdx.x; i < in.length; i += kNormThreads)
-    count += fabs(widen(a[i]) - widen(b[i])) == norms[pair];
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) * size; i < in.length; i += kNormThreads * size) {
+    const int64_t left = in.length - i;
+    const Pack<T> x = pack_of_row(a + i, left), y = pack_of_row(b + i, left);
+    MK_UNROLL
+    for (int j = 0; j < size; ++j) count += j < left && fabs(widen(x.data[j]) - widen(y.data[j])) == value;
+  }
   count = sum_block(count);
   if (threadIdx.x == 0) ties[pair] = count;
 }
 
+constexpr int kUses = 32, kUsesAtOnce = 4, kUseThreads = 128;
+constexpr int kSumsAtOnce = 8;
+
+inline int64_t use_segments(int64_t pairs) { return (2 * pairs + kUses - 1) / kUses; }
+
+// The uses of the rows, sorted, and what a segment leaves.
+template <class T>
+struct RowUses {
+  const int64_t* sorted;  // [2 N k] classes, increasing
+  const int64_t* order;   // [2 N k] their places
+  int64_t count;
+  acc_t<T>* sums;  // [segments, 2, D]: of the class that comes from the segment before, of the one that goes on
+  T* drows;        // [C, D], zero
+
+  __device__ bool same(int64_t a, int64_t b) const { return a >= 0 && b < count && sorted[a] == sorted[b]; }
+};
+
+// Where the sum of a class goes behind its last use in a segment.
+enum class Leave : int { NOTHING, ROW, FROM_BEFORE, GOES_ON };
+
 template <Norm norm, class T>
-__global__ void __launch_bounds__(kNormThreads, 1)
-    row_distance_backward_kernel(RowPairs<T> in, double q,
-                                 const int64_t* sorted,  // [N k + N] classes, increasing
-                                 const int64_t* order,   // [N k + N] their places
+__global__ void __launch_bounds__(kUseThreads, 1)
+    row_distance_backward_kernel(RowPairs<T> in, double q, RowUses<T> uses,
                                  const acc_t<T>* norms,  // [N, k]
                                  const acc_t<T>* grads,  // [N, k]
-                                 const int64_t* ties,    // [N, k], for the maximum only
-                                 T* drows) {             // [C, D], zero
-  const int64_t pairs = in.samples * in.k, uses = pairs + in.samples, first = blockIdx.x;
-  const int64_t c = sorted[first];
-  if (!math::is_class(c, in.classes) || (first > 0 && sorted[first - 1] == c)) return;
-  for (int64_t i = threadIdx.x; i < in.length; i += kNormThreads) {
-    const double mine = widen(in.rows[c * in.stride + i]);
-    double total = 0;
-    for (int64_t use = first; use < uses && sorted[use] == c; ++use) {
-      const int64_t place = order[use];
-      // As the label it meets all k competitors of its sample, as a competitor the one label.
-      const bool is_label = place >= pairs;
-      const int64_t begin = is_label ? (place - pairs) * in.k : place, end = is_label ? begin + in.k : begin + 1;
-      for (int64_t pair = begin; pair < end; ++pair) {
-        if (!in.valid(pair)) continue;
-        const double other = widen((is_label ? in.competitor(pair) : in.label(pair))[i]);
-        const double value = norms[pair], grad = grads[pair];
-        double slope;
-        if constexpr (norm == Norm::MAX) {
-          const double difference = static_cast<double>(static_cast<acc_t<T>>(mine) - static_cast<acc_t<T>>(other));
-          const double share = 1 / static_cast<double>(ties[pair]);
-          slope =
-              value == 0 ? 0 : (value != value ? value : (fabs(difference) == value ? copysign(share, difference) : 0));
-        } else {
-          slope = math::pair_slope<norm>(mine, other, value, q);
-        }
-        total += slope * grad;
+                                 const int64_t* ties) {  // [N, k], for the maximum only
+  using acc = acc_t<T>;
+  constexpr int size = Pack<T>::size;
+  // A use of an invalid pair reads row 0 twice and has the norm 0: its slope is 0.
+  __shared__ int64_t own[kUses], other[kUses];  // where the rows begin, in elements
+  __shared__ acc values[kUses], weights[kUses];
+  __shared__ int64_t tie_counts[kUses];
+  __shared__ Leave leave[kUses];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kUses;
+  const int count = static_cast<int>(uses.count - begin < kUses ? uses.count - begin : kUses);
+  if (threadIdx.x < kUses) {
+    const int u = threadIdx.x;
+    const int64_t at = begin + u, pairs = in.samples * in.k;
+    own[u] = other[u] = 0;
+    values[u] = weights[u] = acc(0);
+    tie_counts[u] = 1;
+    leave[u] = Leave::NOTHING;
+    if (u < count) {
+      const int64_t place = uses.order[at], pair = place < pairs ? place : place - pairs;
+      if (in.valid(pair)) {
+        own[u] = (place < pairs ? in.competitor(pair) : in.label(pair)) - in.rows;
+        other[u] = (place < pairs ? in.label(pair) : in.competitor(pair)) - in.rows;
+        values[u] = norms[pair];
+        weights[u] = grads[pair];
+        if constexpr (norm == Norm::MAX) tie_counts[u] = ties[pair];
+      }
+      const bool last = u == count - 1 || !uses.same(at, at + 1);
+      if (last && math::is_class(uses.sorted[at], in.classes)) {
+        const bool from_before = uses.same(begin - 1, at), goes_on = uses.same(at, at + 1);
+        leave[u] = from_before ? Leave::FROM_BEFORE : goes_on ? Leave::GOES_ON : Leave::ROW;
       }
     }
-    drows[c * in.length + i] = narrow<T>(static_cast<acc_t<T>>(total));
   }
+  __syncthreads();
+
+  const int64_t i = (static_cast<int64_t>(blockIdx.y) * kUseThreads + threadIdx.x) * size, left = in.length - i;
+  if (left <= 0) return;
+  acc sums[size];
+  MK_UNROLL
+  for (int j = 0; j < size; ++j) sums[j] = acc(0);
+  for (int first = 0; first < count; first += kUsesAtOnce) {  // what lies behind `count` adds zeros and leaves nothing
+    Pack<T> mine[kUsesAtOnce], theirs[kUsesAtOnce];
+    MK_UNROLL
+    for (int l = 0; l < kUsesAtOnce; ++l) {
+      mine[l] = pack_of_row(in.rows + own[first + l] + i, left);
+      theirs[l] = pack_of_row(in.rows + other[first + l] + i, left);
+    }
+    MK_UNROLL
+    for (int l = 0; l < kUsesAtOnce; ++l) {
+      const int u = first + l;
+      const Slope<norm, T> slope(values[u], weights[u], q, tie_counts[u]);
+      MK_UNROLL
+      for (int j = 0; j < size; ++j) sums[j] += slope(widen(mine[l].data[j]) - widen(theirs[l].data[j]));
+      if (leave[u] == Leave::NOTHING) continue;
+      if (leave[u] == Leave::ROW) {
+        T* const to = uses.drows + uses.sorted[begin + u] * in.length + i;
+        Pack<T> pack;
+        MK_UNROLL
+        for (int j = 0; j < size; ++j) pack.data[j] = narrow<T>(sums[j]);
+        if (left >= size) {
+          store_pack(to, pack, word_of(to));
+        } else {
+          MK_UNROLL
+          for (int j = 0; j < size; ++j) {
+            if (j < left) to[j] = pack.data[j];
+          }
+        }
+      } else {
+        acc* to = uses.sums + 2 * static_cast<int64_t>(blockIdx.x) * in.length + i;
+        if (leave[u] == Leave::GOES_ON) to += in.length;
+        MK_UNROLL
+        for (int j = 0; j < size; ++j) {
+          if (j < left) to[j] = sums[j];
+        }
+      }
+      MK_UNROLL
+      for (int j = 0; j < size; ++j) sums[j] = acc(0);
+    }
+  }
+}
+
+// A class that goes on behind a segment: a block for the segment in which it begins and 128 elements of its row. Sums of
+// several segments are added in float64.
+template <class T>
+__global__ void __launch_bounds__(kUseThreads)
+    row_distance_join_kernel(RowUses<T> uses, int64_t classes, int64_t length, int64_t segments) {
+  const int64_t segment = blockIdx.x, begin = segment * kUses, end = begin + kUses;
+  if (!uses.same(end - 1, end) || uses.same(begin - 1, end)) return;
+  const int64_t c = uses.sorted[end], i = static_cast<int64_t>(blockIdx.y) * kUseThreads + threadIdx.x;
+  if (!math::is_class(c, classes) || i >= length) return;
+  double total = uses.sums[(2 * segment + 1) * length + i];
+  for (int64_t next = segment + 1; next < segments; next += kSumsAtOnce) {
+    bool belongs[kSumsAtOnce];
+    acc_t<T> sums[kSumsAtOnce];
+    MK_UNROLL
+    for (int l = 0; l < kSumsAtOnce; ++l) belongs[l] = uses.same(end, (next + l) * kUses);
+    MK_UNROLL
+    for (int l = 0; l < kSumsAtOnce; ++l) sums[l] = belongs[l] ? uses.sums[2 * (next + l) * length + i] : acc_t<T>(0);
+    MK_UNROLL
+    for (int l = 0; l < kSumsAtOnce; ++l) total += sums[l];
+    if (!belongs[kSumsAtOnce - 1]) break;
+  }
+  uses.drows[c * length + i] = narrow<T>(static_cast<acc_t<T>>(total));
 }
 
 inline unsigned row_distance_blocks(int64_t pairs, bool warps) {
@@ -174,20 +283,26 @@ void row_distance_forward(const Launch& launch, const RowPairs<T>& in, double p,
 }
 
 template <class T, class Launch>
-void row_distance_backward(const Launch& launch, const RowPairs<T>& in, double p, const int64_t* sorted,
-                           const int64_t* order, const acc_t<T>* norms, const acc_t<T>* grads, int64_t* ties,
-                           T* drows) {
-  const int64_t pairs = in.samples * in.k;
+void row_distance_backward(const Launch& launch, const RowPairs<T>& in, double p, const RowUses<T>& uses,
+                           const acc_t<T>* norms, const acc_t<T>* grads, int64_t* ties) {
+  const int64_t pairs = in.samples * in.k, segments = use_segments(pairs);
   if (pairs == 0 || in.length == 0) return;
   const double q = math::dual_exponent(p);
+  const auto blocks = [&](int64_t elements) {
+    const int64_t tile = kUseThreads * elements;
+    return dim3(static_cast<unsigned>(segments), static_cast<unsigned>((in.length + tile - 1) / tile));
+  };
   with_norm(p, [&](auto tag) {
     constexpr Norm norm = decltype(tag)::value;
     if constexpr (norm == Norm::MAX) {
       launch(row_distance_ties_kernel<T>, static_cast<unsigned>(pairs), kNormThreads, 0, in, norms, ties);
     }
-    launch(row_distance_backward_kernel<norm, T>, static_cast<unsigned>(pairs + in.samples), kNormThreads, 0, in, q,
-           sorted, order, norms, grads, ties, drows);
+    launch(row_distance_backward_kernel<norm, T>, blocks(Pack<T>::size), kUseThreads, 0, in, q, uses, norms, grads,
+           ties);
   });
+  if (segments > 1) {
+    launch(row_distance_join_kernel<T>, blocks(1), kUseThreads, 0, uses, in.classes, in.length, segments);
+  }
 }
 
 }  // namespace margin_kernels::cuda

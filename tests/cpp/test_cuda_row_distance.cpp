@@ -26,11 +26,14 @@ struct Device {
     return result;
   }
   Tensor slope(double p, const Tensor& grad, const Tensor& norms) const {
-    const auto [sorted, order] = at::sort(at::cat({index.reshape({-1}), target}), true, 0, false);
+    const auto [sorted, order] =
+        at::sort(at::cat({index.reshape({-1}), target.repeat_interleave(index.size(1))}), true, 0, false);
     Tensor ties = at::full({index.numel()}, -7, at::kLong), result = at::zeros(rows.sizes(), rows.options());
-    mk::cuda::row_distance_backward<T>(cuda_on_cpu::Launch(), pairs(), p, sorted.template data_ptr<int64_t>(),
-                                       order.template data_ptr<int64_t>(), norms.data_ptr<acc_t<T>>(),
-                                       grad.data_ptr<acc_t<T>>(), ties.data_ptr<int64_t>(), result.data_ptr<T>());
+    const Tensor sums = unwritten({mk::cuda::use_segments(index.numel()), 2, rows.size(1)}, norms.scalar_type());
+    const mk::cuda::RowUses<T> uses{sorted.template data_ptr<int64_t>(), order.template data_ptr<int64_t>(),
+                                    sorted.numel(), sums.data_ptr<acc_t<T>>(), result.data_ptr<T>()};
+    mk::cuda::row_distance_backward<T>(cuda_on_cpu::Launch(), pairs(), p, uses, norms.data_ptr<acc_t<T>>(),
+                                       grad.data_ptr<acc_t<T>>(), ties.data_ptr<int64_t>());
     return result;
   }
 };
@@ -98,6 +101,8 @@ int main() {
   agrees_with_the_cpu<float>(4, 40, 3, 2, false, 1e20);
   agrees_with_the_cpu<float>(4, 40, 3, 2, false, 1e-23);
   agrees_with_the_cpu<float>(3, 1, 2, 2, false);
+  agrees_with_the_cpu<float>(4, 6, 60, 3, false);  // classes over several segments of uses
+  agrees_with_the_cpu<c10::BFloat16>(3, 1100, 40, 1, false);
   agrees_with_the_cpu<float>(3, 5, 0, 2, false);
   an_invalid_class_is_nan_for_its_pair_alone();
   return report("cuda_row_distance");

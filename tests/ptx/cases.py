@@ -330,6 +330,9 @@ CASES: dict[str, Case] = {
     # A warp a pair, a block a pair.
     **{f"row_distance-warp-{p}": partial(row_distance, classes=5, row_bytes=148, n=3, k=2, p=p) for p in PS},
     **{f"row_distance-block-{p}": partial(row_distance, classes=4, row_bytes=8216, n=2, k=1, p=p, shift=1) for p in PS},
+    # Classes that go on from one segment of uses to the next, to those behind it, and over more than are added at once.
+    "row_distance-segments": partial(row_distance, classes=4, row_bytes=24, n=41, k=3, p=2),
+    "row_distance-many-segments": partial(row_distance, classes=3, row_bytes=8, n=150, k=3, p=1),
     # 1, 4 and 32 lanes a sample.
     **{f"margin_hinge-{a}": partial(margin_hinge, n=7, k=9, layers=3, aggregation=a) for a in launches.AGGREGATIONS},
     **{

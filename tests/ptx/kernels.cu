@@ -21,8 +21,8 @@ template void dual_norm_forward<T>(const Launch&, const NormPlan&, double, acc*,
 template void dual_norm_backward<T>(const Launch&, const NormPlan&, double, const acc*, const acc*, int64_t*);
 
 template void row_distance_forward(const Launch&, const RowPairs<T>&, double, acc*);
-template void row_distance_backward(const Launch&, const RowPairs<T>&, double, const int64_t*, const int64_t*,
-                                    const acc*, const acc*, int64_t*, T*);
+template void row_distance_backward(const Launch&, const RowPairs<T>&, double, const RowUses<T>&, const acc*,
+                                    const acc*, int64_t*);
 
 template void margin_hinge_forward(const Launch&, const MarginHinge<acc>&, acc*, acc*);
 template void margin_hinge_backward(const Launch&, const MarginHinge<acc>&, const acc*, acc*, acc*);

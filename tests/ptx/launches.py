@@ -27,6 +27,8 @@ CONSTANTS = {
     "kPartBytes": 65536,
     "kNormLayers": 40,
     "kWarpPairBytes": 8192,
+    "kUses": 32,
+    "kUseThreads": 128,
     "kStepPart": 8192,
     "kBlockBits": 8,
     "kForwardRows": 8,
@@ -264,16 +266,24 @@ def row_distance_backward(
 ) -> Array:
     """Derivatives [C, D]; uses of a row sorted by its class, as the launcher sorts them."""
     n, k = index.shape
-    uses = np.concatenate([index.read().reshape(-1), target.read()])
+    length = rows.shape[1]
+    uses = np.concatenate([index.read().reshape(-1), np.repeat(target.read(), k)])
     order = np.argsort(uses, kind="stable")
+    segments = pieces(len(uses), CONSTANTS["kUses"])
     ties = device.empty((n * k if p == 1 else 0,), Long)
+    sums = device.empty((segments, 2, length), device.wide)
     slopes = device.array(np.zeros(rows.shape), device.dtype)
     taken = pairs_of(rows, index, target)
     if p == 1:
         device.launch("row_distance_ties_kernel", (), n * k, BLOCK, taken, norms, ties)
-    lists = (device.array(uses[order], Long), device.array(order, Long))
-    arguments = (taken, exponent(p), *lists, norms, grads, ties, slopes)
-    device.launch("row_distance_backward_kernel", (norm_tag(p),), n * k + n, BLOCK, *arguments)
+    listed = (device.array(uses[order], Long), device.array(order, Long), Long(len(uses)), sums, slopes)
+    threads = CONSTANTS["kUseThreads"]
+    tiles = pieces(length, threads * 16 // element_bytes(device))
+    arguments = (taken, exponent(p), listed, norms, grads, ties)
+    device.launch("row_distance_backward_kernel", (norm_tag(p),), (segments, tiles), threads, *arguments)
+    if segments > 1:
+        arguments = (listed, Long(rows.shape[0]), Long(length), Long(segments))
+        device.launch("row_distance_join_kernel", (), (segments, pieces(length, threads)), threads, *arguments)
     return slopes
 
 
