@@ -59,11 +59,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deepfool_step_cuda(const Tensor& gap,
   Tensor distance = at::empty({n}, inputs.gap.options()), norm = at::empty_like(distance);
   Tensor choice = at::empty({n}, gap.options().dtype(at::kLong));
   const Tensor norms = dual_norm({inputs.gradients}, p, /*batch_dims=*/2);
+  const Tensor firsts = at::empty({p == 1 ? n * cuda::step_parts(inputs.length) : 0}, choice.options());
   cuda::with_type(inputs.gradients.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc = cuda::acc_t<T>;
     cuda::deepfool_step_forward<T>(device.launch, inputs.pointers<T>(in<acc>(norms)), p, out<T>(step),
-                                   out<acc>(distance), out<int64_t>(choice), out<acc>(norm));
+                                   out<acc>(distance), out<int64_t>(choice), out<acc>(norm), out<int64_t>(firsts));
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {step.to(gradients.scalar_type()), distance, choice, norm};
@@ -83,7 +84,7 @@ std::tuple<Tensor, Tensor> deepfool_step_backward_cuda(const std::optional<Tenso
   Tensor dgap = at::empty_like(inputs.gap);
   Tensor dgradients = at::empty_like(inputs.gradients, at::MemoryFormat::Contiguous);
   const Tensor products = at::empty({gap.size(0) * cuda::step_parts(inputs.length)}, gap.options().dtype(at::kDouble));
-  const Tensor firsts = at::empty({gap.size(0)}, choice.options());
+  const Tensor firsts = at::empty({p == 1 ? products.numel() : 0}, choice.options());
   cuda::with_type(inputs.gradients.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using acc = cuda::acc_t<T>;

@@ -3,7 +3,9 @@
 //
 // Forward reads every gradient once and the chosen one again, and writes one step per sample. Backward reads the chosen
 // gradient and grad_step twice (the product <u, grad_step> first) and writes the gradient of every candidate once:
-// zeros but for the chosen one. Rows are cut into parts of 8192 elements, a block each, by their length alone.
+// zeros but for the chosen one. Rows are cut into parts of 8192 elements, a block each, by their length alone; a thread
+// has up to four loads of 16 bytes under way. For the maximum norm, whose step is one element, a kernel of its own looks
+// for that element part by part; the others take the first part that has one.
 #pragma once
 
 #include "../math/deepfool_step.h"
@@ -78,102 +80,215 @@ __device__ __forceinline__ Boundary<acc_t<T>> nearest_boundary(const DeepFool<T>
   return found;
 }
 
-// The first element whose magnitude is `value`, `length` where there is none: for the maximum norm, by a whole block.
-template <class T>
-__device__ __forceinline__ int64_t first_largest(const T* row, int64_t length, acc_t<T> value) {
-  __shared__ int64_t warps[kNormWarps];
-  int64_t first = length;
-  for (int64_t i = threadIdx.x; i < length && first == length; i += kNormThreads) {
-    if (static_cast<acc_t<T>>(fabs(widen(row[i]))) == value) first = i;
+// body(i, packs) for the whole packs of elements [begin, end) at i, i + kNormThreads packs, ..., up to four loads before any
+// use; rest(i) for each element behind the last whole pack.
+template <class T, int rows, class Body, class Rest>
+__device__ __forceinline__ void over_part(const T* const (&from)[rows], int64_t begin, int64_t end, const Body& body,
+                                          const Rest& rest) {
+  constexpr int size = Pack<T>::size, at_once = 4 / rows;
+  constexpr int64_t stride = kNormThreads * size;
+  int words[rows];
+  MK_UNROLL
+  for (int r = 0; r < rows; ++r) words[r] = word_of(from[r]);
+  int64_t i = begin + static_cast<int64_t>(threadIdx.x) * size;
+  for (; i + (at_once - 1) * stride + size <= end; i += at_once * stride) {
+    Pack<T> packs[at_once][rows];
+    MK_UNROLL
+    for (int l = 0; l < at_once; ++l) {
+      MK_UNROLL
+      for (int r = 0; r < rows; ++r) packs[l][r] = load_pack(from[r] + i + l * stride, words[r]);
+    }
+    MK_UNROLL
+    for (int l = 0; l < at_once; ++l) body(i + l * stride, packs[l]);
   }
-  first = reduce_lanes(first, 32, [](int64_t a, int64_t b) { return a < b ? a : b; });
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = first;
+  for (; i + size <= end; i += stride) {
+    Pack<T> packs[rows];
+    MK_UNROLL
+    for (int r = 0; r < rows; ++r) packs[r] = load_pack(from[r] + i, words[r]);
+    body(i, packs);
+  }
+  for (; i < end; ++i) rest(i);
+}
+
+// Elements [begin, end) of a row become `value`.
+template <class T>
+__device__ __forceinline__ void fill_part(T* to, int64_t begin, int64_t end, T value) {
+  constexpr int size = Pack<T>::size;
+  const int word = word_of(to);
+  Pack<T> pack;
+  MK_UNROLL
+  for (int j = 0; j < size; ++j) pack.data[j] = value;
+  int64_t i = begin + static_cast<int64_t>(threadIdx.x) * size;
+  for (; i + size <= end; i += kNormThreads * size) store_pack(to + i, pack, word);
+  for (; i < end; ++i) to[i] = value;
+}
+
+__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// By all threads of a block.
+__device__ __forceinline__ int64_t smallest_of_block(int64_t value) {
+  __shared__ int64_t warps[kNormWarps];
+  value = reduce_lanes(value, 32, smaller);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
-  for (int w = 0; w < kNormWarps; ++w) first = warps[w] < first ? warps[w] : first;
+  for (int w = 0; w < kNormWarps; ++w) value = smaller(value, warps[w]);
+  return value;
+}
+
+struct Part {
+  int64_t n, number, begin, end;
+  __device__ Part(int64_t block, int64_t parts, int64_t length)
+      : n(block / parts), number(block % parts), begin(number * kStepPart), end(begin + kStepPart) {
+    if (end > length) end = length;
+  }
+};
+
+// The smallest of firsts [parts].
+__device__ __forceinline__ int64_t first_of(const int64_t* firsts, int64_t parts) {
+  int64_t first = firsts[0];
+  for (int64_t p = 1; p < parts; ++p) first = smaller(first, firsts[p]);
   return first;
+}
+
+// By the block of the first part.
+template <class acc>
+__device__ __forceinline__ void write_boundary(const Boundary<acc>& at, const Part& part, acc* distance,
+                                               int64_t* choice, acc* value) {
+  if (part.number != 0 || threadIdx.x != 0) return;
+  distance[part.n] = at.distance;
+  choice[part.n] = at.choice;
+  value[part.n] = at.norm;
+}
+
+// The first element of each part whose magnitude is the norm, `length` where there is none.
+template <class T>
+__device__ __forceinline__ void find_first(const DeepFool<T>& in, const Part& part, const Boundary<acc_t<T>>& at,
+                                           int64_t* firsts) {  // [N, parts]
+  int64_t first = in.length;
+  const T* const from[1] = {in.row(part.n, at.choice)};
+  over_part(
+      from, part.begin, part.end,
+      [&](int64_t i, const Pack<T>(&packs)[1]) {
+        MK_UNROLL
+        for (int j = Pack<T>::size - 1; j >= 0; --j) {
+          if (static_cast<acc_t<T>>(fabs(widen(packs[0].data[j]))) == at.norm && i + j < first) first = i + j;
+        }
+      },
+      [&](int64_t i) {
+        if (static_cast<acc_t<T>>(fabs(widen(from[0][i]))) == at.norm && i < first) first = i;
+      });
+  first = smallest_of_block(first);
+  if (threadIdx.x == 0) firsts[blockIdx.x] = first;
+}
+
+// For the maximum norm, forward: chooses too, and writes what the sample has one of.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    deepfool_choose_kernel(DeepFool<T> in, int64_t parts, acc_t<T>* distance, int64_t* choice, acc_t<T>* value,
+                           int64_t* firsts) {
+  const Part part(blockIdx.x, parts, in.length);
+  const Boundary<acc_t<T>> at = nearest_boundary(in, part.n);
+  write_boundary(at, part, distance, choice, value);
+  find_first(in, part, at, firsts);
+}
+
+// Backward, which is told the choice.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    deepfool_first_kernel(DeepFool<T> in, int64_t parts, const int64_t* choice, const acc_t<T>* value,
+                          int64_t* firsts) {
+  const Part part(blockIdx.x, parts, in.length);
+  find_first(in, part, {acc_t<T>(0), value[part.n], choice[part.n]}, firsts);
 }
 
 // A block per part of each sample's row; the first one writes what the sample has one of.
 template <Norm norm, class T>
 __global__ void __launch_bounds__(kNormThreads, 1)
     deepfool_step_kernel(DeepFool<T> in, double q, int64_t parts,
-                         T* step,             // [N, D]
-                         acc_t<T>* distance,  // [N]
-                         int64_t* choice,     // [N]
-                         acc_t<T>* value) {   // [N]: norm of the chosen gradient
+                         T* step,                  // [N, D]
+                         acc_t<T>* distance,       // [N]
+                         int64_t* choice,          // [N]
+                         acc_t<T>* value,          // [N]: norm of the chosen gradient
+                         const int64_t* firsts) {  // [N, parts], for the maximum norm, which has the others too
   using acc = acc_t<T>;
-  constexpr int size = Pack<T>::size;
-  const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts;
-  const Boundary<acc> at = nearest_boundary(in, n);
-  if (part == 0 && threadIdx.x == 0) {
-    distance[n] = at.distance;
-    choice[n] = at.choice;
-    value[n] = at.norm;
+  const Part part(blockIdx.x, parts, in.length);
+  T* to = step + part.n * in.length;
+  Boundary<acc> at{};
+  if constexpr (norm == Norm::MAX) {
+    at = {distance[part.n], value[part.n], choice[part.n]};
+  } else {
+    at = nearest_boundary(in, part.n);
+    write_boundary(at, part, distance, choice, value);
   }
-  const T* row = in.row(n, at.choice);
-  T* to = step + n * in.length;
-  const int64_t begin = part * kStepPart, end = begin + kStepPart < in.length ? begin + kStepPart : in.length;
+  const T* row = in.row(part.n, at.choice);
   if (at.norm == acc(0) || at.norm != at.norm) {
-    for (int64_t i = begin + threadIdx.x; i < end; i += kNormThreads) to[i] = narrow<T>(at.norm);
+    fill_part(to, part.begin, part.end, narrow<T>(at.norm));
     return;
   }
   if constexpr (norm == Norm::MAX) {
-    const int64_t first = first_largest(row, in.length, at.norm);
-    for (int64_t i = begin + threadIdx.x; i < end; i += kNormThreads) {
-      to[i] = narrow<T>(i == first ? at.distance * math::sign(widen(row[i])) : acc(0));
-    }
+    const int64_t first = first_of(firsts + part.n * parts, parts);
+    fill_part(to, part.begin, part.end, narrow<T>(acc(0)));
+    if (first < part.begin || first >= part.end) return;
+    __syncthreads();
+    if (threadIdx.x == 0) to[first] = narrow<T>(at.distance * math::sign(widen(row[first])));
   } else {
     const Slope<norm, T> slope(at.norm, at.distance, q, 1);
-    const int word = word_of(row), word_to = word_of(to);
-    int64_t i = begin + static_cast<int64_t>(threadIdx.x) * size;
-    for (; i + size <= end; i += kNormThreads * size) {
-      Pack<T> pack = load_pack(row + i, word);
-      MK_UNROLL
-      for (int j = 0; j < size; ++j) pack.data[j] = narrow<T>(slope(widen(pack.data[j])));
-      store_pack(to + i, pack, word_to);
-    }
-    for (; i < end; ++i) to[i] = narrow<T>(slope(widen(row[i])));
+    const int word_to = word_of(to);
+    const T* const from[1] = {row};
+    over_part(
+        from, part.begin, part.end,
+        [&](int64_t i, const Pack<T>(&packs)[1]) {
+          Pack<T> pack;
+          MK_UNROLL
+          for (int j = 0; j < Pack<T>::size; ++j) pack.data[j] = narrow<T>(slope(widen(packs[0].data[j])));
+          store_pack(to + i, pack, word_to);
+        },
+        [&](int64_t i) { to[i] = narrow<T>(slope(widen(row[i]))); });
   }
 }
 
-// u = d norm / d w for an element of the chosen row
-template <Norm norm, class T>
-__device__ __forceinline__ double direction(const T* row, int64_t i, double value, double q, int64_t first) {
-  const double w = widen(row[i]);
-  if constexpr (norm == Norm::MAX) return i == first ? math::sign(w) : 0.0;
-  return math::slope<norm>(w, value, q);
-}
-
-// <u, grad_step> over each part; for the maximum norm also where its one element lies.
+// <u, grad_step> over each part. For the maximum norm it is one product, of the part that has the element.
 template <Norm norm, class T>
 __global__ void __launch_bounds__(kNormThreads, 1)
     deepfool_product_kernel(DeepFool<T> in, double q, int64_t parts, const int64_t* choice, const acc_t<T>* value,
-                            const T* grad_step,  // [N, D]
-                            double* products,    // [N, parts]
-                            int64_t* firsts) {   // [N]
-  const int64_t n = blockIdx.x / parts, part = blockIdx.x % parts;
-  const T *row = in.row(n, choice[n]), *v = grad_step + n * in.length;
-  const acc_t<T> size = value[n];
-  const bool usable = in.is_active(n) && size != acc_t<T>(0) && size == size;
-  int64_t first = in.length;
-  if constexpr (norm == Norm::MAX) {
-    if (usable) first = first_largest(row, in.length, size);  // the same for the whole block
-    if (part == 0 && threadIdx.x == 0) firsts[n] = first;
-  }
-  const int64_t begin = part * kStepPart, end = begin + kStepPart < in.length ? begin + kStepPart : in.length;
+                            const T* grad_step,     // [N, D]
+                            const int64_t* firsts,  // [N, parts], for the maximum norm
+                            double* products) {     // [N, parts]
+  using acc = acc_t<T>;
+  const Part part(blockIdx.x, parts, in.length);
+  const T *row = in.row(part.n, choice[part.n]), *v = grad_step + part.n * in.length;
+  const acc size = value[part.n];
+  const bool usable = in.is_active(part.n) && size != acc(0) && size == size;
   double total = 0;
-  if (usable) {
-    for (int64_t i = begin + threadIdx.x; i < end; i += kNormThreads) {
-      total += direction<norm>(row, i, size, q, first) * widen(v[i]);
+  if constexpr (norm == Norm::MAX) {
+    if (threadIdx.x != 0) return;
+    const int64_t first = first_of(firsts + part.n * parts, parts);
+    if (usable && first >= part.begin && first < part.end) {
+      total = math::sign(static_cast<double>(widen(row[first]))) * widen(v[first]);
     }
+    products[blockIdx.x] = total;
+  } else {
+    if (usable) {
+      const Slope<norm, T> slope(size, acc(1), q, 1);
+      const T* const from[2] = {row, v};
+      over_part(
+          from, part.begin, part.end,
+          [&](int64_t, const Pack<T>(&packs)[2]) {
+            MK_UNROLL
+            for (int j = 0; j < Pack<T>::size; ++j) {
+              total += static_cast<double>(slope(widen(packs[0].data[j]))) * widen(packs[1].data[j]);
+            }
+          },
+          [&](int64_t i) { total += static_cast<double>(slope(widen(row[i]))) * widen(v[i]); });
+    }
+    __shared__ double warps[kNormWarps];
+    total = sum_lanes(total);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int w = 1; w < kNormWarps; ++w) total += warps[w];
+    products[blockIdx.x] = total;
   }
-  __shared__ double warps[kNormWarps];
-  total = sum_lanes(total);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < kNormWarps; ++w) total += warps[w];
-  products[blockIdx.x] = total;
 }
 
 // A block per part of each candidate's row.
@@ -186,41 +301,64 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                              acc_t<T>* dgap,   // [N, k]
                              T* dgradients) {  // [N, k, D]
   using acc = acc_t<T>;
-  const int64_t cell = blockIdx.x / parts, part = blockIdx.x % parts, n = cell / in.k, j = cell % in.k;
+  const Part part(blockIdx.x, parts, in.length);
+  const int64_t cell = part.n, n = cell / in.k, j = cell % in.k;
   const double size = value[n];
   T* to = dgradients + cell * in.length;
-  const int64_t begin = part * kStepPart, end = begin + kStepPart < in.length ? begin + kStepPart : in.length;
   const bool none = j != choice[n] || !in.is_active(n) || size == 0;
   if (none || size != size) {
     const acc fill = none ? acc(0) : static_cast<acc>(size);
-    if (part == 0 && threadIdx.x == 0) dgap[cell] = fill;
-    for (int64_t i = begin + threadIdx.x; i < end; i += kNormThreads) to[i] = narrow<T>(fill);
+    if (part.number == 0 && threadIdx.x == 0) dgap[cell] = fill;
+    fill_part(to, part.begin, part.end, narrow<T>(fill));
     return;
   }
   double product = 0;
   for (int64_t p = 0; grad_step && p < parts; ++p) product += products[n * parts + p];
   const double gap = in.gap[cell], distance = fabs(gap) / size;
   const double t = product + (grad_distance ? static_cast<double>(grad_distance[n]) : 0.0);
-  if (part == 0 && threadIdx.x == 0) dgap[cell] = static_cast<acc>(math::gap_gradient(gap, size, t));
-  const T *row = in.row(n, j), *v = grad_step ? grad_step + n * in.length : nullptr;
-  int64_t first = in.length;
-  if constexpr (norm == Norm::MAX) first = v ? firsts[n] : first_largest(row, in.length, value[n]);
-  for (int64_t i = begin + threadIdx.x; i < end; i += kNormThreads) {
-    const double u = direction<norm>(row, i, size, q, first), y = v ? static_cast<double>(widen(v[i])) : 0.0;
-    to[i] = narrow<T>(static_cast<acc>(
-        math::row_gradient<norm>(static_cast<double>(widen(row[i])), u, y, size, q, distance, t, product)));
-  }
+  if (part.number == 0 && threadIdx.x == 0) dgap[cell] = static_cast<acc>(math::gap_gradient(gap, size, t));
+  const T *row = in.row(n, j), *v = grad_step ? grad_step + n * in.length : row;
+  int64_t first = 0;
+  if constexpr (norm == Norm::MAX) first = first_of(firsts + n * parts, parts);
+  const auto gradient = [&](int64_t i, double w, double y) {
+    double u;
+    if constexpr (norm == Norm::MAX) {
+      u = i == first ? math::sign(w) : 0.0;
+    } else {
+      u = math::slope<norm>(w, size, q);
+    }
+    if (!grad_step) y = 0;
+    return narrow<T>(static_cast<acc>(math::row_gradient<norm>(w, u, y, size, q, distance, t, product)));
+  };
+  const int word_to = word_of(to);
+  const T* const from[2] = {row, v};
+  over_part(
+      from, part.begin, part.end,
+      [&](int64_t i, const Pack<T>(&packs)[2]) {
+        Pack<T> pack;
+        MK_UNROLL
+        for (int e = 0; e < Pack<T>::size; ++e) {
+          pack.data[e] = gradient(i + e, widen(packs[0].data[e]), widen(packs[1].data[e]));
+        }
+        store_pack(to + i, pack, word_to);
+      },
+      [&](int64_t i) { to[i] = gradient(i, widen(row[i]), widen(v[i])); });
 }
 
+// firsts [N, parts]: workspace for the maximum norm, in both directions.
 template <class T, class Launch>
 void deepfool_step_forward(const Launch& launch, const DeepFool<T>& in, double p, T* step, acc_t<T>* distance,
-                           int64_t* choice, acc_t<T>* value) {
+                           int64_t* choice, acc_t<T>* value, int64_t* firsts) {
   if (in.samples == 0) return;
   const double q = math::dual_exponent(p);
   const int64_t parts = step_parts(in.length);
+  const auto blocks = static_cast<unsigned>(in.samples * parts);
   with_norm(p, [&](auto tag) {
-    launch(deepfool_step_kernel<decltype(tag)::value, T>, static_cast<unsigned>(in.samples * parts), kNormThreads, 0,
-           in, q, parts, step, distance, choice, value);
+    constexpr Norm norm = decltype(tag)::value;
+    if constexpr (norm == Norm::MAX) {
+      launch(deepfool_choose_kernel<T>, blocks, kNormThreads, 0, in, parts, distance, choice, value, firsts);
+    }
+    launch(deepfool_step_kernel<norm, T>, blocks, kNormThreads, 0, in, q, parts, step, distance, choice, value, firsts);
   });
 }
 
@@ -231,11 +369,15 @@ void deepfool_step_backward(const Launch& launch, const DeepFool<T>& in, double 
   if (in.samples == 0) return;
   const double q = math::dual_exponent(p);
   const int64_t parts = step_parts(in.length);
+  const auto blocks = static_cast<unsigned>(in.samples * parts);
   with_norm(p, [&](auto tag) {
     constexpr Norm norm = decltype(tag)::value;
+    if constexpr (norm == Norm::MAX) {
+      launch(deepfool_first_kernel<T>, blocks, kNormThreads, 0, in, parts, choice, value, firsts);
+    }
     if (grad_step) {
-      launch(deepfool_product_kernel<norm, T>, static_cast<unsigned>(in.samples * parts), kNormThreads, 0, in, q, parts,
-             choice, value, grad_step, products, firsts);
+      launch(deepfool_product_kernel<norm, T>, blocks, kNormThreads, 0, in, q, parts, choice, value, grad_step, firsts,
+             products);
     }
     launch(deepfool_backward_kernel<norm, T>, static_cast<unsigned>(in.samples * in.k * parts), kNormThreads, 0, in, q,
            parts, choice, value, grad_step, grad_distance, products, firsts, dgap, dgradients);

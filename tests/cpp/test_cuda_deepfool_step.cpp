@@ -53,8 +53,10 @@ void agrees_with_the_cpu(int64_t n, int64_t k, int64_t length, const char* what 
                            length};
       Tensor step_ = misaligned(unwritten({n, length}, type_of<T>)), distance_ = unwritten({n}, wide);
       Tensor choice_ = at::full({n}, -7, at::kLong), norm_ = unwritten({n}, wide);
+      Tensor firsts = at::full({n * mk::cuda::step_parts(length)}, -7, at::kLong);
       mk::cuda::deepfool_step_forward<T>(launch, in, p, step_.data_ptr<T>(), distance_.data_ptr<acc>(),
-                                         choice_.data_ptr<int64_t>(), norm_.data_ptr<acc>());
+                                         choice_.data_ptr<int64_t>(), norm_.data_ptr<acc>(),
+                                         firsts.data_ptr<int64_t>());
       expect_same_bits(choice_, choice, "choice " + where);
       expect_close(distance_, distance, type_of<T> == at::kDouble ? 1e-12 : 4e-6, "distance " + where);
       expect_close(norm_, norm, type_of<T> == at::kDouble ? 1e-12 : 4e-6, "norm " + where);
@@ -64,7 +66,8 @@ void agrees_with_the_cpu(int64_t n, int64_t k, int64_t length, const char* what 
         const auto distance_grad = given & 2 ? std::optional<Tensor>(grad_distance) : std::nullopt;
         const auto [dgap, dw] = mk::deepfool_step_backward(step_grad, distance_grad, gap, w, choice, norm, active, p);
         const Tensor products = unwritten({n * mk::cuda::step_parts(length)}, at::kDouble);
-        Tensor firsts = at::full({n}, -7, at::kLong), dgap_ = unwritten({n, k}, wide);
+        Tensor dgap_ = unwritten({n, k}, wide);
+        firsts.fill_(-7);
         Tensor dw_ = misaligned(unwritten({n, k, length}, type_of<T>));
         mk::cuda::deepfool_step_backward<T>(
             launch, in, p, choice.template data_ptr<int64_t>(), norm.template data_ptr<acc>(),

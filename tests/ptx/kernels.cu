@@ -31,7 +31,7 @@ template void one_to_n_forward(const Launch&, const OneToN<T>&, bool, LogSum<acc
 template void one_to_n_backward(const Launch&, const OneToN<T>&, bool, const acc*, const acc*, const acc*,
                                 SampleSlope<acc>*, double*, LogSum<acc>*, T*);
 
-template void deepfool_step_forward(const Launch&, const DeepFool<T>&, double, T*, acc*, int64_t*, acc*);
+template void deepfool_step_forward(const Launch&, const DeepFool<T>&, double, T*, acc*, int64_t*, acc*, int64_t*);
 template void deepfool_step_backward(const Launch&, const DeepFool<T>&, double, const int64_t*, const acc*, const T*,
                                      const acc*, double*, int64_t*, acc*, T*);
 

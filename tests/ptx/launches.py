@@ -461,7 +461,12 @@ def deepfool_step(device: Device, given: Candidates, p: float, shift: int) -> tu
     parts = max(1, pieces(length, STEP_PART))
     step, choice = device.empty((n, length), device.dtype, shift), device.empty((n,), Long)
     distance, norm = device.empty((n,), device.wide), device.empty((n,), device.wide)
-    arguments = (candidates_of(given), exponent(p), Long(parts), step, distance, choice, norm)
+    firsts = device.empty((n if p == 1 else 0, parts), Long)
+    one_each = (distance, choice, norm)
+    if p == 1:
+        arguments = (candidates_of(given), Long(parts), *one_each, firsts)
+        device.launch("deepfool_choose_kernel", (), n * parts, BLOCK, *arguments)
+    arguments = (candidates_of(given), exponent(p), Long(parts), step, *one_each, firsts)
     device.launch("deepfool_step_kernel", (norm_tag(p),), n * parts, BLOCK, *arguments)
     return step, distance, choice, norm
 
@@ -478,11 +483,14 @@ def deepfool_step_backward(
     """dgap [N, k], dgradients [N, k, D]"""
     n, k, length = given.gradients.shape
     parts = max(1, pieces(length, STEP_PART))
-    products, firsts = device.empty((n, parts), np.float64), device.empty((n,), Long)
+    products, firsts = device.empty((n, parts), np.float64), device.empty((n if p == 1 else 0, parts), Long)
     dgap, slopes = device.empty((n, k), device.wide), device.empty((n, k, length), device.dtype)
     taken = (candidates_of(given), exponent(p), Long(parts), choice, norm)
+    if p == 1:
+        arguments = (candidates_of(given), Long(parts), choice, norm, firsts)
+        device.launch("deepfool_first_kernel", (), n * parts, BLOCK, *arguments)
     if grad_step is not None:
-        arguments = (*taken, grad_step, products, firsts)
+        arguments = (*taken, grad_step, firsts, products)
         device.launch("deepfool_product_kernel", (norm_tag(p),), n * parts, BLOCK, *arguments)
     arguments = (*taken, grad_step, grad_distance, products, firsts, dgap, slopes)
     device.launch("deepfool_backward_kernel", (norm_tag(p),), n * k * parts, BLOCK, *arguments)
