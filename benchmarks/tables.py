@@ -377,8 +377,22 @@ def monitor(run: dict) -> str:
     return table(["network", "layers", "batch", *(f"{n} thread{'s'[: n > 1]}" for n in threads)], list(rows.values()))
 
 
+def predicted(run: dict) -> str:
+    """ptx_model.py: what a GPU would take, and why not less."""
+    own = ("op", "microseconds", "share", "reason", "kernels", "dtype")
+    rows = []
+    for cell in run["predicted"]:
+        case = ", ".join(f"{key} {value}" for key, value in cell.items() if key not in own)
+        rows.append(
+            [cell["op"], case.replace("taken", "k"), cell["dtype"], f"{cell['microseconds']:.1f}",
+             f"{100 * cell['share']:.0f}", cell["reason"] or "-"]
+        )  # fmt: skip
+    return table(["op", "case", "dtype", "us, predicted", "% of copy, predicted", "what keeps it below 85 %"], rows)
+
+
 # The parts of a results file and their tables.
 PARTS = {
+    "predicted": predicted,
     "dual_norm": dual_norm,
     "dual_norm_exponents": dual_norm_exponents,
     "competitors": competitors,

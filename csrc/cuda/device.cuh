@@ -168,17 +168,6 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T>& pack, int word)
   }
 }
 
-// 2^x, a result below 2^-126 as 0. Without .ftz every power takes two multiplications more.
-__device__ __forceinline__ float exp2_flushed(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-
 // x itself, of which the compiler knows nothing: what is computed from it is computed anew, where it would keep the
 // results of an earlier time in registers.
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {

@@ -91,17 +91,19 @@ def deepfool_step(device: Device, rng: np.random.Generator, n: int, k: int, leng
     return n * k * length
 
 
+PS = (1, 2, 3, math.inf)
 SHAPES: dict[str, Run] = {
     "competitors [64, 10], k = 1": partial(competitors, n=64, classes=10, k=1),
+    "competitors [64, 10], k = 5": partial(competitors, n=64, classes=10, k=5),
     "competitors [8, 256], k = 1": partial(competitors, n=8, classes=256, k=1),
+    "competitors [8, 256], k = 5": partial(competitors, n=8, classes=256, k=5),
     "competitors [8, 1000], k = 1": partial(competitors, n=8, classes=1000, k=1),
     "competitors [8, 1000], k = 5": partial(competitors, n=8, classes=1000, k=5),
     "competitors [1, 32000], k = 1": partial(competitors, n=1, classes=32000, k=1),
     "competitors [1, 32000], k = 5": partial(competitors, n=1, classes=32000, k=5),
     "dual_norm [8, 784], p = 2": partial(dual_norm, n=8, length=784, p=2),
-    "dual_norm [2, 8192], p = 2": partial(dual_norm, n=2, length=8192, p=2),
-    "dual_norm [2, 8192], p = 1": partial(dual_norm, n=2, length=8192, p=1),
-    "dual_norm [2, 8192], p = inf": partial(dual_norm, n=2, length=8192, p=math.inf),
+    **{f"dual_norm [8, 1000], p = {p}": partial(dual_norm, n=8, length=1000, p=p) for p in PS},
+    **{f"dual_norm [2, 8192], p = {p}": partial(dual_norm, n=2, length=8192, p=p) for p in PS},
     "row_distance [10, 512], 8 pairs, p = 2": partial(row_distance, classes=10, length=512, n=8),
     "margin_hinge [128, 9, 3], max": partial(margin_hinge, n=128, k=9, layers=3),
     "one_to_n [64, 1000]": partial(one_to_n, n=64, classes=1000),

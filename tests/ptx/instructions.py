@@ -327,8 +327,8 @@ def store(program: Program, instruction: Instruction) -> Run:
 CLASSES = {
     "control": "bra ret exit bar",
     "shuffle": "shfl vote redux",
-    "move": "mov selp cvta",
-    "compare": "setp set",
+    "move": "mov cvta",
+    "compare": "setp set selp",
     "convert": "cvt",
     "special": "div rem sqrt rcp ex2 lg2",
 }

@@ -77,10 +77,12 @@ def test_the_quoted_counts_are_those_of_the_kernels():
     assert not changed, "python -m ptx.counts writes the file"
 
 
-# Where every row is aligned, and packs are most of what a kernel stores.
+# Where every row is aligned, as rows of 10 logits are not, and packs are most of what a kernel stores: in rows of 256
+# the label and five competitors, which are stored again, are not few.
 @pytest.mark.parametrize("kernel", ["competitors_backward", "dual_norm_backward", "one_to_n_backward", "deepfool_step"])
 def test_packs_are_stored_in_16_bytes(kernel):
     rows = [row for row in quoted()["kernels"] if row["kernel"] == f"{kernel}_kernel"]
+    rows = [row for row in rows if not any(name in row["shape"] for name in (", 10]", "256], k = 5"))]
     assert {row["dtype"] for row in rows} == set(counts.DTYPES)
     for row in rows:
         narrow = sum(n for name, n in row["sectors"].items() if name in ("st 2", "st 4"))
