@@ -315,7 +315,7 @@ template <class acc>
 struct alignas(4 * sizeof(acc)) SampleSlope {
   acc label;             // - d loss / d z[i, y_i], without the softmax part of cross-entropy
   acc weight, relative;  // softmax part: weight exp(z - relative), NaN for a row that holds NaN
-  int target;            // -1 outside of [0, C)
+  std::conditional_t<sizeof(acc) == 8, int64_t, int> target;  // -1 outside of [0, C); no padding behind it
 };
 
 // SampleSlope, and for each segment of 256 samples, a block, the sum of grad_i s_i over its y_i = c, for every class.
@@ -437,7 +437,7 @@ __device__ __forceinline__ void write_rows(const OneToN<T>& in, const OneToNSlop
       slopes[i] = z <= -in.delta ? acc(0) : totals.of[i].sum * exp_of(z - totals.of[i].max);
     }
     const bool valid = sample.target >= 0;
-    const int own = sample.target - column;
+    const int own = static_cast<int>(sample.target) - column;
     if (!valid || static_cast<unsigned>(own) < size) {
       const acc z = valid ? widen(in.logits[(row + r * step) * in.stride + sample.target]) : static_cast<acc>(NAN);
       const acc slope = math::label_part(math::finite_or_nan(z), in.delta, sample.label, acc(1));
