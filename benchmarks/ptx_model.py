@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
 
     work: Callable[[Sizes], float]
     bytes: Callable[[Sizes], float]
-    loads: int
+    loads: float | Callable[[Sizes], float]
     threads: int = 256
 
 
@@ -62,12 +62,16 @@ def chunks(s: Sizes) -> float:
     return min(256, max(1, 4096 // tiles), math.ceil(s["n"] / 64)) * s["length"]
 
 
+def held(s: Sizes) -> float:
+    """A lane's share of a row that as many lanes hold as have room for it, 256 bytes each."""
+    row = s["length"] * s["bytes"]
+    return row / 16 / next(lanes for lanes in (1, 4, 8, 16, 32) if row <= 256 * lanes)
+
+
 # Lengths are those of rows: of logits C.
 KERNELS = {
-    **{
-        f"competitors_{name}_kernel": Kernel(chosen, lambda s: chosen(s) * s["bytes"], 4)
-        for name in ("short", "warp", "block")
-    },
+    "competitors_row_kernel": Kernel(chosen, lambda s: chosen(s) * s["bytes"], held),
+    "competitors_part_kernel": Kernel(chosen, lambda s: chosen(s) * s["bytes"], 8),
     "competitors_merge_kernel": Kernel(lambda s: s["n"], lambda s: s["n"] * 100 * s["taken"], 1),
     "competitors_backward_kernel": Kernel(chosen, lambda s: 2 * chosen(s) * s["bytes"], 4),
     "competitors_backward_short_kernel": Kernel(chosen, lambda s: 2 * chosen(s) * s["bytes"], 1),
@@ -160,7 +164,8 @@ def kernel_time(row: dict[str, Any], sizes: Sizes, small: Sizes, threads: int) -
     instructions = 32 * sum(number for name, number in row["classes"].items() if name != "move")
     instructions *= kernel.work(sizes) / kernel.work(small)
     moved = kernel.bytes(sizes)
-    under_way = MULTIPROCESSORS * threads * kernel.loads * 16
+    loads = kernel.loads(sizes) if callable(kernel.loads) else kernel.loads
+    under_way = MULTIPROCESSORS * threads * loads * 16
     seconds = {
         "memory": moved / BANDWIDTH,
         "issue": instructions / 32 / (ISSUE * MULTIPROCESSORS * SCHEDULERS * CLOCK),

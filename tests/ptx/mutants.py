@@ -209,7 +209,15 @@ MUTANTS = [
             ("one_to_n_rows_kernel", "one_to_n-lanes", 0),
         ],
     ),
-    *mutants("bound off by one, the other way", ONE_LESS, [("one_to_n_rows_kernel", "one_to_n-one-class", 0)]),
+    *mutants(
+        "bound off by one, the other way",
+        ONE_LESS,
+        [
+            ("one_to_n_columns_kernel", "one_to_n-misaligned", 1),
+            ("one_to_n_columns_kernel", "one_to_n-lanes", 2),
+            ("one_to_n_backward_kernel", "one_to_n-misaligned", 3),
+        ],
+    ),
     *mutants(
         "one too many left in",
         ONE_MORE_LEFT,
