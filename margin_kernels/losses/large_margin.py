@@ -305,7 +305,7 @@ class LargeMarginLoss(TapLoss):
             index,
             normalizer,
             valid,
-            norm,
+            norm.to(gap.dtype),
             gamma,
             cap,
             weight,

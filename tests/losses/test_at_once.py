@@ -132,6 +132,34 @@ def test_rows_that_are_no_numbers_and_rows_that_do_not_count(monkeypatch, option
     assert all(gradient.isfinite().all() for gradient in at_once[1]) == ("ignored" in row)
 
 
+class Cast(nn.Module):
+    """A network whose logits have another type than its layers."""
+
+    def __init__(self, network: Network, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype = network, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.network(x).to(self.dtype)
+        return z
+
+
+@pytest.mark.parametrize("options", ["soft", "hard"])
+@pytest.mark.parametrize("layers", [torch.float32, torch.float64])
+def test_logits_of_another_type_than_the_layers(monkeypatch, options, layers) -> None:
+    torch.manual_seed(7)
+    y = torch.randint(CLASSES, (N,))
+    logits = torch.float64 if layers == torch.float32 else torch.float32
+    network = Cast(Network(torch.zeros(N, CLASSES, dtype=torch.float64)).to(layers), logits)
+    taps = ("network.first", "network.second")
+    task = mk.MarginTask(network, mk.LargeMarginLoss(1.0, **OPTIONS[options]), taps)
+    at_once, one_by_one = both(monkeypatch, task, torch.randn(N, 5, dtype=layers), y)
+    for name in FIELDS:
+        torch.testing.assert_close(at_once[0][name], one_by_one[0][name], rtol=2e-5, atol=2e-5, check_dtype=False)
+    for found, expected in zip(at_once[1], one_by_one[1], strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_medians_that_are_fixed_are_those_of_the_ops(monkeypatch, factor) -> None:
     torch.manual_seed(5)
