@@ -1,5 +1,5 @@
-// What an ordinary step of cross-entropy shows of margins, on the CPU: MarginMonitor, for which each of these is one call
-// in the place of some forty operations on N numbers.
+// What an ordinary step of cross-entropy shows of margins, on the CPU: for MarginMonitor, whose formulas these are in
+// one call each, for operations on N numbers cost more than the arithmetic in them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -279,8 +279,7 @@ class LargeMarginLoss(TapLoss):
     def _at_once(
         self, logits: Tensor, targets: Targets, gradients: Split, captured: Captured, medians: list[float] | None
     ) -> Margins:
-        """`statistics` of such a loss, its gradient in the logits found together with it: a third of the operations.
-        medians: of gamma="auto"."""
+        """`statistics` of such a loss, its gradient in the logits found together with it. medians: of gamma="auto"."""
         assert EXTENSION is not None
         soft, classes = self.competitors == "soft", logits.shape[1]
         gap, nll, index, normalizer, valid, direction = EXTENSION.ranked_once(
