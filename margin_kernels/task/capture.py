@@ -166,7 +166,8 @@ class Taps:
             self._of_module[parsed.base].append((name, parsed))
         self.modules = tuple(self._of_module)
         self._proofs = Proofs()
-        # The modules that the first forward showed to be head and pooling; None before it.
+        # The modules that the first forward showed to be head and pooling; None before it, and once another kind of
+        # module has taken the place of one.
         self._ends: tuple[str, ...] | None = None
 
     @property
@@ -194,6 +195,8 @@ class Taps:
             inputs = inputs if aliased is x else inputs.with_tensor(x, aliased)
             # Now, for a model that changes its input in place moves the tensor along the graph.
             entries[name] = Tap(name, get_gradient_edge(aliased), aliased.shape, self.batch_dim.get(name))
+        if self._ends is not None and not _are_candidates(model, self._ends):
+            self._ends = None
         with _hooks(self._handles(model, calls, sources, ends)), without_hooks(model, tensors):
             logits = whole((reading or Reading())(model, inputs))
         if not logits.requires_grad:
@@ -363,7 +366,19 @@ _POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 
 
 def end_candidates(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if plain_type(module) in (nn.Linear, *_POOLS)]
+    return [name for name, module in model.named_modules() if _is_candidate(module)]
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    return plain_type(module) in (nn.Linear, *_POOLS)
+
+
+def _are_candidates(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether modules that were candidates still are: since then others may have taken their places."""
+    try:
+        return all(_is_candidate(model.get_submodule(name)) for name in names)
+    except AttributeError:
+        return False
 
 
 class _Ends:

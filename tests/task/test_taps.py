@@ -379,6 +379,30 @@ class TestHead:
         model[1].register_forward_hook(lambda module, args, output: output * 2)
         assert taps.capture(model, self.x).head is None
 
+    @pytest.mark.parametrize("name", ["maximum", "convolution", "then tanh", "another name"])
+    def test_another_module_in_the_place_of_head_or_pooling_is_noticed(self, name) -> None:
+        pools = {
+            "maximum": nn.AdaptiveMaxPool2d(1),
+            "convolution": nn.Conv2d(3, 3, 4),
+            "then tanh": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Tanh()),
+        }
+        torch.manual_seed(0)
+        pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), pooled, nn.Linear(3, 3)).double()
+        task = MarginTask(model, LargeMarginLoss(), ("1",))
+        task(images(), TARGET)
+        if name in pools:
+            pooled[0] = pools[name].double()
+        else:
+            model.add_module("head", model.pop(3))
+        found = task(images(), TARGET)
+        h = model[:2](images()).detach().requires_grad_()
+        z = model[2:](h)
+        columns = torch.stack([found["competitor"][:, 0], TARGET])
+        gap = z.gather(1, columns[:1].T) - z.gather(1, columns[1:].T)
+        norm = torch.autograd.grad(gap.sum(), h)[0].flatten(1).norm(dim=1)
+        torch.testing.assert_close(found["norm"].flatten(), norm, rtol=1e-12, atol=0)
+
     def test_pooling_is_found_through_views_and_not_through_dropout(self) -> None:
         for between, found in ((nn.Identity(), True), (nn.Dropout(0.5), False)):
             model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), between, nn.Linear(4, 3))
