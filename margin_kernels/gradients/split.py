@@ -538,7 +538,7 @@ class KnownGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.found = found
         ctx.save_for_backward(gradient, weights)
-        return loss.view_as(loss)
+        return loss.clone()  # no view, so that a user may add to it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -191,6 +191,23 @@ def test_a_second_backward_asks_for_the_graph(options) -> None:
         torch.autograd.grad(out["loss"], network.first.weight, create_graph=True)
 
 
+@pytest.mark.parametrize("options", ["soft", "hard"])
+def test_a_term_may_be_added_to_the_loss_in_place(options) -> None:
+    torch.manual_seed(6)
+    y = torch.randint(CLASSES, (N,))
+    network = Network(torch.zeros(N, CLASSES, dtype=torch.float64)).double()
+    task = mk.MarginTask(network, mk.LargeMarginLoss(1.0, **OPTIONS[options]), ("first",))
+    x = torch.randn(N, 5, dtype=torch.float64)
+    weight = network.first.weight
+    expected = 2 * torch.autograd.grad(task(x, y)["loss"], weight)[0] + 0.6 * weight.detach()
+    loss = task(x, y)["loss"]
+    before = loss.item()
+    loss *= 2
+    loss += 0.3 * weight.square().sum()
+    torch.testing.assert_close(loss.item(), 2 * before + 0.3 * weight.square().sum().item())
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected)
+
+
 def test_a_target_outside_the_classes_is_named_and_half_precision_goes_op_by_op() -> None:
     network = Network(torch.zeros(N, CLASSES, dtype=torch.float64)).double()
     task = mk.MarginTask(network, mk.LargeMarginLoss(1.0, **SOFT), ("first",))
