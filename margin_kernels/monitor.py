@@ -57,6 +57,10 @@ TRIAL = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 1e-1, torch.bf
 PENDING = 64
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TWO_CLASSES = "the gradients of two classes do not show the labels: monitor.labels(y) between forward and backward"
+CHANGED = (
+    "the logits were changed in place after the model returned them, and the loss was that of others: change a copy, or "
+    "change them in the model"
+)
 MODEL = "logits of the model"
 INSTEAD = "measure on a sub-batch with MarginMonitor(..., every=K)"
 # What the gradient of the logits shows of each sample: s, phi, 1 - p_y, whether that is right, whether it is another
@@ -128,8 +132,8 @@ class MarginMonitor:
 
     Raises:
         ValueError, TypeError: wrong arguments; unknown layers; a layer whose batch dimension is not known; in
-            `summary`, what the gradients showed: another loss than cross-entropy, or one that reaches a layer around
-            the logits.
+            `summary`, what the gradients showed: another loss than cross-entropy, one that reaches a layer around the
+            logits, or one of logits that were changed in place behind the model.
 
     Training mode batch norm couples samples: what arrives at a layer before one is not the gradient of a sample's own
     loss alone (a warning, once).
@@ -321,7 +325,7 @@ class MarginMonitor:
             opened.watch(*self._located(logits, opened))
             if due(self._steps):  # of the other steps none looks at every module
                 self._look(opened, logits)
-        self._last, opened.samples = opened, len(logits)
+        self._last, opened.samples, opened.version = opened, len(logits), logits._version
         edge = get_gradient_edge(logits)
         edge.node.register_prehook(partial(opened.at_logits, logits.detach(), edge.output_nr))
         self._done = [*self._done[1 - PENDING :], opened]
@@ -417,8 +421,8 @@ class MarginMonitor:
     def _take(self, done: _Pass) -> None:
         found = done.found
         assert found is not None
-        if done.blind:
-            self._around = self._around or TWO_CLASSES
+        if done.refused is not None:
+            self._around = self._around or done.refused
             return
         for name in self.layers:
             if name != OUTPUT and name not in done.norms:
@@ -427,6 +431,8 @@ class MarginMonitor:
                 )
                 return
         for name, expected in done.expected.items():
+            if not expected.numel():  # an empty batch
+                continue
             bound = TRIAL[done.dtype] * expected.abs().amax()
             if not bool(((done.norms[name] - expected).abs() <= bound).all() | ~expected.isfinite().all()):
                 self._around = f"a term of the loss reaches layer {name!r} by another way than the logits: {INSTEAD}"
@@ -465,7 +471,8 @@ class _Pass:
 
     Attributes:
         calls: base name of a layer -> its taps, call by call
-        found: [N,7], what the gradient of the logits shows
+        version: of the logits as the model returned them
+        found: [N,7], what the gradient of the logits shows;  refused: why nothing is made of it, or None
         norms: layer -> norm of what arrived, [N];  least: what of it would be made of numbers without precision
         trial, expected: logits from which the norms are measured once more, and what that gave
     """
@@ -478,7 +485,8 @@ class _Pass:
         self.found: Tensor | None = None
         self.samples = 0
         self.given: Tensor | None = None
-        self.blind = False
+        self.version = 0
+        self.refused: str | None = None
         self.norms: dict[str, Tensor] = {}
         self.least: dict[str, float] = {}
         self.trial: Tensor | None = None
@@ -497,7 +505,9 @@ class _Pass:
             return
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             self.found = _read(g.detach(), z, self.p, self.given)
-        self.blind = z.shape[1] == 2 and self.given is None
+        self.refused = TWO_CLASSES if z.shape[1] == 2 and self.given is None else None
+        if z._version != self.version:
+            self.refused, self.trial = CHANGED, None  # nor is the trial's tensor the output of this node any more
         self.dtype = g.dtype
         self.norms = {}
         logits, self.trial = self.trial, None

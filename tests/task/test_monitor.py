@@ -294,6 +294,44 @@ def test_another_loss_is_refused(name) -> None:
         measured(lambda m: LOSSES[name](m(x), y).backward()).summary()
 
 
+CHANGES = {
+    "temperature": lambda z: z.div_(3),
+    "a shift for each class": lambda z: z.add_(torch.linspace(0, 3, CLASSES)),
+    "mask": lambda z: z.masked_fill_(torch.arange(CLASSES) == 1, -10.0),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["tried", "not tried"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_logits_that_are_changed_in_place_are_refused(name, first) -> None:
+    """Their gradient is that of a cross-entropy, but of other logits: a temperature would be a factor of the margins."""
+    x, y = batch()
+    y = torch.where(y == 1, 0, y)
+
+    def step(model: nn.Module) -> None:
+        for _ in range(0 if first else 2):
+            F.cross_entropy(model(x), y).backward()
+        monitored = model(x)
+        F.cross_entropy(CHANGES[name](monitored), y).backward()
+
+    with pytest.raises(ValueError, match="the logits were changed in place after the model returned them"):
+        measured(step).summary()
+    inside = nn.Sequential(*net()[:5], nn.Sequential(net()[5], Changing(CHANGES[name])))
+    found = measured(lambda m: F.cross_entropy(m(x), y).backward(), inside, ("0",))
+    outside = nn.Sequential(*net(), Changing(lambda z: CHANGES[name](z.clone())))
+    close(found.distances(), measured(lambda m: F.cross_entropy(m(x), y).backward(), outside, ("0",)).distances())
+    assert found.summary().count.tolist() == [len(y)]
+
+
+class Changing(nn.Module):
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.change(z)
+
+
 def test_every_measures_by_passes_of_its_own() -> None:
     x, y = batch()
     model = net()
@@ -485,6 +523,9 @@ def test_two_processes(tmp_path) -> None:
 def test_small_batches_and_numbers() -> None:
     x, y = batch(n=1)
     close(measured(lambda m: F.cross_entropy(m(x), y).backward()).distances(), literal(x, y))
+    x, y = batch(n=0)
+    monitor = measured(lambda m: F.cross_entropy(m(x), y, reduction="sum").backward())
+    assert monitor.distances().shape == (0, len(LAYERS))
     x, y = batch()
     x[2] = math.nan
     found = measured(lambda m: F.cross_entropy(m(x), y).backward()).distances()
