@@ -166,7 +166,8 @@ class TangentSplit(Split):
         """`loss`, computed from `logits` and the norms, as made by a node with the parameters as its inputs."""
         gradients = partial(self._gradients_of, loss, self.logits)
         self._logits = None
-        return GivenGradients.apply(loss.detach(), gradients, *self.parameters)
+        total: Tensor = GivenGradients.apply(loss.detach(), gradients, *self.parameters)
+        return total.clone()  # no view, so that a user may add to it in place
 
     def _gradients_of(self, loss: Tensor, logits: Tensor, grad: Tensor) -> list[Tensor | None]:
         """The gradients of <grad, loss> in `parameters`."""

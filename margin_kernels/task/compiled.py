@@ -252,7 +252,7 @@ class _Handed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.missing = [gradient is None for gradient in gradients]
         ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
-        return loss.view_as(loss), output.view_as(output)
+        return loss.clone(), output.view_as(output)  # the loss is no view, so that a user may add to it in place
 
     @staticmethod
     def backward(ctx: Any, loss: Tensor | None, output: Tensor | None) -> tuple[Any, ...]:

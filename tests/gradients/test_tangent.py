@@ -140,6 +140,16 @@ def test_values_and_statistics_are_those_of_the_loop_and_auto_takes_the_split() 
             torch.testing.assert_close(value, loop[name], rtol=1e-12, atol=0)
 
 
+def test_a_term_is_added_to_the_loss_in_place() -> None:
+    model, found = build("plain"), []
+    weight = next(model.parameters())
+    for passes in ("split", "loop"):
+        loss = MarginTask(model, LargeMarginLoss(3.0, second_order=True), ("input",), passes)(*batch())["loss"]
+        loss += 0.3 * weight.square().sum()
+        found.append((loss.detach(), torch.autograd.grad(loss, weight)[0]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["plain", "matrices"])
 def test_weight_gradients_are_laid_out_as_the_weights(name) -> None:
     """What is not would be copied into the parameter's .grad."""

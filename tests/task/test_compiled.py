@@ -150,6 +150,17 @@ def test_gradients_accumulate_and_a_factor_of_the_loss_reaches_them() -> None:
     assert_same_gradients([p.grad for p in compiled.parameters()], [3.5 * gradient for gradient in once], 6)
 
 
+def test_a_term_is_added_to_the_loss_in_place() -> None:
+    compiled, eager = twins(LargeMarginLoss(3.0, top_k=2), LAYERS)
+    x, y = images()
+    found = []
+    for task in (compiled, eager):
+        loss, weight = task(x, y)["loss"], task.model[0].weight
+        loss += 0.3 * weight.square().sum()
+        found.append((loss.detach(), torch.autograd.grad(loss, weight)[0]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-11)
+
+
 def test_batch_norm_moves_its_statistics_once_a_step() -> None:
     with pytest.warns(UserWarning, match="couples the samples"):
         compiled, eager = twins(LargeMarginLoss(3.0, top_k=2), LAYERS, network(norm="batch"))
