@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -33,6 +33,7 @@ from .backends import EXTENSION
 from .batchnorm import running_statistics, training_batchnorms
 from .gradients.autograd_graph import Graph
 from .gradients.loop import difference_norms
+from .gradients.proofs import Proofs
 from .gradients.request import Captured, Request, Tap
 from .gradients.split import due
 from .gradients.structure import by_sample
@@ -58,8 +59,8 @@ PENDING = 64
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 TWO_CLASSES = "the gradients of two classes do not show the labels: monitor.labels(y) between forward and backward"
 CHANGED = (
-    "the logits were changed in place after the model returned them, and the loss was that of others: change a copy, or "
-    "change them in the model"
+    "the logits were changed in place after the model returned them, and the loss is that of others: change them in "
+    "the model, or measure on a sub-batch with MarginMonitor(..., every=K)"
 )
 MODEL = "logits of the model"
 INSTEAD = "measure on a sub-batch with MarginMonitor(..., every=K)"
@@ -135,8 +136,8 @@ class MarginMonitor:
             `summary`, what the gradients showed: another loss than cross-entropy, one that reaches a layer around the
             logits, or one of logits that were changed in place behind the model.
 
-    Training mode batch norm couples samples: what arrives at a layer before one is not the gradient of a sample's own
-    loss alone (a warning, once).
+    Training mode batch norm couples samples, as a mean over the batch does: what arrives at a layer before one is not
+    the gradient of a sample's own loss alone (a warning, once).
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class MarginMonitor:
         self._open: _Pass | None = None
         self._last: _Pass | None = None
         self._done: list[_Pass] = []
-        self._strides: dict[Any, list[int]] = {}
+        self._proofs: Proofs[_Places] = Proofs()
         self._slots: dict[str, Tensor] = {}
         self._written: dict[str, Tensor] = {}
         self._steps, self._warned, self._paused = 0, False, False
@@ -202,6 +203,17 @@ class MarginMonitor:
 
     def __exit__(self, *args: object) -> None:
         self.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files of a watched model hold its hooks, but are not watched: the passes that wait for their
+        backward stay here, for their graphs cannot be copied."""
+        waiting: dict[str, Any] = {"_open": None, "_last": None, "_done": [], "_slots": {}, "_written": {}}
+        return {**vars(self), **waiting, "_paused": self._paused or bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._handles and self.batch_size is not None:
+            self._make_slots(self.batch_size)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -336,26 +348,38 @@ class MarginMonitor:
         if not any(type(module).__name__.startswith("FSDP") for module in self.model.modules()):
             opened.trial = logits
         if not self._warned and training_batchnorms(self.model):
-            self._warned = True
-            warnings.warn(
-                "batch norm in training mode couples the samples of a batch: what arrives at a layer before one is not "
-                "the gradient of one sample's loss alone",
-                stacklevel=5,
-            )
+            self._warn("batch norm in training mode")
 
-    def _located(self, logits: Tensor, opened: _Pass) -> tuple[list[Tap], list[int]]:
-        """The taps of a forward pass but for the logits, and the stride of the batch in each, proven once for each kind
-        of shapes."""
+    def _located(self, logits: Tensor, opened: _Pass) -> tuple[list[Tap], tuple[int, ...]]:
+        """The taps of a forward pass but for the logits, and the stride of the batch in each, proven once for graphs that
+        look alike."""
         inner = [name for name in self.layers if name != OUTPUT]
         taps = [
             self._taps.pick(name, opened.calls[INPUT if name == INPUT else self._taps.base(name)]) for name in inner
         ]
         taps = [tap._replace(batch_dim=self._taps.batch_dim.get(tap.name)) for tap in taps]
-        kind = (logits.shape, *(tap.shape for tap in taps))
-        if kind not in self._strides:
-            captured = Captured(logits, taps, remedy='MarginMonitor(..., batch_dim={{"{name}": d}})')
-            self._strides[kind] = [captured.place(tap, taps) for tap in taps]
-        return taps, self._strides[kind]
+        captured = Captured(logits, taps, remedy='MarginMonitor(..., batch_dim={{"{name}": d}})')
+        graph = captured.graph
+        places = tuple((graph.places.get(tap.edge.node), tap.edge.output_nr, tap.shape) for tap in taps)
+        key = graph.signature, captured.batch, graph.root.output_nr, places
+        known = self._proofs.find(key, graph) if graph.signature else None
+        if known is None:
+            strides = tuple(captured.strides(taps))
+            structure = captured.structure(taps)
+            known = _Places(tuple((graph.places[node], name, value) for node, name, value in structure.read), strides)
+            self._proofs.add(key, known)
+            self._warn(next((str(found) for found in structure.findings if found.verdict == "couples"), None))
+        return taps, known.strides
+
+    def _warn(self, coupling: str | None) -> None:
+        """Once, what couples the samples of a batch."""
+        if coupling is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the samples of a batch are coupled ({coupling}): what arrives at a layer before that is not the "
+                "gradient of one sample's loss alone",
+                stacklevel=7,
+            )
 
     # A compiled model, whose backward cannot call back: what it finds are gradients of leaves
 
@@ -466,6 +490,13 @@ class MarginMonitor:
         self._seen += len(x)
 
 
+class _Places(NamedTuple):
+    """What a graph has shown. read: as in a Proof;  strides: of the batch in each tap"""
+
+    read: tuple[tuple[int, str, Any], ...]
+    strides: tuple[int, ...]
+
+
 class _Pass:
     """One forward pass, and what its backward brings.
 
@@ -481,7 +512,7 @@ class _Pass:
         self.p, self.arguments = p, arguments
         self.calls: dict[str, list[dict[str, Tap]]] = defaultdict(list)
         self.taps: list[Tap] = []
-        self.strides: list[int] = []
+        self.strides: Sequence[int] = ()
         self.found: Tensor | None = None
         self.samples = 0
         self.given: Tensor | None = None
@@ -494,7 +525,7 @@ class _Pass:
         self.dtype = torch.float32
         self._trying = False
 
-    def watch(self, taps: list[Tap], strides: list[int]) -> None:
+    def watch(self, taps: list[Tap], strides: Sequence[int]) -> None:
         self.taps, self.strides = taps, strides
         for tap, stride in zip(taps, strides, strict=True):
             tap.edge.node.register_prehook(partial(self._at_layer, tap, stride))

@@ -14,7 +14,7 @@ Refusals are not kept.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from .autograd_graph import Graph, saved
 
@@ -22,8 +22,18 @@ from .autograd_graph import Graph, saved
 MANY = 64
 
 
+class Shown(Protocol):
+    """What a graph has shown. read: (place, name, value) of saved arguments."""
+
+    @property
+    def read(self) -> tuple[tuple[int, str, Any], ...]: ...
+
+
+S = TypeVar("S", bound=Shown)
+
+
 class Proof(NamedTuple):
-    """What a graph has shown, nodes by their places.
+    """What a graph has shown to the split, nodes by their places.
 
     Attributes:
         read: (place, name, value) of saved arguments
@@ -50,13 +60,13 @@ class Proof(NamedTuple):
     turned: tuple[tuple[int, int, int], ...]
 
 
-class Proofs:
-    """The proofs of one task."""
+class Proofs(Generic[S]):
+    """The proofs of one task, or of one monitor."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, Proof] = {}
+        self._found: dict[Any, S] = {}
 
-    def find(self, key: Any, graph: Graph) -> Proof | None:
+    def find(self, key: Any, graph: Graph) -> S | None:
         """The proof that holds for this graph, too."""
         proof = self._found.get(key)
         if proof is None or any(saved(graph.nodes[place], name) != value for place, name, value in proof.read):
@@ -67,7 +77,7 @@ class Proofs:
         """Copies and files have none: they are found again in a step."""
         return Proofs, ()
 
-    def add(self, key: Any, proof: Proof) -> None:
+    def add(self, key: Any, proof: S) -> None:
         if len(self._found) >= MANY:
             self._found.clear()
         self._found[key] = proof

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .. import sharding
 from .autograd_graph import Graph, same_edge
-from .proofs import Proofs
+from .proofs import Proof, Proofs
 from .structure import Structure, Where
 
 # The edge of a linear layer's node that leads to its input.
@@ -107,7 +107,7 @@ class Captured:
     measuring: bool = False
     layers: int | None = None
     chosen: list[int] | None = None
-    proofs: Proofs | None = None
+    proofs: Proofs[Proof] | None = None
     _structures: dict[tuple[str, ...], Structure] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from ..gradients.autograd_graph import same_edge, sequence_now, without_hooks
-from ..gradients.proofs import Proofs
+from ..gradients.proofs import Proof, Proofs
 from ..gradients.request import HEAD_INPUT, Captured, Head, Tap
 from ..sharding import whole
 from ..tracing import is_plain
@@ -165,7 +165,7 @@ class Taps:
         for name, parsed in self._parsed.items():
             self._of_module[parsed.base].append((name, parsed))
         self.modules = tuple(self._of_module)
-        self._proofs = Proofs()
+        self._proofs: Proofs[Proof] = Proofs()
         # The modules that the first forward showed to be head and pooling; None before it, and once another kind of
         # module has taken the place of one.
         self._ends: tuple[str, ...] | None = None

@@ -241,6 +241,45 @@ class Reused(nn.Module):
         return self.head(self.act(self.lstm(h)[0][-1]))
 
 
+class Sequences(nn.Module):
+    """[N,T,3] -> logits, by a layer that sees [T,N,*] or [N,T,*]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.last, self.time_major = nn.Linear(3, 4), nn.Linear(4, CLASSES), False
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.layer(x.transpose(0, 1))).transpose(0, 1) if self.time_major else self.layer(x).tanh()
+        return self.last(h.cumsum(1)[:, -2])
+
+
+def test_a_batch_that_moves_to_another_dimension_is_followed() -> None:
+    """As many samples as times, so that no shape tells."""
+    x, y = batch(shape=(7, 3))
+    model = Sequences()
+    h = (x @ model.layer.weight.mT + model.layer.bias).detach().requires_grad_()
+    z = model.last(h.tanh().cumsum(1)[:, -2])
+    own = z.gather(1, y[:, None])[:, 0]
+    phi = own - torch.logsumexp(z.scatter(1, y[:, None], -math.inf), 1)
+    truth = phi.detach() / (1e-6 + torch.autograd.grad(phi.sum(), h)[0].flatten(1).norm(dim=1))
+    with MarginMonitor(model, ("layer",)) as monitor:
+        for model.time_major in (False, True, True, False, True):
+            F.cross_entropy(model(x), y).backward()
+    close(monitor.distances()[:, 0], truth.repeat(5))
+
+
+@pytest.mark.parametrize("coupling", [lambda h: h - h.mean(0), lambda h: h * h.amax(0)], ids=["mean", "maximum"])
+def test_samples_that_are_coupled_are_warned_of_once(coupling) -> None:
+    x, y = batch(shape=(6,))
+    model = nn.Sequential(nn.Linear(6, 5), Changing(coupling), nn.Linear(5, CLASSES)).double()
+    with MarginMonitor(model, ("0",)), pytest.warns(UserWarning, match="the samples of a batch are coupled") as told:
+        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+    assert len(told) == 1 and "Backward0" in str(told[0].message) and told[0].filename == __file__
+
+
 def test_calls_of_a_reused_module_and_time_major_layers() -> None:
     x, y = batch(shape=(6,))
     found = measured(lambda m: F.cross_entropy(m(x), y).backward(), Reused(), ("act:1", "lstm[0]")).distances()
@@ -304,7 +343,7 @@ CHANGES = {
 @pytest.mark.parametrize("first", [True, False], ids=["tried", "not tried"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_logits_that_are_changed_in_place_are_refused(name, first) -> None:
-    """Their gradient is that of a cross-entropy, but of other logits: a temperature would be a factor of the margins."""
+    """The gradient is that of a cross-entropy, but of other logits: a temperature would be a factor of the margins."""
     x, y = batch()
     y = torch.where(y == 1, 0, y)
 
@@ -407,6 +446,25 @@ def test_reset_pause_and_detach() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert torch.equal(twin(x), model(x))
+
+
+def test_copies_of_a_watched_model_are_not_watched() -> None:
+    x, y = batch()
+    model = net()
+    with MarginMonitor(model, LAYERS) as monitor:
+        loss = F.cross_entropy(model(x), y)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            F.cross_entropy(twin(x), y).backward()
+            (hook, *_) = twin._forward_hooks.values()
+            assert hook.__self__ is not monitor and len(hook.__self__.distances()) == 0
+        assert torch.equal(copy.deepcopy(monitor).distances(), torch.empty(0, len(LAYERS)))
+        loss.backward()
+    close(monitor.distances(), literal(x, y))
+    kept = pickle.loads(pickle.dumps(monitor))
+    close(kept.distances(), literal(x, y))
+    with kept:
+        F.cross_entropy(kept.model(x), y).backward()
+    close(kept.distances(), literal(x, y).repeat(2, 1))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
