@@ -351,8 +351,8 @@ class MarginMonitor:
             self._warn("batch norm in training mode")
 
     def _located(self, logits: Tensor, opened: _Pass) -> tuple[list[Tap], tuple[int, ...]]:
-        """The taps of a forward pass but for the logits, and the stride of the batch in each, proven once for graphs that
-        look alike."""
+        """The taps of a forward pass but for the logits, and the stride of the batch in each, proven once for each kind
+        of graph."""
         inner = [name for name in self.layers if name != OUTPUT]
         taps = [
             self._taps.pick(name, opened.calls[INPUT if name == INPUT else self._taps.base(name)]) for name in inner

@@ -10,6 +10,7 @@ median over all samples is negative, and the margin is what holds a network agai
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,10 @@ class AutoGamma(nn.Module):
     margin has no weight; then they are fixed and the margin has its weight. With several processes they are those of
     the joint batch. In eval mode they stay. Nothing waits for the device, but several processes for each other.
 
-    median [L];  right [L], running share of samples with d > 0;  seen: batches so far;  steps: those that count;  fixed
+    median [L];  right [L], running share of samples with d > 0;  seen: batches so far;  steps: those that count;
+    fixed: 1 or 0, in an average of several tasks their share, of which more than a half must be
+
+    All are float64, whatever type the task is given: so AveragedModel(task, use_buffers=True) can average them too.
 
     A soft competitor's d > 0 says that the label has more than half of the probability, which many wrong labels rule
     out: then cross-entropy goes on alone. (Counting the samples that are classified right instead, the margin begins on
@@ -48,16 +52,33 @@ class AutoGamma(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.register_buffer("median", torch.zeros(layers, dtype=torch.float64))
-        self.register_buffer("right", torch.zeros(layers, dtype=torch.float64))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("fixed", torch.zeros((), dtype=torch.bool))
+        for name in ("median", "right"):
+            self.register_buffer(name, torch.zeros(layers, dtype=torch.float64))
+        for name in ("seen", "steps", "fixed"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self._asked, self._known_fixed, self._told = 0, False, False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._known_fixed = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AutoGamma:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            exact = before[name]
+            if buffer is not None and exact is not None and buffer.dtype != exact.dtype:
+                self._buffers[name] = exact.to(buffer.device)
+        return self
+
+    def _is_fixed(self) -> Tensor:
+        return self.fixed > 0.5
+
+    def _is_known_to_be_fixed(self) -> bool:
+        """On the CPU what is so, for a loop may write to `fixed`; elsewhere what the host was told last."""
+        if recording() or self.fixed.device.type != "cpu":
+            return self._known_fixed
+        return self.fixed.item() > 0.5
 
     def step(self, distance: Tensor, usable: Tensor, warmup: int, group: Group) -> tuple[Tensor, Tensor]:
         """The medians [L], 1 where they are not fixed yet, and whether they are, [] bool, with the distances [N,k,L] of
@@ -69,15 +90,15 @@ class AutoGamma(nn.Module):
                 f"in {warmup} steps",
                 stacklevel=5,
             )
-        if rehearsing() and not self._known_fixed:  # before a step is compiled, which cannot ask
-            self._known_fixed = bool(self.fixed)
-        if self.training and not self._known_fixed:
+        if rehearsing():  # before a step is compiled, which cannot ask
+            self._known_fixed = bool(self._is_fixed())
+        if self.training and not self._is_known_to_be_fixed():
             self._follow(distance, usable, warmup, group)
         return self._now(distance)
 
     def known(self) -> list[float] | None:
         """The medians where the host knows them to be fixed."""
-        found: list[float] | None = self.median.tolist() if self._known_fixed else None
+        found: list[float] | None = self.median.tolist() if self._is_known_to_be_fixed() else None
         return found
 
     def _now(self, distance: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +106,8 @@ class AutoGamma(nn.Module):
             raise ValueError(
                 f"task must be on {distance.device}, as its batches are, got {self.median.device}: use task.to()"
             )
-        return torch.where(self.fixed, self.median, 1.0).to(distance.dtype), self.fixed.clone()
+        fixed = self._is_fixed()
+        return torch.where(fixed, self.median, 1.0).to(distance.dtype), fixed
 
     def _follow(self, distance: Tensor, usable: Tensor, warmup: int, group: Group) -> None:
         if group.size > 1 and recording():
@@ -100,18 +122,20 @@ class AutoGamma(nn.Module):
         # What a batch says of the median, where it is right about a sample, and of the share, where it has one.
         told = torch.stack([batch.isfinite(), present.any(0)]).to(batch.dtype)
         values = torch.stack([batch.nan_to_num(), right]) * told
-        rate = torch.clamp(1.0 / (self.seen + 1), min=RATE) * ~self.fixed
+        fixed = self._is_fixed()
+        rate = torch.clamp(1.0 / (self.seen + 1), min=RATE) * ~fixed
         # The first median is taken as it is, however late it comes.
-        step = torch.where((self.median == 0) & ~self.fixed, 1.0, rate) * told[0]
+        step = torch.where((self.median == 0) & ~fixed, 1.0, rate) * told[0]
         self.median.add_((values[0] - self.median) * step)
         self.right.add_((values[1] - self.right) * rate * told[1])
-        self.seen.add_(~self.fixed & told.any())
-        self.steps.add_(~self.fixed & (self.right >= RIGHT).all() & (self.median > 0).all())
-        self.fixed.copy_(self.steps > warmup)
+        counts = ~fixed & told.any()
+        self.seen.add_(counts)
+        self.steps.add_(counts & (self.right >= RIGHT).all() & (self.median > 0).all())
+        self.fixed.copy_(fixed | (self.steps > warmup))  # and so they stay, whatever `warmup` becomes
         if not recording() and not rehearsing():
             self._asked += 1
             if self._asked % ASK_EVERY == 0:
-                self._known_fixed = bool(self.fixed)
+                self._known_fixed = bool(self._is_fixed())
 
 
 class Held:
@@ -129,6 +153,8 @@ class Held:
 
 def positive_median(distance: Tensor) -> Tensor:
     """Median over the samples with d > 0 of distances [N,L], [L]; NaN where there is none."""
+    if len(distance) == 0:
+        return distance.new_full(distance.shape[1:], torch.nan)
     return torch.where(distance > 0, distance, torch.nan).nanmedian(0).values
 
 

@@ -44,10 +44,16 @@ def suggest_gamma(task: MarginTask, loader: Iterable[Any], factor: float = 1.5) 
         factor: > 0.
 
     Raises:
-        ValueError: the median over all samples is not positive at some layer: train first.
+        ValueError: the median over all samples is not positive at some layer: train first; or no sample was measured.
     """
     positive("factor", factor)
     distances = nearest_distances(task, loader)
+    missing = [name for name, seen in zip(task.layers, (~distances.isnan()).any(0).tolist(), strict=True) if not seen]
+    if missing:
+        raise ValueError(
+            f"loader must hold samples whose margin can be measured, got none at layer {missing[0]!r}: empty batches, "
+            "targets that are all ignored, or norms of 0"
+        )
     medians = distances.nanmedian(0).values
     if not bool((medians > 0).all()):
         measured = ", ".join(f"{median:.4g}" for median in medians.tolist())

@@ -13,6 +13,7 @@ from support.networks import tanh_net
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import swa_utils
 
 from margin_kernels import LargeMarginLoss, MarginTask, OneToNLoss, SuggestedGamma, suggest_gamma
 
@@ -144,6 +145,88 @@ def test_the_state_is_saved_with_the_task() -> None:
     assert not task(x, y)["active"].any() and not task.auto_gamma.fixed
 
 
+AVERAGES = {
+    "equal": {},
+    "equal, together": {"multi_avg_fn": swa_utils.get_swa_multi_avg_fn()},
+    "exponential": {"avg_fn": swa_utils.get_ema_avg_fn(0.5)},
+    "exponential, together": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.5)},
+}
+
+
+@pytest.mark.parametrize("how", AVERAGES)
+def test_an_average_of_tasks_averages_the_medians(how) -> None:
+    net, x, y = trained()
+    task = MarginTask(net, auto(warmup=2), LAYERS)
+    average = swa_utils.AveragedModel(task, use_buffers=True, **AVERAGES[how])
+    states = []
+    for _ in range(5):
+        task(x, y)
+        average.update_parameters(task)
+        states.append({name: value.clone() for name, value in task.auto_gamma.state_dict().items()})
+    found = average.module.auto_gamma
+    assert [state["fixed"].item() for state in states] == [0, 0, 1, 1, 1]
+    weights = [0.2] * 5 if how.startswith("equal") else [0.0625, 0.0625, 0.125, 0.25, 0.5]
+    for name, value in found.state_dict().items():
+        expected = sum(w * state[name] for w, state in zip(weights, states, strict=True))
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    with torch.no_grad():
+        assert average.module.evaluate(x, y)["loss"].item() == pytest.approx(
+            task.evaluate(x, y)["loss"].item(), rel=1e-5
+        )
+
+
+def test_once_fixed_the_medians_stay_fixed_though_the_warm_up_is_lengthened() -> None:
+    net, x, y = trained()
+    task = MarginTask(net, auto(warmup=2), LAYERS)
+    for _ in range(3):
+        task(x, y)
+    assert task.auto_gamma.fixed
+    before, task.loss.warmup = task.auto_gamma.median.clone(), 100
+    task(2 * x, y)
+    assert task.auto_gamma.fixed and torch.equal(task.auto_gamma.median, before)
+
+
+def test_medians_that_are_written_back_in_place_are_followed_again() -> None:
+    """As loops do that swap a network for its average and back."""
+    net, x, y = trained()
+    task = MarginTask(net, auto(warmup=2), LAYERS)
+    task(x, y)
+    saved = [buffer.clone() for buffer in task.buffers()]
+    for _ in range(60):
+        task(x, y)
+    with torch.no_grad():
+        for buffer, value in zip(task.buffers(), saved, strict=True):
+            buffer.copy_(value)
+    other = MarginTask(net, auto(warmup=2), LAYERS)
+    other.load_state_dict(task.state_dict())
+    for expected in (0, 1):
+        found, wanted = task(x, y), other(x, y)
+        assert torch.equal(found["loss"], wanted["loss"]) and task.auto_gamma.fixed == expected
+        assert found["active"].any() == bool(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_medians_are_float64_whatever_the_network_is(dtype) -> None:
+    net, x, y = trained()
+    task = MarginTask(net, auto(warmup=2), LAYERS)
+    task(x, y)
+    task.auto_gamma.median[0] = 1e5 + 1 / 3
+    before = copy.deepcopy(task.auto_gamma.state_dict())
+    task.to(dtype)
+    assert next(task.model.parameters()).dtype == dtype
+    for name, value in task.auto_gamma.state_dict().items():
+        assert value.dtype == torch.float64 and torch.equal(value, before[name])
+
+
+def test_an_empty_batch_says_nothing_of_the_medians() -> None:
+    net, x, y = trained()
+    task = MarginTask(net, auto(), LAYERS)
+    task(x, y)
+    before = copy.deepcopy(task.auto_gamma.state_dict())
+    assert task(x[:0], y[:0])["loss"].isnan()
+    assert all(torch.equal(value, before[name]) for name, value in task.auto_gamma.state_dict().items())
+
+
 def test_the_compiled_step_is_that_of_eager() -> None:
     found = []
     for compiled in (False, True):
@@ -214,6 +297,9 @@ def test_suggestions_are_refused_for_a_network_that_is_wrong() -> None:
         suggest_gamma(task, [(x, (y + 1) % CLASSES)])
     with pytest.raises(ValueError, match="loader must hold at least one batch"):
         suggest_gamma(task, [])
+    for nothing in ((x[:0], y[:0]), (x, torch.full_like(y, -100))):
+        with pytest.raises(ValueError, match="loader must hold samples whose margin can be measured, got none"):
+            suggest_gamma(task, [nothing])
     with pytest.raises(ValueError, match="factor must be finite and > 0, got 0"):
         suggest_gamma(task, [(x, y)], factor=0)
     with pytest.raises(TypeError, match="task must be a MarginTask with LargeMarginLoss"):
