@@ -187,6 +187,8 @@ class LargeMarginLoss(TapLoss):
     def request(self, classes: int, soft_targets: bool = False) -> Request:
         """What this loss asks of a forward pass with so many classes."""
         self._check_together()
+        if self.top_k >= classes:
+            raise ValueError(f"top_k must be in [1, {classes - 1}] for {classes} classes, got {self.top_k}")
         soft = self.competitors == "soft"
         outside = None
         if self.cross_entropy_weight > 0 and self.auxiliary == "cross_entropy" and self.top_k < classes - 1:

@@ -99,6 +99,8 @@ def read(
         factor = sample if weights is None else _times((soft * weights).sum(1), sample)
         share = sample
         return Targets(label, NOTHING, soft, valid, weights, sample, factor, share)
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, got {str(target.dtype).removeprefix('torch.')}")
     valid = target != ignore_index
     factor, share = sample, None if sample is None else torch.where(valid, sample, 0)
     if weights is not None and logits.dim() > 1:
@@ -111,7 +113,7 @@ def ranked(logits: Tensor, targets: Targets, k: int, smoothed: bool, backend: st
     """`functional.competitors` of logits [N,C], or of the N S rows of [N,C,S], whose targets these are."""
     if logits.dim() == 2:
         return functional.competitors(logits, targets.label, k, targets.ignored, smoothed, backend)
-    label = targets.label.view(logits.shape[0], -1)
+    label = targets.label.view(logits.shape[0], logits.shape[2:].numel())
     found = functional.competitors(logits, label, k, targets.ignored, smoothed, backend)
     return functional.reshaped(found, lambda value: value.flatten(0, 1))
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import random
+import re
 from functools import partial
 
 import pytest
@@ -342,7 +343,9 @@ def test_options_for_another_number_of_layers_are_refused() -> None:
 
 def test_more_competitors_than_other_classes_are_refused() -> None:
     x, y = batch()
-    with pytest.raises(ValueError, match="k must be in"):
+    with pytest.raises(
+        ValueError, match=re.escape(f"top_k must be in [1, {CLASSES - 1}] for {CLASSES} classes, got {CLASSES}")
+    ):
         MarginTask(small_net(), LargeMarginLoss(top_k=CLASSES), LAYERS)(x, y)
 
 

@@ -393,6 +393,21 @@ def test_predictions_at_positions_are_those_of_single_networks(kind, shape) -> N
     assert out["norm"].shape[:2] == (N, 4)
 
 
+@pytest.mark.parametrize("shape", ["NCT", "NCHW", "NTC"])
+@pytest.mark.parametrize("kind", DENSE_LOSSES)
+def test_an_empty_batch_of_predictions_at_positions_has_an_empty_mean(kind, shape) -> None:
+    model, loss = Dense(shape, positions=4).double(), DENSE_LOSSES[kind]()
+    y = dense_target()[:0]
+    given = y.unflatten(1, (2, -1)) if shape == "NCHW" else y
+    task = MarginTask(model, loss, ("input",), positions=2, class_dim=-1 if shape == "NTC" else 1)
+    assert task(inputs()[:0], given)["loss"].isnan()
+    loss.reduction = "sum"
+    out = task(inputs()[:0], given)
+    assert out["loss"] == 0 and out["nll"].shape == given.shape
+    gradients = torch.autograd.grad(out["loss"], list(model.parameters()), allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("kind", DENSE_LOSSES)
 def test_the_mean_over_all_draws_is_the_loss_of_all_positions(kind, monkeypatch) -> None:
     torch.manual_seed(0)
@@ -487,11 +502,21 @@ def test_where_the_classes_are_is_asked_where_shapes_leave_it_open() -> None:
         (torch.ones(N), r"target must be int64 classes \[N\], or soft targets of the shape \[6, 4\] of the logits"),
         (torch.ones(N, CLASSES + 1), r"target must be int64 classes \[N\], or soft targets of the shape \[6, 4\]"),
         (HARD.int(), "target must be int64 class indices, got int32"),
+        (HARD.char(), "target must be int64 class indices, got int8"),
+        (HARD.byte(), "target must be int64 class indices, got uint8"),
         (HARD[:, None], r"target must have shape \[6\] to match logits"),
     ],
-    ids=["sum", "negative", "a number a sample", "classes", "int32", "column"],
+    ids=["sum", "negative", "a number a sample", "classes", "int32", "int8", "uint8", "column"],
 )
-@pytest.mark.parametrize("loss", [LargeMarginLoss(cross_entropy_weight=1.0), AdversarialMarginLoss()], ids=repr)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LargeMarginLoss(cross_entropy_weight=1.0),
+        LargeMarginLoss(class_weight=[1.0, 2.0, 3.0, 4.0]),
+        AdversarialMarginLoss(),
+    ],
+    ids=repr,
+)
 def test_targets_that_mean_nothing_are_refused(loss, target, message) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         MarginTask(net(), loss)(inputs(), target)
