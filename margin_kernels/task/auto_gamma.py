@@ -37,7 +37,8 @@ class AutoGamma(nn.Module):
     median [L];  right [L], running share of samples with d > 0;  seen: batches so far;  steps: those that count;
     fixed: 1 or 0, in an average of several tasks their share, of which more than a half must be
 
-    All are float64, whatever type the task is given: so AveragedModel(task, use_buffers=True) can average them too.
+    All are floating point, so that AveragedModel(task, use_buffers=True) averages them, and keep their types whatever
+    that of the task is. (Single numbers are float32: torch.compile drops what is written into a float64 [] on the CPU.)
 
     A soft competitor's d > 0 says that the label has more than half of the probability, which many wrong labels rule
     out: then cross-entropy goes on alone. (Counting the samples that are classified right instead, the margin begins on
@@ -55,7 +56,7 @@ class AutoGamma(nn.Module):
         for name in ("median", "right"):
             self.register_buffer(name, torch.zeros(layers, dtype=torch.float64))
         for name in ("seen", "steps", "fixed"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32))
         self._asked, self._known_fixed, self._told = 0, False, False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +75,7 @@ class AutoGamma(nn.Module):
     def _is_fixed(self) -> Tensor:
         return self.fixed > 0.5
 
-    def _is_known_to_be_fixed(self) -> bool:
+    def is_known_to_be_fixed(self) -> bool:
         """On the CPU what is so, for a loop may write to `fixed`; elsewhere what the host was told last."""
         if recording() or self.fixed.device.type != "cpu":
             return self._known_fixed
@@ -92,13 +93,13 @@ class AutoGamma(nn.Module):
             )
         if rehearsing():  # before a step is compiled, which cannot ask
             self._known_fixed = bool(self._is_fixed())
-        if self.training and not self._is_known_to_be_fixed():
+        if self.training and not self.is_known_to_be_fixed():
             self._follow(distance, usable, warmup, group)
         return self._now(distance)
 
     def known(self) -> list[float] | None:
         """The medians where the host knows them to be fixed."""
-        found: list[float] | None = self.median.tolist() if self._is_known_to_be_fixed() else None
+        found: list[float] | None = self.median.tolist() if self.is_known_to_be_fixed() else None
         return found
 
     def _now(self, distance: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ from ..process_group import alone
 from ..random_state import RandomState
 from ..sharding import crossed
 from ..tracing import recorded
+from .auto_gamma import AutoGamma
 from .reading import Inputs
 
 # Kinds of steps that are recorded before a warning says that each costs a compilation.
@@ -56,6 +57,7 @@ class Task(Protocol):
     loss: MarginLoss
     batchnorm: str
     layers: tuple[str, ...]
+    auto_gamma: AutoGamma | None
 
     def uncompiled(self, inputs: Inputs, y: Tensor, sample_weight: Tensor | None = None) -> dict[str, Any]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
@@ -104,10 +106,10 @@ class CompiledStep:
         names_of = [id(leaf) for leaf in leaves]
         same = tuple(map(names_of.index, names_of))
         kinds = (spec, plain, same, tuple(map(_kind, (*tensors, y))), modes, autocast, task.loss.key())
-        step = self._steps.get((*kinds, self._values(task)))
+        step = self._find(kinds, task)
         if step is None:
             step = self._compile(task, inputs, y, sample_weight, list(state), tensors, autocast)
-            self._steps[*kinds, self._values(task)] = step
+            self._steps[*kinds, self._values(task), not _has_fixed_medians(task)] = step
             if len(self._steps) == MANY:
                 warnings.warn(
                     f"{MANY} kinds of steps were compiled, each takes a while: keep batch size and options of the loss",
@@ -122,6 +124,12 @@ class CompiledStep:
             fields = {name: value.clone() for name, value in fields.items()}
         loss, output = _Handed.apply(fields["loss"], fields["output"], gradients, *wanted)
         return {**fields, "loss": loss, "output": output}
+
+    def _find(self, kinds: tuple[Any, ...], task: Task) -> Callable[..., Any] | None:
+        """The step of that kind. One whose medians run is right for fixed ones too, but not the other way round."""
+        key = (*kinds, self._values(task))
+        step = self._steps.get((*key, True))
+        return self._steps.get((*key, False)) if step is None and _has_fixed_medians(task) else step
 
     def _plain(self, task: Task) -> dict[tuple[int, str], Any]:
         """The plain values that the modules of the model keep, by the module's number and the attribute's name."""
@@ -181,6 +189,11 @@ class CompiledStep:
                 f"the step cannot be compiled, for it reads a value of a tensor: {str(error).splitlines()[0]}"
             ) from error
         return torch.compile(graph.forward, fullgraph=True, **self.options)
+
+
+def _has_fixed_medians(task: Task) -> bool:
+    """Whether gamma="auto" is known to have fixed medians, which a recorded step then does not follow any more."""
+    return task.auto_gamma is not None and task.auto_gamma.is_known_to_be_fixed()
 
 
 def _frozen(value: Any) -> Any:

@@ -206,16 +206,17 @@ def test_medians_that_are_written_back_in_place_are_followed_again() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_medians_are_float64_whatever_the_network_is(dtype) -> None:
+def test_the_medians_keep_their_precision_whatever_the_network_is(dtype) -> None:
     net, x, y = trained()
     task = MarginTask(net, auto(warmup=2), LAYERS)
     task(x, y)
     task.auto_gamma.median[0] = 1e5 + 1 / 3
+    assert task.auto_gamma.median.dtype == torch.float64
     before = copy.deepcopy(task.auto_gamma.state_dict())
     task.to(dtype)
     assert next(task.model.parameters()).dtype == dtype
     for name, value in task.auto_gamma.state_dict().items():
-        assert value.dtype == torch.float64 and torch.equal(value, before[name])
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
 
 
 def test_an_empty_batch_says_nothing_of_the_medians() -> None:
@@ -237,13 +238,34 @@ def test_the_compiled_step_is_that_of_eager() -> None:
         losses = []
         for number in range(5):
             net.zero_grad()
-            out = task(x[number:], y[number:]) if number > 3 else task(x, y)
+            out = task(x[number:], y[number:]) if number > 3 else task((1 + number) * x, y)
             out["loss"].backward()
             losses.append(out["loss"].detach())
-        found.append([torch.stack(losses), task.auto_gamma.median.clone(), *(p.grad for p in net.parameters())])
+        state = task.auto_gamma.state_dict().values()
+        found.append([torch.stack(losses), *(value.clone() for value in state), *(p.grad for p in net.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     assert found[0][0][2] > found[0][0][1]
+
+
+def test_a_compiled_step_follows_the_medians_of_a_state_that_is_loaded() -> None:
+    net, x, y = trained()
+    tasks = [MarginTask(copy.deepcopy(net), auto(warmup=2), LAYERS) for _ in range(2)]
+    fresh = copy.deepcopy(tasks[0].state_dict())
+    for task in tasks:
+        for _ in range(3):
+            task(x, y)
+        assert task.auto_gamma.fixed
+    tasks[0].compile(backend="aot_eager")
+    for number in range(7):
+        if number == 2:
+            for task in tasks:
+                task.load_state_dict(fresh)
+        found, expected = (task((1 + number) * x, y)["loss"] for task in tasks)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+        for one, other in zip(tasks[0].auto_gamma.buffers(), tasks[1].auto_gamma.buffers(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=0)
+        assert bool(tasks[0].auto_gamma.fixed) == (number not in (2, 3))
 
 
 def test_in_eval_mode_the_medians_stay() -> None:
