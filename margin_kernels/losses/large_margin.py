@@ -264,7 +264,8 @@ class LargeMarginLoss(TapLoss):
     def _is_plain(self, logits: Tensor, targets: Targets, captured: Captured) -> bool:
         """Whether the loss is a mean or sum over the rows of this process of nothing but hinge and cross-entropy."""
         return (
-            targets.soft is None
+            type(self) is LargeMarginLoss  # a class derived from it may have gaps or a reduction of its own
+            and targets.soft is None
             and targets.factor is None
             and targets.share is None
             and self.label_smoothing == 0

@@ -208,6 +208,29 @@ def test_a_term_may_be_added_to_the_loss_in_place(options) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected)
 
 
+class WithOffset(mk.LargeMarginLoss):
+    """With a gap of each competitor that is larger by one."""
+
+    def gaps(self, logits: Tensor, targets: Any) -> Any:
+        found = super().gaps(logits, targets)
+        return found._replace(gap=found.gap + 1)
+
+
+@pytest.mark.parametrize("options", ["soft", "hard"])
+def test_a_derived_loss_goes_op_by_op(options) -> None:
+    torch.manual_seed(6)
+    y = torch.randint(CLASSES, (N,))
+    network = Network(torch.zeros(N, CLASSES, dtype=torch.float64)).double()
+    x = torch.randn(N, 5, dtype=torch.float64)
+    gaps = []
+    for loss in (mk.LargeMarginLoss, WithOffset):
+        out = mk.MarginTask(network, loss(1.0, **OPTIONS[options]), ("first",))(x, y)
+        assert (out["loss"].grad_fn.name() == "KnownGradientBackward") == (loss is mk.LargeMarginLoss)
+        torch.testing.assert_close(out["distance"], -out["gap"].unsqueeze(2) / (1e-6 + out["norm"]))
+        gaps.append(out["gap"])
+    torch.testing.assert_close(gaps[1], gaps[0] + 1)
+
+
 def test_a_target_outside_the_classes_is_named_and_half_precision_goes_op_by_op() -> None:
     network = Network(torch.zeros(N, CLASSES, dtype=torch.float64)).double()
     task = mk.MarginTask(network, mk.LargeMarginLoss(1.0, **SOFT), ("first",))
