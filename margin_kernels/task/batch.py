@@ -1,4 +1,4 @@
-"""One batch: the arguments of the model, and the rows of logits and targets that a loss is given of what it makes."""
+"""One batch: the rows of logits and targets that a loss is given of what the model makes of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..gradients.request import Captured
 from ..losses.base import MarginLoss
 from ..losses.targets import NEEDS_CLASSES
 from .layout import Layout, Rows, draw, layout_of, seen_from
-from .reading import Inputs, mapped
+from .reading import mapped
 
 # Of predictions at positions: the fields that a loss has for all of them, not for those at which margins are measured.
 OF_ALL = ("nll", "classification")
@@ -61,13 +61,6 @@ class Batch(NamedTuple):
             if self.counted is not None:
                 found["valid"] = self.counted.reshape(every)
         return found
-
-
-def arguments(args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Inputs, Any]:
-    """The arguments of the model and the target, which is the last of several positional ones where it has no name."""
-    if target is None and len(args) > 1:
-        args, target = args[:-1], args[-1]
-    return Inputs(args, kwargs), target
 
 
 def usable(tree: Any) -> Any:

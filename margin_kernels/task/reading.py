@@ -7,6 +7,7 @@ model(*args, **kwargs), or call(model, *args, **kwargs)     ->  what it returns 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -134,11 +135,37 @@ class Reading:
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
         """The logits, a floating-point tensor, or a DTensor. Raises ValueError for anything else."""
-        if self.call is None:
-            made = model(*inputs.args, **inputs.kwargs)
-        else:
-            made = self.call(model, *inputs.args, **inputs.kwargs)
+        try:
+            if self.call is None:
+                made = model(*inputs.args, **inputs.kwargs)
+            else:
+                made = self.call(model, *inputs.args, **inputs.kwargs)
+        except TypeError as error:
+            unbound = self._unbound(model, inputs)
+            if unbound is None:
+                raise
+            raise TypeError(
+                f"{'the model' if self.call is None else 'call'} does not take these arguments, {unbound}: where no "
+                "target= is given, the last positional argument of a task is the target. Name it, task(x, table, "
+                "target=y), or take task.model(x, table) for the output alone"
+            ) from error
         return self.logits(made)
+
+    def function(self, model: nn.Module) -> Callable[..., Any]:
+        """What the model's arguments are given to."""
+        return model.forward if self.call is None else self.call
+
+    def _unbound(self, model: nn.Module, inputs: Inputs) -> str | None:
+        """Why the arguments are not those of the function that takes them; None where they are, or nothing says it."""
+        try:
+            signature = inspect.signature(self.function(model))
+        except (TypeError, ValueError):  # it has none
+            return None
+        try:
+            signature.bind(*(() if self.call is None else (model,)), *inputs.args, **inputs.kwargs)
+        except TypeError as error:
+            return str(error)
+        return None
 
     def logits(self, made: Any) -> Tensor:
         """The logits in what a model has returned."""

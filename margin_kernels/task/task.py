@@ -21,8 +21,9 @@ from ..random_state import RandomState
 from ..replay import ReplayedModel
 from ..sharding import check_holders, is_sharded, logits_without_graph, whole, whole_logits
 from ..tracing import tracing
+from .arguments import Arguments
 from .auto_gamma import AutoGamma, Held
-from .batch import Batch, Batches, arguments, ignored_by, usable
+from .batch import Batch, Batches, ignored_by, usable
 from .capture import Taps, in_graph
 from .exclusive import check_unchanged, exclusive
 from .explain import Explanation, explained
@@ -139,6 +140,7 @@ class MarginTask(nn.Module):
         self.passes = passes
         self.batchnorm = batchnorm
         self._reading = Reading(output, call)
+        self._arguments = Arguments(self._reading)
         self._batches = Batches(class_dim, positions)
         self._taps = Taps(model, ("input",) if layers is None else layers, batch_dim)
         # With gamma="auto", in the state dict.
@@ -167,6 +169,7 @@ class MarginTask(nn.Module):
         self, *args: Any, target: Tensor | None = None, sample_weight: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Loss and statistics of a batch: task(x, y), or task(*args, target=y, **kwargs) with the model's arguments.
+        Of several positional arguments the last is the target, where it has no name: name it beside several inputs.
 
             logits             target
             [N,C]              [N] int64, or soft targets [N,C] >= 0 that sum to 1 (mixup, distillation)
@@ -189,7 +192,7 @@ class MarginTask(nn.Module):
         """
         if getattr(self, "_is_replica", False):
             raise ValueError("DataParallel is not supported: wrap the task in DistributedDataParallel")
-        inputs, target = arguments(args, kwargs, target)
+        inputs, target = self._arguments.split(self.model, args, kwargs, target)
         if target is None:
             return {"output": self._reading(self.model, inputs)}
         if not tracing():
@@ -330,7 +333,7 @@ class MarginTask(nn.Module):
         Raises:
             ValueError: as forward, and for a task that is sharded.
         """
-        inputs, y = arguments(args, kwargs, target)
+        inputs, y = self._arguments.split(self.model, args, kwargs, target)
         if y is None:
             raise ValueError("evaluate takes the model's arguments and a target: evaluate(x, y), evaluate(x, target=y)")
         if is_sharded(self):
@@ -412,7 +415,7 @@ class MarginTask(nn.Module):
         gradients, buffers and random numbers stay as they are."""
         if is_sharded(self):
             raise ValueError("explain takes a task that is not sharded: ask before fully_shard_task")
-        inputs, y = arguments(args, kwargs, target)
+        inputs, y = self._arguments.split(self.model, args, kwargs, target)
         if y is None:
             raise ValueError("explain takes the model's arguments and a target: explain(x, y), explain(x, target=y)")
         random = RandomState.now(inputs.tensors())

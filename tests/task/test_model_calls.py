@@ -251,6 +251,60 @@ def test_what_asks_for_a_target_says_so() -> None:
         MarginTask(net(), OneToNLoss(), positions=1)
 
 
+class WithTable(Two):
+    """Whose table could be a soft target by its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Linear(CLASSES, 7)
+
+    def forward(self, image: Tensor, table: Tensor) -> Tensor:
+        return super().forward(image, table)
+
+
+class TableOrNot(WithTable):
+    def forward(self, image: Tensor, table: Tensor | None = None) -> Tensor:
+        return super().forward(image, torch.zeros(len(image), CLASSES).double() if table is None else table)
+
+
+class AnyNumber(WithTable):
+    def forward(self, *inputs):
+        return super().forward(*inputs)
+
+
+@pytest.mark.parametrize("call", ["forward", "evaluate", "explain"])
+def test_an_input_is_not_taken_for_the_target(call) -> None:
+    """Soft targets that the table could be: rows that sum to 1, as many as there are classes."""
+    _, image, _, y = two()
+    table = torch.softmax(torch.randn(N, CLASSES), 1).double()
+    models = {kind: kind().double() for kind in (WithTable, TableOrNot, AnyNumber)}
+    remedy = "task.model(x, table) for the output alone"
+    for kind, message in {
+        WithTable: "the model does not take these arguments, missing a required argument: 'table': where",
+        AnyNumber: "target must be given by name to a model that takes any number of inputs",
+    }.items():
+        with pytest.raises((TypeError, ValueError)) as raised:
+            getattr(MarginTask(models[kind], LargeMarginLoss(), ("head",)), call)(image, table)
+        assert message in str(raised.value) and remedy in str(raised.value)
+    task = MarginTask(models[TableOrNot], LargeMarginLoss(), ("head",))
+    getattr(task, call)(image, table, target=y)
+    with pytest.raises(ValueError, match="by name beside 2 positional arguments, which were all the model's in an ear"):
+        getattr(task, call)(image, table)
+    assert torch.equal(task(image, table, y)["output"], models[TableOrNot](image, table))
+    task(image, target=y)
+    assert torch.equal(task(image, y)["output"], models[TableOrNot](image))
+
+
+def test_a_type_error_of_the_model_itself_stays_as_it_is() -> None:
+    model = Returns("object")
+    model.make = lambda z: z + None
+    with pytest.raises(TypeError, match=r"^unsupported operand type"):
+        MarginTask(model, OneToNLoss())(*batch())
+    by_call = MarginTask(net(), OneToNLoss(), call=lambda model, x, table: model(x))
+    with pytest.raises(TypeError, match=r"^call does not take these arguments, missing a required argument: 'table'"):
+        by_call(*batch())
+
+
 def test_suggested_margins_take_batches_of_any_form() -> None:
     model, image, table, _ = two()
     y = model(image, table).argmax(1)
