@@ -107,13 +107,13 @@ def _of_this_process(
     return Loop(request, captured, logits)
 
 
-def reasons(request: Request, captured: Captured, logits: Tensor) -> dict[str, str | None]:
-    """For each strategy why "auto" does not take it, None for the one that it takes."""
-    found: dict[str, str | None] = {}
+def reasons(request: Request, captured: Captured, logits: Tensor) -> dict[str, list[str]]:
+    """For each strategy all that is known against it, and why "auto" does not take it: nothing where it does."""
+    found: dict[str, list[str]] = {}
     for strategy in (Split, TangentSplit):
-        reason = strategy.why_not(request, captured, logits)
-        if reason is None and request.competitors > SPLIT_UP_TO:
-            reason = f"slower than the loop from {SPLIT_UP_TO + 1} competitors on"
-        found[strategy.name] = reason
-    taken = any(reason is None for reason in found.values())
-    return {**found, "loop": "dearer than the strategy taken" if taken else None}
+        against = strategy.reasons(request, captured, logits)
+        if request.competitors > SPLIT_UP_TO and strategy.second_order == request.second_order:
+            against.append(f"slower than the loop from {SPLIT_UP_TO + 1} competitors on")
+        found[strategy.name] = against
+    taken = not all(found.values())
+    return {**found, "loop": ["dearer than the strategy taken"] if taken else []}

@@ -48,10 +48,6 @@ class Loop:
 
     name = "loop"
 
-    @classmethod
-    def why_not(cls, request: Request, captured: Captured, logits: Tensor) -> str | None:
-        return None
-
     def __init__(self, request: Request, captured: Captured, logits: Tensor) -> None:
         self.request, self.captured, self.logits = request, captured, logits
 

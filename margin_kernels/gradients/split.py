@@ -117,13 +117,22 @@ class Split:
         logits: the logits of the loss
         trials: given where the user asked for the split by name: nodes of which nothing is known are verified by a
             trial, not refused
+        refused: receives the reasons that do not hinder a further look, all but the last, which NotExact has; None:
+            the first is raised
     """
 
     name = "split"
     second_order = False
 
-    def __init__(self, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> None:
-        self.request, self.captured, self._trials = request, captured, trials
+    def __init__(
+        self,
+        request: Request,
+        captured: Captured,
+        logits: Tensor,
+        trials: Trials | None = None,
+        refused: list[str] | None = None,
+    ) -> None:
+        self.request, self.captured, self._trials, self._refused = request, captured, trials, refused
         self._check_request(request, captured, logits)
         self._graph = captured.graph
         self._key: Any = None
@@ -146,18 +155,25 @@ class Split:
         self._logits: Tensor | None = None
 
     @classmethod
-    def why_not(cls, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> str | None:
-        """Why this strategy would not be exact, or None."""
+    def reasons(cls, request: Request, captured: Captured, logits: Tensor) -> list[str]:
+        """Every reason that is known why this strategy would not be exact; none where it would."""
+        refused: list[str] = []
         try:
-            cls(request, captured, logits, trials)
+            cls(request, captured, logits, None, refused)
         except NotExact as reason:
-            return str(reason)
-        return None
+            refused.append(str(reason))
+        return refused
+
+    def _refuse(self, reason: str) -> None:
+        """A reason that does not hinder a further look."""
+        if self._refused is None:
+            raise NotExact(reason)
+        self._refused.append(reason)
 
     def _remembers(self) -> bool:
         """Whether what a graph has shown holds for the next one that looks alike: where it is a proof, and not
         the tangent's, which reads more."""
-        return type(self) is Split and self._trials is None and not tracing()
+        return type(self) is Split and self._trials is None and self._refused is None and not tracing()
 
     def _key_of(self, taps: list[Tap]) -> Any:
         """All that a proof starts from, besides the arguments that it reads; None where it cannot be compared."""
@@ -245,12 +261,12 @@ class Split:
             raise NotExact("each position of a sample has passes of its own")
         if captured.batch == 0:
             raise NotExact("the batch is empty")
-        if request.space != "logit":
-            raise NotExact('the passes of space="probability" do not hold the gradients of the logits')
-        if request.outside is not None:
-            raise NotExact(request.outside)
         if request.second_order != self.second_order:
             raise NotExact("the norms are differentiated" if request.second_order else "the norms are constants")
+        if request.space != "logit":
+            self._refuse('the passes of space="probability" do not hold the gradients of the logits')
+        if request.outside is not None:
+            self._refuse(request.outside)
 
     def _find_inputs(self) -> None:
         """The edges at which the loss ends: parameters and other leaves, and tensors that entered the model with a
@@ -285,17 +301,17 @@ class Split:
 
     def _check_now(self) -> None:
         """What no signature tells: the types of parameters, and hooks."""
-        for parameter in self.parameters:
-            if not is_plain(parameter):
-                raise NotExact(
-                    f"a parameter is a {type(parameter).__name__}: it is sharded or wrapped, and its gradient needs "
-                    "the ordinary backward"
-                )
+        wrapped = [parameter for parameter in self.parameters if not is_plain(parameter)]
+        if wrapped:
+            self._refuse(
+                f"a parameter is a {type(wrapped[0]).__name__}: it is sharded or wrapped, and its gradient needs the "
+                "ordinary backward"
+            )
         # Beside other terms of the user's the nodes behind the taps run twice, once for each: as good as once where the
         # backward is linear, but not for hooks and Functions.
         hooked = self._hooked()
         if hooked:
-            raise NotExact(
+            self._refuse(
                 f"an activation has a hook ({hooked[0].name()}): register_hook, retain_grad or a module's backward "
                 "hook must see the backward of the loss"
             )
@@ -303,14 +319,16 @@ class Split:
     def _check_graph(self) -> None:
         begin = self.captured.begin or 0
         if any(made_before(node, begin) for node in self._along):
-            raise NotExact("a tapped tensor also enters the model by way of operations outside it")
+            self._refuse("a tapped tensor also enters the model by way of operations outside it")
         if crosses(self._graph.nodes):
-            raise NotExact("an activation is a DTensor, whose gradient needs the ordinary backward")
+            self._refuse("an activation is a DTensor, whose gradient needs the ordinary backward")
         if not self._inputs:
-            raise NotExact("no parameter requires a gradient")
+            self._refuse("no parameter requires a gradient")
         for node in self._made:
             if node not in self._along and is_unknown_function(node):
-                raise NotExact(f"nothing is known of {node.name()} behind the taps or between parameters and layers")
+                self._refuse(f"nothing is known of {node.name()} behind the taps or between parameters and layers")
+                break
+        # What follows is read off a graph in which samples do not interact.
         reason = self._structure.refusal(trusting=self._trials is not None)
         if reason is not None:
             raise NotExact(reason)

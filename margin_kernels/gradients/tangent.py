@@ -100,12 +100,15 @@ class TangentSplit(Split):
     name = "tangent"
     second_order = True
 
-    def __init__(self, request: Request, captured: Captured, logits: Tensor, trials: Trials | None = None) -> None:
-        super().__init__(request, captured, logits, trials)
-        if request.soft:
-            raise NotExact("the soft competitor's cotangent depends on the logits, which tangents do not follow")
-        if request.competitors != 1:
-            raise NotExact("it takes one competitor when norms are differentiated")
+    def __init__(
+        self,
+        request: Request,
+        captured: Captured,
+        logits: Tensor,
+        trials: Trials | None = None,
+        refused: list[str] | None = None,
+    ) -> None:
+        super().__init__(request, captured, logits, trials, refused)
         if captured.head is None or self._graph.top.name() not in LAYERS:
             raise NotExact("the logits do not come from a linear layer")
         self._taps = self._plan.taps
@@ -113,14 +116,25 @@ class TangentSplit(Split):
             raise NotExact("the gradient in the tapped input is asked for as well")
         self._places_of = {(edge.node, edge.output_nr): i for i, edge in enumerate(self.edges)}
         self._recorded_outputs = len(self.edges)
-        for node in self._graph.nodes:
-            if node in self._along:
-                self._check_linear(node)
+        self._check_linear()
         # Which of the tangents, at the taps and then at further edges, is the one at the input of a layer.
         self._tangent_of = {node: self._input(node) for node in self._layer_nodes if node.name() in LAYERS}
         self._strides = [self._stride(edge) for edge in self.edges]
 
-    def _check_linear(self, node: Any) -> None:
+    def _check_request(self, request: Request, captured: Captured, logits: Tensor) -> None:
+        super()._check_request(request, captured, logits)
+        if request.soft:
+            self._refuse("the soft competitor's cotangent depends on the logits, which tangents do not follow")
+        if request.competitors != 1:
+            self._refuse("it takes one competitor when norms are differentiated")
+
+    def _check_linear(self) -> None:
+        others = {node.name(): None for node in self._graph.nodes if node in self._along and not self._is_linear(node)}
+        if others:
+            names = ", ".join(others) + (" is" if len(others) == 1 else " are")
+            raise NotExact(f"{names} not known to be linear in the activations and additive in parameters")
+
+    def _is_linear(self, node: Any) -> bool:
         name = node.name()
         inputs, leaving = self._structure.edges(node), self._leaving(node)
         if name in LAYERS:
@@ -135,8 +149,7 @@ class TangentSplit(Split):
             fits = fits and all(number in inputs for number in leaving)
         else:
             fits = name in LINEAR and (name in ADDING or all(number in inputs for number in leaving))
-        if not fits:
-            raise NotExact(f"{name} is not known to be linear in the activations and additive in parameters")
+        return fits
 
     def _input(self, node: Any) -> int:
         following, output = node.next_functions[LAYERS[node.name()].input]

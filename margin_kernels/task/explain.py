@@ -30,7 +30,7 @@ class Explanation:
     Attributes:
         strategy: "loop", "split" or "tangent", or "logits" and "model" for losses that measure at no tap
         reason: why this one, in a sentence
-        refused: strategy -> why it is not taken
+        refused: strategy -> why it is not taken: all reasons that are known, joined by "; "
         nodes: operations between the logits and the taps that are not proven row-local, each with the reason
         layers: the taps, in order
         passes: cost in forward passes F of the model, by the counts of `cost`; cross-entropy costs 3 F
@@ -63,7 +63,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explained(task: Any, inputs: Inputs, y: Tensor) -> Explanation:
+def explained(task: Any, inputs: Inputs, y: Tensor, sample_weight: Tensor | None) -> Explanation:
     """As MarginTask.explain, of a MarginTask; runs the forward pass and the passes of the loss."""
     name = type(task.loss).__name__
     ops = {op: _backend_of(op, y.device, task.loss.backend) for op in OPS_OF[task.loss.needs]}
@@ -74,14 +74,15 @@ def explained(task: Any, inputs: Inputs, y: Tensor) -> Explanation:
         return Explanation("model", f"{name} searches the nearest boundary", {}, (), (), None, cost, ops, 0)
     made, captured = task._forward(inputs)
     same = captured.logits is made
-    batch, captured = task._batches.at_taps(task.loss, made, captured, y, None)
+    batch, captured = task._batches.at_taps(task.loss, made, captured, y, sample_weight)
+    task.loss.targets(*batch.given, **batch.weights)  # raises what a step would
     logits, label = batch.rows.logits, batch.label()
     passes = task.loss.passes(task.passes)
     soft = (True,) if batch.rows.target.is_floating_point() else ()
     request = task.loss.request(logits.shape[-1], *soft)
     found = reasons(request, captured, logits)
     gradients = choose(passes, request, captured, logits, Trials(alone=True))
-    why = {key: reason for key, reason in found.items() if reason is not None and key != gradients.name}
+    why = {name: "; ".join(against) for name, against in found.items() if against and name != gradients.name}
     plan = make_plan(captured.slots[0] if captured.slots else captured, request)
     count = task.loss.count(logits) * max(len(captured.slots), 1) if plan.taps else 0
     runs = "1 pass" if count == 1 else f"{count} passes"

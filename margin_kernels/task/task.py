@@ -409,10 +409,12 @@ class MarginTask(nn.Module):
 
         self._compiled = CompiledStep(options)
 
-    def explain(self, *args: Any, target: Tensor | None = None, **kwargs: Any) -> Explanation:
-        """Which strategy a step on this batch takes, its reason, why the others are refused, its cost in passes, the
-        backend of every op and the memory that the strategy records. Runs one forward pass and the passes of the loss;
-        gradients, buffers and random numbers stay as they are."""
+    def explain(
+        self, *args: Any, target: Tensor | None = None, sample_weight: Tensor | None = None, **kwargs: Any
+    ) -> Explanation:
+        """Which strategy a step on this batch takes, its reason, all that is known against the others, its cost in
+        passes, the backend of every op and the memory that the strategy records. Arguments as those of `forward`. Runs
+        one forward pass and the passes of the loss; gradients, buffers and random numbers stay as they are."""
         if is_sharded(self):
             raise ValueError("explain takes a task that is not sharded: ask before fully_shard_task")
         inputs, y = self._arguments.split(self.model, args, kwargs, target)
@@ -422,7 +424,7 @@ class MarginTask(nn.Module):
         buffers = [(buffer, buffer.clone()) for buffer in self.buffers()]
         try:
             with torch.enable_grad(), random.replayed():
-                self._explained = explained(self, inputs, y)
+                self._explained = explained(self, inputs, whole(y), whole(sample_weight))
         finally:
             with torch.no_grad():
                 for buffer, saved in buffers:

@@ -673,6 +673,60 @@ def test_explain_says_what_a_step_does_and_changes_nothing() -> None:
     assert MarginTask(model, OneToNLoss()).explain(x, y).backends["one_to_n"] == "cpu"
 
 
+def test_explain_names_every_reason_that_is_known() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    x, y = batch()
+    smoothed = LargeMarginLoss(3.0, competitors="soft", cross_entropy_weight=1.0, label_smoothing=0.1)
+    task = MarginTask(model, smoothed)
+    hooked = model[2].register_full_backward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="batch norm in training mode"):
+        found = task.explain(x, y)
+    smoothing, hook, coupled = found.refused["split"].split("; ")
+    assert smoothing.endswith("take label_smoothing=0") and hook.startswith("an activation has a hook")
+    assert coupled.startswith("the samples are coupled: NativeBatchNormBackward0")
+    # One after another they are mended, and what is left was named before.
+    hooked.remove()
+    assert task.explain(x, y).refused["split"] == f"{smoothing}; {coupled}"
+    model.eval()
+    assert task.explain(x, y).refused["split"] == smoothing
+    task.loss.label_smoothing = 0.0
+    assert task.explain(x, y).strategy == "split"
+    found = MarginTask(model, LargeMarginLoss(3.0, second_order=True, top_k=2, space="probability")).explain(x, y)
+    assert found.refused == {
+        "split": "the norms are differentiated",
+        "tangent": 'the passes of space="probability" do not hold the gradients of the logits; it takes one competitor '
+        "when norms are differentiated; TanhBackward0, NativeBatchNormBackward0 are not known to be linear in the "
+        "activations and additive in parameters",
+    }
+    many = MarginTask(model, LargeMarginLoss(3.0, top_k=3, cross_entropy_weight=1.0)).explain(x, y).refused["split"]
+    assert 'competitors="soft"' in many and many.endswith("; slower than the loop from 3 competitors on")
+
+
+def test_what_is_refused_is_not_remembered_as_proven() -> None:
+    """A look for all reasons goes on behind the first, over graphs that are no proof."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    x, y = batch()
+    found = []
+    for asks in (True, False):
+        task = MarginTask(model, LargeMarginLoss(3.0), passes="auto")
+        with pytest.warns(UserWarning, match="batch norm in training mode"):
+            for _ in range(3):
+                if asks:
+                    task.explain(x, y)
+                found.append(torch.autograd.grad(task(x, y)["loss"], model[0].weight)[0])
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=1e-12, atol=1e-15)
+
+
+def test_explain_takes_sample_weights() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    x, y = batch()
+    task = MarginTask(model, LargeMarginLoss(3.0))
+    assert task.explain(x, y, sample_weight=torch.rand(len(x))) == task.explain(x, y)
+    with pytest.raises(ValueError, match=rf"sample_weight must have shape \[{len(x)}\] to match logits, got \[1\]"):
+        task.explain(x, y, sample_weight=torch.ones(1))
+
+
 def test_explain_counts_what_a_step_with_tangents_records() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
     task = MarginTask(model, MarginSensitivityLoss(top_k=1))

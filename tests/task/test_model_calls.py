@@ -251,30 +251,33 @@ def test_what_asks_for_a_target_says_so() -> None:
         MarginTask(net(), OneToNLoss(), positions=1)
 
 
-class WithTable(Two):
+class WithTable(nn.Module):
     """Whose table could be a soft target by its shape."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Linear(CLASSES, 7)
+        self.image, self.table, self.head = nn.Linear(5, 7), nn.Linear(CLASSES, 7), nn.Linear(7, CLASSES)
 
     def forward(self, image: Tensor, table: Tensor) -> Tensor:
-        return super().forward(image, table)
+        return self.head(torch.tanh(self.image(image) + self.table(table)))
 
 
 class TableOrNot(WithTable):
     def forward(self, image: Tensor, table: Tensor | None = None) -> Tensor:
-        return super().forward(image, torch.zeros(len(image), CLASSES).double() if table is None else table)
+        return super().forward(image, image.new_zeros(len(image), CLASSES) if table is None else table)
 
 
-class AnyNumber(WithTable):
-    def forward(self, *inputs):
-        return super().forward(*inputs)
+class AnyNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = WithTable()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.inner(*inputs)
 
 
 @pytest.mark.parametrize("call", ["forward", "evaluate", "explain"])
 def test_an_input_is_not_taken_for_the_target(call) -> None:
-    """Soft targets that the table could be: rows that sum to 1, as many as there are classes."""
     _, image, _, y = two()
     table = torch.softmax(torch.randn(N, CLASSES), 1).double()
     models = {kind: kind().double() for kind in (WithTable, TableOrNot, AnyNumber)}
@@ -284,7 +287,7 @@ def test_an_input_is_not_taken_for_the_target(call) -> None:
         AnyNumber: "target must be given by name to a model that takes any number of inputs",
     }.items():
         with pytest.raises((TypeError, ValueError)) as raised:
-            getattr(MarginTask(models[kind], LargeMarginLoss(), ("head",)), call)(image, table)
+            getattr(MarginTask(models[kind], LargeMarginLoss(), "**head"), call)(image, table)
         assert message in str(raised.value) and remedy in str(raised.value)
     task = MarginTask(models[TableOrNot], LargeMarginLoss(), ("head",))
     getattr(task, call)(image, table, target=y)
