@@ -8,6 +8,9 @@ phi the log-odds of the label, so that one read of what passes by gives
 
 the distance of LargeMarginLoss(competitors="soft"). The label is the only negative entry of g; s = -g_y / (1 - p_y);
 and what is left of g beside s (p - e_y) shows where the loss was another one.
+
+One logit f stands for the classes (0, f). All gradients of a sample then have one direction, so that with the label
+given any loss of the logit will do: phi is f or -f, and |g| stands for (1 - p_y) s.
 """
 
 from __future__ import annotations
@@ -38,11 +41,14 @@ from .gradients.request import Captured, Request, Tap
 from .gradients.split import due
 from .gradients.structure import by_sample
 from .losses import base
-from .outputs import logits_in
+from .losses.targets import two_classes
+from .outputs import is_one_logit, with_zero
 from .random_state import RandomState
 from .reference.dual_norm import dual_exponent
 from .sharding import gathered, whole
 from .task.capture import INPUT, OUTPUT, Taps
+from .task.layout import seen_from
+from .task.reading import Output, Reading
 from .tracing import is_plain, tracing
 
 # What g differs from s (p - e_y), summed over the rivals and relative to the label's entry: up to `KNOWN` a margin
@@ -57,12 +63,16 @@ TRIAL = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 1e-1, torch.bf
 # Forward passes that may wait for their backward; of more the first are forgotten.
 PENDING = 64
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-TWO_CLASSES = "the gradients of two classes do not show the labels: monitor.labels(y) between forward and backward"
+TWO_CLASSES = (
+    "the gradients of one logit, or of two classes, do not show the labels: monitor.labels(y) between forward and "
+    "backward"
+)
 CHANGED = (
     "the logits were changed in place after the model returned them, and the loss is that of others: change them in "
     "the model, or measure on a sub-batch with MarginMonitor(..., every=K)"
 )
 MODEL = "logits of the model"
+IGNORED = -100  # the label of a sample with one logit that is left out
 INSTEAD = "measure on a sub-batch with MarginMonitor(..., every=K)"
 # What the gradient of the logits shows of each sample: s, phi, 1 - p_y, whether that is right, whether it is another
 # loss, the norm of g, and 1 (a compiled model has empty rows).
@@ -110,14 +120,15 @@ class MarginMonitor:
                 ...
         print(monitor.summary().frame())
 
-    Gradients of parameters stay what they were, bit for bit. The labels are read off the gradient, but of two classes,
-    which do not show them: `monitor.labels(y)` between forward and backward. Reductions, class weights, loss scales,
-    accumulation and DDP need no word: the factor of each sample is read off the gradient of the logits. A sample is
-    unknown (NaN, counted) where that gradient does not determine its margin: ignored samples, and where 1 - p_y is lost
-    in the rounding of the user's loss, which torch's cross-entropy in float32 does from a gap of about 10 on.
+    Gradients of parameters stay what they were, bit for bit. The labels are read off the gradient, but of two classes
+    and of one logit, which do not show them: `monitor.labels(y)` between forward and backward. Reductions, class
+    weights, loss scales, accumulation and DDP need no word: the factor of each sample is read off the gradient of the
+    logits. A sample is unknown (NaN, counted) where that gradient does not determine its margin: ignored samples, and
+    where 1 - p_y is lost in the rounding of the user's loss, which torch's cross-entropy in float32 does from a gap of
+    about 10 on. Of one logit any loss will do, since all have the same direction.
 
     Args:
-        model: nn.Module that returns logits [N,C], or an object or dict with `logits`; wrap or compile it afterwards.
+        model: nn.Module that returns logits [N,C], or one logit [N] or [N,1]; wrap or compile it afterwards.
         layers: names, patterns and calls of modules as in MarginTask; "input" is the model's input, whose gradient no
             ordinary step computes: it costs what the first layer's input gradient costs.
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
@@ -130,6 +141,8 @@ class MarginMonitor:
             gradient has another direction: label smoothing, mixup, other terms. It needs `labels`. Not for compiled or
             wrapped models.
         samples: size of the sub-batch.
+        output: where the logits are in what the model returns: a key, an attribute or a position. None: it returns
+            them, or something with `.logits` or the key "logits".
 
     Raises:
         ValueError, TypeError: wrong arguments; unknown layers; a layer whose batch dimension is not known; in
@@ -150,6 +163,7 @@ class MarginMonitor:
         batch_size: int | None = None,
         every: int | None = None,
         samples: int = 32,
+        output: Output = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -160,6 +174,7 @@ class MarginMonitor:
         self.batch_size = None if batch_size is None else base.count("batch_size", batch_size)
         self.every = None if every is None else base.count("every", every)
         self.samples = base.count("samples", samples)
+        self._reading = Reading(output, remedy='MarginMonitor(..., output="name")')
         self._taps = Taps(model, layers, batch_dim)
         self._handles: list[RemovableHandle] = []
         self._open: _Pass | None = None
@@ -227,6 +242,8 @@ class MarginMonitor:
     def labels(self, target: Tensor) -> None:
         """The labels [N] of the forward pass that ran last, before its backward. Labels outside [0, C) are ignored.
 
+        For one logit [N] or [N,1]: 0 or 1, or -1 or +1, integers or floating, or a probability; -100 is ignored.
+
         Raises:
             ValueError: another number of labels than samples, or no forward pass that waits for its backward.
         """
@@ -234,6 +251,10 @@ class MarginMonitor:
         if last is None:
             if self.every is None and not self._paused:
                 raise ValueError("labels must follow a forward pass with gradients that the monitor watches")
+            return
+        if last.one_logit is not None:
+            _, found = two_classes(last.one_logit, target.detach(), IGNORED)
+            last.given = found.argmax(1) if found.is_floating_point() else found
             return
         if target.dim() != 1 or len(target) != last.samples or target.is_floating_point():
             raise ValueError(f"target must hold {last.samples} integers, got {list(target.shape)} of {target.dtype}")
@@ -323,14 +344,15 @@ class MarginMonitor:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
-            if _logits(output).shape[1] == 2:
+            logits = self._logits(output)
+            if is_one_logit(logits) or logits.shape[1] == 2:
                 raise ValueError(f"a compiled model must have more than two classes: {TWO_CLASSES}")
             slot = self._slot(MODEL)
-            return _replaced(output, _LogitProbe.apply(_logits(output), slot, self.p))
+            return _replaced(output, self._reading.output, _LogitProbe.apply(logits, slot, self.p))
         opened, self._open = self._open, None
         if opened is None or output is None:  # None: the model raised an error
             return None
-        logits = _logits(output)
+        logits = self._logits(output)
         if not logits.requires_grad:
             return None
         if self.every is None:
@@ -338,10 +360,24 @@ class MarginMonitor:
             if due(self._steps):  # of the other steps none looks at every module
                 self._look(opened, logits)
         self._last, opened.samples, opened.version = opened, len(logits), logits._version
+        opened.one_logit = logits.detach() if is_one_logit(logits) else None
         edge = get_gradient_edge(logits)
         edge.node.register_prehook(partial(opened.at_logits, logits.detach(), edge.output_nr))
         self._done = [*self._done[1 - PENDING :], opened]
         return None
+
+    def _logits(self, made: Any) -> Tensor:
+        """The logits [N,C], [N] or [N,1] in what the model returned."""
+        logits = self._reading.logits(made)
+        if logits.dim() > 2:
+            raise ValueError(
+                f"model must return logits [N,C], or one logit [N] or [N,1], to a monitor, got {list(logits.shape)}: "
+                "what arrives at a layer is the sum over all predictions of a sample. Measure one of them with "
+                "MarginTask(model, LargeMarginLoss(), layers, positions=1).evaluate(x, y)"
+            )
+        if logits.dim() == 0:
+            raise ValueError("model must return logits [N,C], got a single number")
+        return logits
 
     def _look(self, opened: _Pass, logits: Tensor) -> None:
         """What is done at the steps that are tried: the trial, and the warning about batch norm."""
@@ -477,8 +513,11 @@ class MarginMonitor:
             raise ValueError("every must be None for a model that takes more than one tensor as its argument")
         x, given = args[0][: self.samples].detach(), done.given[: self.samples].to(args[0].device)
         request = Request(self.p, soft=True)
-        with self.paused(), running_statistics(training_batchnorms(self.model)), RandomState.now(x).replayed():
-            captured = self._taps.capture(self.model, x)
+        still = running_statistics(training_batchnorms(self.model))
+        with self.paused(), torch.enable_grad(), still, RandomState.now(x).replayed():
+            captured = self._taps.capture(self.model, x, self._reading)
+            if is_one_logit(captured.logits):
+                captured = seen_from(captured, (), with_zero(captured.logits))
             label = given.clamp(0, captured.logits.shape[1] - 1)
             # The soft competitor has no number; against its own label an ignored sample has no direction.
             index = torch.where(given == label, -1, label).unsqueeze(1)
@@ -515,6 +554,7 @@ class _Pass:
         self.strides: Sequence[int] = ()
         self.found: Tensor | None = None
         self.samples = 0
+        self.one_logit: Tensor | None = None
         self.given: Tensor | None = None
         self.version = 0
         self.refused: str | None = None
@@ -535,8 +575,12 @@ class _Pass:
         if g is None or self._trying:
             return
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            self.found = _read(g.detach(), z, self.p, self.given)
-        self.refused = TWO_CLASSES if z.shape[1] == 2 and self.given is None else None
+            if self.one_logit is None:
+                self.found = _read(g.detach(), z, self.p, self.given)
+            else:
+                self.found = _read_one(g.detach(), z, self.given)
+        shown = self.one_logit is None and z.shape[1] != 2
+        self.refused = TWO_CLASSES if self.given is None and not shown else None
         if z._version != self.version:
             self.refused, self.trial = CHANGED, None  # nor is the trial's tensor the output of this node any more
         self.dtype = g.dtype
@@ -611,6 +655,17 @@ def _read(g: Tensor, z: Tensor, p: float, given: Tensor | None = None) -> Tensor
     return torch.stack(columns_, 1)
 
 
+def _read_one(g: Tensor, z: Tensor, given: Tensor | None) -> Tensor:
+    """[N,7] of what the gradient g [N] or [N,1] of one logit z shows, with the labels [N]; of none where None."""
+    g, z, given = gathered(g, z, given)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    size, f = g.reshape(-1).to(wide).abs(), z.reshape(-1).to(wide)
+    given = torch.full_like(f, IGNORED) if given is None else given.to(z.device)
+    one, nothing = torch.ones_like(f), torch.zeros_like(f)
+    knows = ((given == 0) | (given == 1)) & (size > 0)
+    return torch.stack((size, torch.where(given == 1, f, -f), one, knows.to(wide), nothing, size, one), 1)
+
+
 def _margins(found: Tensor, norms: list[Tensor], least: list[float], eps: float) -> tuple[Tensor, Tensor | int]:
     """d [N,L] of what `_read` gave and the norms [N] of each layer, and how many samples had another loss."""
     if EXTENSION is not None and found.is_contiguous() and _readable(found, *norms):
@@ -659,23 +714,24 @@ class _LogitProbe(torch.autograd.Function):
         return g, F.pad(found, (0, 0, 0, ctx.size - found.shape[0])), None
 
 
-def _logits(output: Any) -> Tensor:
-    logits = logits_in(output)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
-        what = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
-        raise ValueError(f"model must return logits [N,C], or an object or a dict with `logits`, got {what}")
-    return logits
-
-
-def _replaced(output: Any, logits: Tensor) -> Any:
-    """The output of a model with other logits."""
-    if isinstance(output, Tensor):
+def _replaced(made: Any, name: Output, logits: Tensor) -> Any:
+    """What a model returned, with other logits at the place of that name."""
+    if isinstance(made, Tensor):
         return logits
-    changed = copy.copy(output)
-    if isinstance(output, Mapping):
-        changed["logits"] = logits
+    name = "logits" if name is None else name
+    if isinstance(made, tuple) and isinstance(name, str):
+        return made._replace(**{name: logits})  # type: ignore[attr-defined]  # it has the name: a namedtuple
+    if isinstance(made, tuple) or type(made) is list:
+        entries = [*made]
+        entries[int(name)] = logits
+        return type(made)(*entries) if hasattr(made, "_fields") else type(made)(entries)
+    if type(made) is dict:  # torch.compile cannot follow copy.copy of one
+        return {**made, name: logits}
+    changed = copy.copy(made)
+    if isinstance(made, (Mapping, list)):
+        changed[name] = logits
     else:
-        changed.logits = logits
+        setattr(changed, str(name), logits)
     return changed
 
 

@@ -98,7 +98,7 @@ class MonitorCallback(Callback):
         layers: as of MarginMonitor, of the network
         network: of the LightningModule -> the nn.Module that gives the logits; by default its attribute `model`
         quantiles: in [0, 1]
-        options: of MarginMonitor: p, eps, batch_dim, every, samples
+        options: of MarginMonitor: p, eps, batch_dim, every, samples, output
     """
 
     def __init__(

@@ -124,14 +124,20 @@ class Reading:
         output: what names the logits in what the model returns: a key, an attribute, or a position; None: a tensor, or
             what has `.logits` or the key "logits"
         call: call(model, *args, **kwargs) in the place of model(*args, **kwargs)
+        remedy: how the user names the logits
     """
 
-    def __init__(self, output: Output = None, call: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        output: Output = None,
+        call: Callable[..., Any] | None = None,
+        remedy: str = 'MarginTask(..., output="name"), or give a function, MarginTask(..., call=...)',
+    ) -> None:
         if output is not None and (not isinstance(output, (str, int)) or isinstance(output, bool)):
             raise TypeError(f"output must be a name or a position, got {type(output).__name__}")
         if call is not None and not callable(call):
             raise TypeError(f"call must be a function call(model, *args, **kwargs), got {type(call).__name__}")
-        self.output, self.call = output, call
+        self.output, self.call, self._remedy = output, call, remedy
 
     def __call__(self, model: nn.Module, inputs: Inputs) -> Any:
         """The logits, a floating-point tensor, or a DTensor. Raises ValueError for anything else."""
@@ -172,8 +178,7 @@ class Reading:
         found = logits_in(made) if self.output is None else _part(made, self.output)
         if not isinstance(found, Tensor):
             raise ValueError(
-                f"model must return its logits as one tensor [N,C], got {described(made)}: name them, "
-                'MarginTask(..., output="name"), or give a function, MarginTask(..., call=...)'
+                f"model must return its logits as one tensor [N,C], got {described(made)}: name them, {self._remedy}"
             )
         if not found.is_floating_point():
             raise TypeError(f"logits must be floating point, got {found.dtype}")
@@ -182,6 +187,8 @@ class Reading:
 
 def _part(made: Any, output: str | int) -> Any:
     """The part of what a model returned that a key, attribute or position names."""
+    if isinstance(made, Tensor):
+        raise ValueError(f"output must be None for a model that returns a tensor, got {output!r}")
     if isinstance(output, str) and not isinstance(made, Mapping):
         if hasattr(made, output):
             return getattr(made, output)

@@ -4,6 +4,9 @@ import copy
 import math
 import os
 import pickle
+from argparse import Namespace
+from collections import namedtuple
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -17,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from margin_kernels import MarginMonitor, monitor
+from margin_kernels import LargeMarginLoss, MarginMonitor, MarginTask, monitor
 
 CLASSES, LAYERS = 5, ("input", "0", "2", "4", "output")
 batch = partial(batches.normal, n=7, shape=(1, 6, 6), classes=CLASSES)
@@ -224,6 +227,178 @@ def test_checkpointing_and_a_model_that_returns_a_dict() -> None:
     layers = ("input", "net.0", "net.2", "net.4", "output")
     found = measured(lambda m: F.cross_entropy(m(x)["logits"], y).backward(), Checkpointed(), layers)
     close(found.distances(), literal(x, y))
+
+
+Scores = namedtuple("Scores", "scores other")
+
+
+@dataclass
+class Out:
+    scores: Tensor
+    other: Tensor | None = None
+
+
+# What a model makes of its logits, the name under which they are, and how a training loop reads them.
+RETURNS = {
+    "object": (lambda z: Namespace(logits=z), None, lambda made: made.logits),
+    "key": (lambda z: {"other": 2 * z, "scores": z}, "scores", lambda made: made["scores"]),
+    "tuple": (lambda z: (2 * z, z), 1, lambda made: made[1]),
+    "last of a list": (lambda z: [2 * z, z], -1, lambda made: made[1]),
+    "dataclass": (lambda z: Out(z, 2 * z), "scores", lambda made: made.scores),
+    "named tuple": (lambda z: Scores(z, 2 * z), "scores", lambda made: made.scores),
+    "named tuple, by position": (lambda z: Scores(z, 2 * z), 0, lambda made: made[0]),
+}
+
+
+class Returns(nn.Module):
+    def __init__(self, make) -> None:
+        super().__init__()
+        self.net, self.make = net(), make
+
+    def forward(self, x: Tensor):
+        return self.make(self.net(x))
+
+
+RETURNED = ("input", "net.0", "net.2", "net.4", "output")
+
+
+@pytest.mark.parametrize("kind", RETURNS)
+def test_output_names_the_logits(kind) -> None:
+    x, y = batch()
+    make, output, read = RETURNS[kind]
+    model, expected = Returns(make), literal(x, y)
+    step = measured(lambda m: F.cross_entropy(read(m(x)), y).backward(), model, RETURNED, output=output)
+    close(step.distances(), expected)
+    with MarginMonitor(model, RETURNED, every=1, output=output) as monitor:
+        z = read(model(x))
+        monitor.labels(y)
+        F.cross_entropy(z, y, label_smoothing=0.1).backward()
+    with torch.no_grad():
+        close(monitor.distances(), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in RETURNS if kind != "object"])
+def test_output_names_the_logits_of_a_compiled_model(kind) -> None:
+    x, y = batch()
+    make, output, read = RETURNS[kind]
+    model = Returns(make)
+    with MarginMonitor(model, RETURNED, batch_dim=0, batch_size=7, output=output) as monitor:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        F.cross_entropy(read(compiled(x)), y).backward()
+    close(monitor.distances(), literal(x, y))
+
+
+def test_logits_that_are_not_found_are_asked_for() -> None:
+    x, _ = batch()
+    for make, output, message in (
+        (lambda z: (z, z), None, r'got a tuple of 2: name them, MarginMonitor\(..., output="name"\)$'),
+        (lambda z: {"scores": z}, "z", "output must name a part of what the model returns, a dict with 'scores', got"),
+        (lambda z: z, 0, "output must be None for a model that returns a tensor, got 0"),
+        (lambda z: z[:, :, None], None, r"to a monitor, got \[7, 5, 1\]: what .* positions=1\).evaluate\(x, y\)$"),
+        (lambda z: z.sum(), None, r"model must return logits \[N,C\], got a single number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measured(lambda m: m(x), Returns(make), "net.0", output=output)
+
+
+def one_logit_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+
+
+def literal_of_one(x: Tensor, y: Tensor, p: float = 2, eps: float = 1e-6) -> Tensor:
+    """d [N,3] at the input, behind the activation and at the logit f: the log-odds of the label are f or -f."""
+    model, rows = one_logit_net(), []
+    for n in range(len(x)):
+        h = [x[n : n + 1].clone().requires_grad_()]
+        h.append(model[1](model[0](h[0])))
+        h.append(model[2](h[1]))
+        phi = h[2].sum() * (1 if y[n] == 1 else -1)
+        rows.append([float(phi) / (eps + float(dual_norm(g, p))) for g in torch.autograd.grad(phi, h)])
+    return torch.tensor(rows, dtype=x.dtype)
+
+
+ONE = ("input", "1", "output")
+LOSSES_OF_ONE = {
+    "cross-entropy": lambda f, y: F.binary_cross_entropy_with_logits(f, y),
+    "weighted sum": lambda f, y: F.binary_cross_entropy_with_logits(
+        f, y, torch.arange(1.0, 8).double(), reduction="sum", pos_weight=torch.tensor(3.0)
+    ),
+    "smoothed": lambda f, y: F.binary_cross_entropy_with_logits(f, 0.9 * y + 0.05),
+    "squared": lambda f, y: F.mse_loss(f, 2 * y - 1),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES_OF_ONE)
+@pytest.mark.parametrize("column", [False, True])
+def test_one_logit_and_its_labels(name, column) -> None:
+    """Any loss of the logit has the same direction."""
+    x, y = batch(shape=(4,), classes=2)
+    model = one_logit_net()
+    expected = literal_of_one(x, y, 3, 1e-3)
+    for labels in (y, 2 * y - 1, y.double(), y.bool(), 0.2 + 0.6 * y, *([y[:, None]] if column else [])):
+        with MarginMonitor(nn.Sequential(*model, *([] if column else [nn.Flatten(0)])), ONE, 3, 1e-3) as monitor:
+            f = monitor.model(x)
+            monitor.labels(labels)
+            LOSSES_OF_ONE[name](f.flatten(), y.double()).backward()
+        close(monitor.distances(), expected)
+        assert monitor.summary().count.tolist() == [7, 7, 7]
+
+
+def test_one_logit_is_that_of_a_task_and_of_every() -> None:
+    x, y = batch(shape=(4,), classes=2)
+    model = one_logit_net()
+    expected = MarginTask(model, LargeMarginLoss(2.0), ONE)(x, y)["distance"][:, 0]
+    with MarginMonitor(model, ONE) as each, MarginMonitor(model, ONE, every=1) as every:
+        f = model(x)
+        each.labels(y)
+        every.labels(y)
+        F.binary_cross_entropy_with_logits(f[:, 0], y.double()).backward()
+    close(each.distances(), expected)
+    close(every.distances(), expected)
+
+
+def test_one_logit_without_labels_ignored_and_confident() -> None:
+    x, y = batch(shape=(4,), classes=2)
+    model = one_logit_net()
+    monitor = measured(lambda m: F.binary_cross_entropy_with_logits(m(x)[:, 0], y.double()).backward(), model, ONE)
+    with pytest.raises(ValueError, match=r"one logit, or of two classes, .* monitor.labels\(y\) between forward and"):
+        monitor.summary()
+    some = y.clone()
+    some[2] = -100
+    with MarginMonitor(model, ONE) as monitor:
+        f = model(x)
+        for wrong, message in ((y[:3], r"target must be \[N\] = \[7\]"), (y + 2, "target must be 0 or 1")):
+            with pytest.raises(ValueError, match=message):
+                monitor.labels(wrong)
+        monitor.labels(some)
+        F.binary_cross_entropy_with_logits(f[:, 0], y.double()).backward()
+    found, rest = monitor.distances(), [0, 1, 3, 4, 5, 6]
+    assert found[2].isnan().all()
+    close(found[rest], literal_of_one(x, y)[rest])
+    # What rounding leaves of 1 - p_y does not matter, where anything is left.
+    model, x = one_logit_net(), 40 * x
+    with torch.no_grad():
+        model[2].weight *= -20
+    y = (model(x)[:, 0] > 0).long()
+    exact = MarginTask(model, LargeMarginLoss(2.0), ONE)(x, y)["distance"][:, 0]
+    model = model.float()
+    with MarginMonitor(model, ONE) as monitor:
+        f = model(x.float())
+        monitor.labels(y)
+        F.binary_cross_entropy_with_logits(f[:, 0], y.float()).backward()
+    found = monitor.distances().double()
+    assert f.abs().max() > 14 and 0 < found[:, 1].isnan().sum() < 7
+    torch.testing.assert_close(found, torch.where(found.isnan(), math.nan, exact), rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def test_one_logit_of_a_compiled_model_is_refused() -> None:
+    x, _ = batch(shape=(4,), classes=2)
+    model = one_logit_net()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    refused = pytest.raises(Exception, match="a compiled model must have more than two classes")
+    with MarginMonitor(model, "1", batch_dim=0, batch_size=7), refused:
+        compiled(x)
 
 
 class Reused(nn.Module):
@@ -592,7 +767,7 @@ def test_small_batches_and_numbers() -> None:
     x, y = batch(shape=(6,), classes=2)
     with MarginMonitor(two, ("1",)) as monitor:
         F.cross_entropy(two(x), y).backward()
-        with pytest.raises(ValueError, match="the gradients of two classes do not show the labels"):
+        with pytest.raises(ValueError, match="one logit, or of two classes, do not show the labels"):
             monitor.summary()
         monitor.reset()
         z = two(x)
