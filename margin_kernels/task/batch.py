@@ -40,8 +40,7 @@ class Batch(NamedTuple):
 
     def label(self) -> Tensor:
         """The class of each row, of soft targets the largest."""
-        target = self.rows.target
-        return target.argmax(1) if target.is_floating_point() else target
+        return _label(self.rows.target)
 
     def fields(self, made: Tensor, measured: Mapping[str, Any]) -> dict[str, Any]:
         """What a step returns: for predictions at positions with the shape of the target, or [N,P,*], in the place of
@@ -58,9 +57,14 @@ class Batch(NamedTuple):
             found[name] = value.reshape(*(every if of_all else drawn), *value.shape[1:])
         if self.position is not None:
             found["position"] = self.position
+            found["all_targets"] = _label(self.all_rows.target).reshape(every)
             if self.counted is not None:
                 found["valid"] = self.counted.reshape(every)
         return found
+
+
+def _label(target: Tensor) -> Tensor:
+    return target.argmax(1) if target.is_floating_point() else target
 
 
 def usable(tree: Any) -> Any:

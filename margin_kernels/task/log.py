@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import layout_of
+
 # Fields that are names of classes or masks, of which a mean says nothing.
-NOT_NUMBERS = ("output", "target", "competitor", "label", "valid", "position", "partial")
+NOT_NUMBERS = ("output", "target", "all_targets", "competitor", "label", "valid", "position", "partial")
 
 
-def flat(out: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Tensor]:
-    """As MarginTask.log; layers: the names of the taps."""
+def flat(out: Mapping[str, Any], layers: Sequence[str], class_dim: int | None) -> dict[str, Tensor]:
+    """As MarginTask.log; layers: the names of the taps; class_dim: of logits with predictions at positions."""
     found: dict[str, Tensor] = {}
     valid = out.get("valid")
     drawn = None if valid is None else rows_that_count(out)
@@ -33,7 +35,7 @@ def flat(out: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Tensor]:
             found[name] = _mean(value.reshape(len(drawn), -1)[:, 0], drawn)
         elif value.dim() == 1 and name not in ("norm", "distance"):
             found[name] = _mean(value, drawn)
-    found |= _accuracy(out, valid if "position" not in out else None)
+    found |= _accuracy(out, class_dim)
     if layers and "active" in out:
         found |= _of_layers(out, layers)
     return found
@@ -54,20 +56,21 @@ def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
     return torch.where(valid, values, 0).sum() / valid.sum()
 
 
-def _accuracy(out: Mapping[str, Any], valid: Tensor | None) -> dict[str, Tensor]:
-    """The share of predictions that are the target; one that is NaN is none."""
-    output, target = out.get("output"), out.get("target")
+def _accuracy(out: Mapping[str, Any], class_dim: int | None) -> dict[str, Tensor]:
+    """The share of predictions that are the target, at all positions; one that is NaN is none."""
+    output, target = out.get("output"), out.get("all_targets", out.get("target"))
     if not isinstance(output, Tensor) or not isinstance(target, Tensor) or output.shape[:1] != target.shape[:1]:
         return {}
     output = output.detach()
     if output.numel() == target.numel():  # one logit
         output = output.reshape(target.shape)
         right = ((output > 0) == (target > 0)) & ~output.isnan()
-    elif output.dim() == 2:
-        right = (output.argmax(1) == target) & ~output.isnan().any(1)
+    elif output.dim() >= 2:
+        d = layout_of(output, target, class_dim).class_dim or 1
+        right = (output.argmax(d) == target) & ~output.isnan().any(d)
     else:
         return {}
-    return {"accuracy": _mean(right.float(), valid)}
+    return {"accuracy": _mean(right.float(), out.get("valid"))}
 
 
 def _of_layers(out: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Tensor]:

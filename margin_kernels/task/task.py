@@ -183,7 +183,7 @@ class MarginTask(nn.Module):
         label [N], of soft targets the largest class) and the other fields that the loss measured, detached. For
         LargeMarginLoss: distance, norm, active (bool) [N,k,L], gap and competitor [N,k], nll and valid [N]; for every
         loss the fields of what its `statistics` returns. At positions: [N,P] in the place of [N], `position` [N,P] says
-        which, nll has the shape of the target. `log` makes scalars of them.
+        which, nll, valid and `all_targets`, the labels, have the shape of the target. `log` makes scalars of them.
 
         Under no_grad and inference_mode: output, what the logits alone show, and loss, of its terms those that need no
         backward pass: cross-entropy, and margins at the output, the final layer's input and the pooling before it,
@@ -365,11 +365,12 @@ class MarginTask(nn.Module):
         """Scalars of what a step or `evaluate` returned, for a logger: each a tensor [] in float32 without a graph, on
         its device, so that nothing waits until it is read.
 
-        loss, or with reduction="none" its mean;  nll and accuracy, over the samples that count;  for each tap
+        loss, or with reduction="none" its mean;  nll and accuracy, over the samples, or predictions at positions, that
+        count;  for each tap
         "distance/NAME", the mean distance to the nearest competitor, and "active/NAME", the share of samples with an
         active term, over those that are not degenerate;  degenerate, their number;  the loss's other fields as means
         """
-        return flat(out, self.layers)
+        return flat(out, self.layers, self._batches.class_dim)
 
     def with_loss(self, loss: nn.Module) -> MarginTask:
         """A task of the same model, layers and options with another loss at taps; not compiled."""

@@ -314,6 +314,41 @@ def test_logs_of_positions_leave_out_ignored_ones() -> None:
     torch.testing.assert_close(task.log(out)["distance/1"], out["distance"][1:].amin(2)[..., 1].mean().float())
 
 
+@pytest.mark.parametrize("kind", ["channels first", "channels last", "one logit", "soft targets"])
+def test_the_accuracy_of_predictions_at_positions_is_that_of_all(kind) -> None:
+    """A step draws 3 of 16 positions, of each sample that has as many."""
+    torch.manual_seed(0)
+    classes = 1 if kind == "one logit" else 4  # as many as there are rows and columns
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, classes, 1)).double()
+    x, _ = batch()
+    z = model(x).detach()
+    y = torch.randint(max(classes, 2), (N, 4, 4))
+    given, counts, class_dim = y, torch.ones_like(y, dtype=torch.bool), 1
+    if kind == "soft targets":
+        given = torch.full_like(z, 0.1).scatter(1, y[:, None], 0.7)
+    else:
+        y[:, :2] = y[0] = -100
+        counts = y >= 0
+    if kind == "channels last":
+        model.append(Last())
+        class_dim = -1
+    predicted = (z[:, 0] > 0).long() if kind == "one logit" else z.argmax(1)
+    expected = (predicted == y)[counts].float().mean()
+    assert 0 < expected < 1
+    loss = LargeMarginLoss(2.0, cross_entropy_weight=1.0)
+    task = MarginTask(model, loss, ("input",), positions=3, class_dim=class_dim)
+    with torch.no_grad():
+        partial = task(x, given)
+    for out in (task(x, given), partial, task.evaluate(x, given)):
+        torch.testing.assert_close(task.log(out)["accuracy"], expected)
+    assert torch.equal(task(x, given)["all_targets"], y)
+
+
+class Last(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z.movedim(1, -1)
+
+
 def test_a_loss_without_gradients_that_measures_nothing_warns_once() -> None:
     model, (x, y) = net(), batch()
     task = MarginTask(model, LargeMarginLoss(2.0))
