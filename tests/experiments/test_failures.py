@@ -272,7 +272,15 @@ BAD_CALLS = {
     "sweep is a list": (["sweep", "list.yaml"], "list.yaml must be a mapping"),
     "sweep is empty": (["sweep", "empty.yaml"], "empty.yaml: models must be a mapping"),
     "nothing to evaluate": (["evaluate", "folder"], "folder/config.yaml: missing"),
-    "nothing to report": (["report", "folder"], "folder/run.json: missing; run `margin-kernels train` first"),
+    "nothing to report": (
+        ["report", "folder"],
+        "folder/run.json: missing; run `margin-kernels train` first, or `margin-kernels sweep` for a sweep",
+    ),
+    "nothing to report of a sweep": (
+        ["report", "unfinished"],
+        "unfinished/records.jsonl: missing; no cell of this sweep is finished: `margin-kernels sweep` with its file",
+    ),
+    "nothing to report of candidates": (["report", "candidates"], "candidates/records.jsonl: missing; no cell of this"),
     "foreign run.json": (["report", "foreign"], "foreign/run.json must be what `margin-kernels train`"),
     "run.json is no JSON": (["report", "torn"], "torn/run.json must be JSON"),
     "run.json is binary": (["report", "binary"], "binary/run.json must be text in UTF-8, got byte 0xff at 0"),
@@ -293,8 +301,9 @@ BAD_CALLS = {
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("folder", "foreign", "torn", "binary", "records"):
-        Path(name).mkdir()
+    for name in ("folder", "foreign", "torn", "binary", "records", "unfinished/cells", "candidates"):
+        Path(name).mkdir(parents=True)
+    Path("candidates/candidates.jsonl").write_text("")
     Path("file").write_text("")
     Path("broken.yaml").write_text("a: [1\nb: 2\n")
     Path("tag.yaml").write_text("name: !!python/name:os.system\n")

@@ -14,7 +14,7 @@ from .. import config, data, models
 from ..config import Config, bounds
 from ..evaluation import by_name, check_images, evaluate
 from ..report import attacked, labels, table
-from ..results import REPLACED, Records, Run, locked, read_json, settle, shape, write_json
+from ..results import CANDIDATES, RECORDS, REPLACED, Records, Run, locked, read_json, settle, shape, write_json
 from ..training import Meter, Output, resolve_device, time_steps
 from .parser import Parser
 
@@ -184,10 +184,17 @@ def read_compared(folder: Path) -> table.Compared:
             f"{folder}: another run is replacing this one, or was stopped while it did: wait for it, or let "
             "`margin-kernels evaluate` put back what was there"
         )
-    for name in ("run.json", "evaluation.json"):
-        if not (folder / name).is_file():
-            command = "train" if name == "run.json" else "evaluate"
-            raise ValueError(f"{folder / name}: missing; run `margin-kernels {command}` first")
+    if (folder / "cells").is_dir() or (folder / CANDIDATES).is_file():
+        raise ValueError(
+            f"{folder / RECORDS}: missing; no cell of this sweep is finished: `margin-kernels sweep` with its file and "
+            f"--out {folder} goes on"
+        )
+    if not (folder / "run.json").is_file():
+        raise ValueError(
+            f"{folder / 'run.json'}: missing; run `margin-kernels train` first, or `margin-kernels sweep` for a sweep"
+        )
+    if not (folder / "evaluation.json").is_file():
+        raise ValueError(f"{folder / 'evaluation.json'}: missing; run `margin-kernels evaluate` first")
     run = Run.read(folder / "run.json")
     evaluation = read_json(folder / "evaluation.json")
     try:
