@@ -17,7 +17,7 @@ from .tracing import tracing
 
 def check_search(p: Any, max_iter: Any, overshoot: Any, top_k: Any) -> float:
     """p as a number. Raises ValueError or TypeError for an option out of range."""
-    exponent = math.inf if p == "inf" else _number("p", p)
+    exponent = math.inf if p == "inf" else _number("p", p, ' >= 1 or "inf"')
     if not exponent >= 1:
         raise ValueError(f"p must be >= 1 (or inf), got {p:g}")
     for name, value in (("max_iter", max_iter), ("top_k", top_k)):
@@ -30,9 +30,9 @@ def check_search(p: Any, max_iter: Any, overshoot: Any, top_k: Any) -> float:
     return exponent
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, allowed: str = "") -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number{allowed}, got {value!r}")
     return float(value)
 
 

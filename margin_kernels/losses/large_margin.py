@@ -46,6 +46,17 @@ class Medians(Protocol):
         """The medians where the host knows that they are fixed."""
 
 
+def _gamma(name: str, value: Any) -> float | list[float] | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, (str, Tensor)) or not (base.is_number(value) or isinstance(value, Sequence)):
+        raise TypeError(
+            f'{name} must be a number, a list of numbers, one for each layer, or "auto", got '
+            f"{repr(value) if isinstance(value, str) else type(value).__name__}"
+        )
+    return base.positive_of_layers(name, value)
+
+
 class LargeMarginLoss(TapLoss):
     """Large margin loss: hinge on the linearised distance of the sample, at every tap, to the decision boundaries.
 
@@ -111,7 +122,7 @@ class LargeMarginLoss(TapLoss):
     live = ("gamma", "alpha", "layer_weights", "margin_weight", "cross_entropy_weight", "min_norm", "gamma_factor")
     shown = ("gamma", "p", "top_k", "aggregation")
     checks: ClassVar = {
-        "gamma": lambda name, value: value if value == "auto" else base.positive_of_layers(name, value),
+        "gamma": _gamma,
         "p": base.exponent,
         "competitors": base.one_of("hard", "soft"),
         "top_k": lambda name, value: base.count(name, value, base.COMPETITORS),

@@ -182,7 +182,7 @@ def test_wrong_arguments_are_named(network, images, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"p": "two"}, "p must be a number, got 'two'"),
+        ({"p": "two"}, "p must be a number >= 1 or \"inf\", got 'two'"),
         ({"max_iter": 2.5}, "max_iter must be an integer, got float"),
         ({"top_k": True}, "top_k must be an integer, got bool"),
         ({"overshoot": "no"}, "overshoot must be a number, got 'no'"),

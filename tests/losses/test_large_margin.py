@@ -292,7 +292,12 @@ def test_two_evaluations_agree_bit_for_bit() -> None:
     [
         ({"gamma": 0}, ValueError, "gamma must be finite and > 0, got 0"),
         ({"gamma": math.inf}, ValueError, "gamma must be finite and > 0, got inf"),
-        ({"gamma": "1"}, TypeError, "gamma must be a list of numbers, one for each layer, got str"),
+        (
+            {"gamma": "1"},
+            TypeError,
+            "gamma must be a number, a list of numbers, one .* or .auto., got '1'",
+        ),
+        ({"gamma": None}, TypeError, "gamma must be a number, a list .* or .auto., got NoneType"),
         ({"gamma": []}, ValueError, "gamma must hold one number for each layer, got an empty list"),
         ({"gamma": [1, -2]}, ValueError, r"gamma\[1\] must be finite and > 0, got -2"),
         ({"gamma": [1, None]}, TypeError, r"gamma\[1\] must be a number, got NoneType"),

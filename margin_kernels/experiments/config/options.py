@@ -242,7 +242,7 @@ class LossConfig:
     label_smoothing: float = 0.0
     layers: list[str] = field(default_factory=lambda: ["input", "hidden", "output"])
     batchnorm: Literal["batch", "frozen"] = "batch"
-    passes: str = "auto"
+    passes: Literal["auto", "loop", "split"] = "auto"
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     one_to_n: OneToNConfig = field(default_factory=OneToNConfig)
