@@ -410,11 +410,13 @@ def test_mistakes_are_answered_in_one_sentence(tmp_path, capsys):
     assert "command must be one of train, evaluate, report, sweep" in capsys.readouterr().err
 
 
-def test_print_config_shows_the_resolved_config(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["train", "--config", "digits_large_margin_l2", "--loss.gamma", "3", "--print_config"])
+def test_print_config_shows_the_resolved_config_as_a_file_that_can_be_given(tmp_path, capsys):
+    asked = ["--config", "digits_large_margin_l2", "--loss.gamma", "3"]
+    assert cli.main(["train", *asked, "--data-dir", "here", "--out", str(tmp_path / "run"), "--print_config"]) == 0
     printed = capsys.readouterr().out
-    assert "gamma: 3.0" in printed and "name: digits_large_margin_l2" in printed
+    assert "gamma: 3.0" in printed and "name: digits_large_margin_l2" in printed and not (tmp_path / "run").exists()
+    (tmp_path / "my.yaml").write_text(printed)
+    assert config.parse(["--config", str(tmp_path / "my.yaml")]) == config.parse([*asked, "--data.dir", "here"])
 
 
 def test_gamma_is_chosen_by_attacked_accuracy_among_the_accurate():

@@ -113,8 +113,11 @@ def run_command(command: str, rest: list[str], processes: Processes = ALONE) -> 
 
 
 def train(arguments: list[str], processes: Processes = ALONE) -> int:
-    parser = ArgumentParser(prog="margin-kernels train", exit_on_error=False, description="Trains one network.")
+    parser = ArgumentParser(
+        prog="margin-kernels train", exit_on_error=False, print_config=None, description="Trains one network."
+    )
     config.add_arguments(parser)
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config, as a file, and end")
     parser.add_argument("--data-dir", default=None, help="folder of the data files, or its parent (same as --data.dir)")
     parser.add_argument("--out", default=None, help="folder of the run (default: runs/NAME)")
     parser.add_argument(
@@ -136,6 +139,9 @@ def train(arguments: list[str], processes: Processes = ALONE) -> int:
         raise ValueError(f"--timeout must be {bounds.WAIT.words(namespace.timeout)}, got {namespace.timeout}")
     if namespace.data_dir is not None:
         settings = replace(settings, data=replace(settings.data, dir=namespace.data_dir))
+    if namespace.print_config:
+        print(config.to_yaml(settings), end="")
+        return 0
     folder = Path(namespace.out or Path("runs") / settings.name)
     if namespace.resume and namespace.overwrite:
         raise ValueError("--resume and --overwrite must not be given together")

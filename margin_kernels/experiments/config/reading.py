@@ -121,7 +121,7 @@ def _expanded(value: Any, seen: dict[int, int | None]) -> int:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """--config, one dotted option per field of Config, and --print_config."""
+    """--config, and one dotted option per field of Config."""
     parser.add_class_arguments(Config, None, help="The run")
     refused = {f"--{section}" for section in _sections(Config)}  # --data FILE and its like
     for action in parser._actions:
