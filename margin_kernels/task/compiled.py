@@ -24,7 +24,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..batchnorm import training_batchnorms
 from ..gradients.plan import FLOAT16_SCALE
@@ -34,7 +33,7 @@ from ..random_state import RandomState
 from ..sharding import crossed
 from ..tracing import recorded
 from .auto_gamma import AutoGamma
-from .reading import Inputs
+from .reading import Inputs, leaves_of, mapped, structure_of
 
 # Kinds of steps that are recorded before a warning says that each costs a compilation.
 MANY = 8
@@ -86,13 +85,14 @@ class CompiledStep:
 
     def __call__(self, task: Task, inputs: Inputs, y: Tensor, sample_weight: Tensor | None = None) -> dict[str, Any]:
         """As MarginTask.forward. The logits carry no gradient: a backward pass through them raises RuntimeError."""
-        leaves, spec = tree_flatten((inputs, sample_weight))
+        leaves = list(leaves_of((inputs, sample_weight)))
         # Numbers, words and flags are part of what is compiled.
         plain = tuple(None if isinstance(leaf, Tensor) else _frozen(leaf) for leaf in leaves)
         if any(isinstance(value, type) for value in plain):
             raise ValueError(
-                "a compiled task takes tensors, numbers, words and flags, alone or in tuples, lists and dicts, as the "
-                f"model's arguments, got {next(value.__name__ for value in plain if isinstance(value, type))}"
+                "a compiled task takes tensors, numbers, words and flags, alone or in tuples, lists, mappings and "
+                "dataclasses, as the model's arguments, got "
+                f"{next(value.__name__ for value in plain if isinstance(value, type))}"
             )
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         state = {**dict(task.named_parameters()), **dict(task.named_buffers())}
@@ -105,7 +105,7 @@ class CompiledStep:
         modes = tuple(module.training for module in task.modules())
         names_of = [id(leaf) for leaf in leaves]
         same = tuple(map(names_of.index, names_of))
-        kinds = (spec, plain, same, tuple(map(_kind, (*tensors, y))), modes, autocast, task.loss.key())
+        kinds = (structure_of(inputs), plain, same, tuple(map(_kind, (*tensors, y))), modes, autocast, task.loss.key())
         step = self._find(kinds, task)
         if step is None:
             step = self._compile(task, inputs, y, sample_weight, list(state), tensors, autocast)
@@ -155,7 +155,7 @@ class CompiledStep:
     ) -> Callable[..., Any]:
         before = self._plain(task)
         _rehearse(task, inputs, y, sample_weight, tensors)
-        leaves, spec = tree_flatten((inputs, sample_weight))
+        leaves = list(leaves_of((inputs, sample_weight)))
         places = {id(leaf): i for i, leaf in reversed(list(enumerate(leaves)))}
         after = self._plain(task)
         self._changing |= {place for place in after if before.get(place) != after[place]}
@@ -168,12 +168,12 @@ class CompiledStep:
             given = iter(tensors[len(names) :])
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             # A tensor that is given twice is one.
-            inputs, weight = tree_unflatten([filled[places[id(leaf)]] for leaf in leaves], spec)
+            called, weight = mapped(lambda leaf: filled[places[id(leaf)]], (inputs, sample_weight))
             # No cache: its half-precision weights would outlive the recording.
             live = task.loss.recorded(numbers)
             with live, torch.autocast(y.device.type, dtype, enabled, cache_enabled=False):
-                how = {**inputs.kwargs, "target": y, "sample_weight": weight}
-                found = torch.func.functional_call(cast(nn.Module, task), state, inputs.args, how)
+                how = {**called.kwargs, "target": y, "sample_weight": weight}
+                found = torch.func.functional_call(cast(nn.Module, task), state, called.args, how)
             wanted = [tensor for tensor in tensors if tensor.requires_grad]
             gradients = torch.autograd.grad(scale * found["loss"], wanted, allow_unused=True)
             fields = {name: value.detach() for name, value in found.items()}

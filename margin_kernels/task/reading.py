@@ -59,6 +59,18 @@ def mapped(change: Callable[[Any], Any], value: Any) -> Any:
     return changed
 
 
+def structure_of(value: Any) -> Any:
+    """The containers of a value with their keys, without its leaves; two are equal where `mapped` makes one of the
+    other's leaves."""
+    if isinstance(value, Mapping):
+        return type(value), tuple((key, structure_of(item)) for key, item in value.items())
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(structure_of, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value), tuple(structure_of(getattr(value, field.name)) for field in fields(value))
+    return None
+
+
 class Inputs(NamedTuple):
     """The arguments of one forward pass of a model."""
 

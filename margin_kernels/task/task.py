@@ -42,6 +42,8 @@ WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel(task)",
     "FullyShardedDataParallel": "margin_kernels.distributed.fully_shard_task(task), or DistributedDataParallel(task)",
 }
+# What torch.compile(task) does.
+COMPILE = "torch.compile cannot follow the gradients that a step takes, and runs it as it is; task.compile() can"
 
 
 class MarginTask(nn.Module):
@@ -195,10 +197,12 @@ class MarginTask(nn.Module):
         inputs, target = self._arguments.split(self.model, args, kwargs, target)
         if target is None:
             return {"output": self._reading(self.model, inputs)}
-        if not tracing():
-            check_not_transformed()
         if torch.compiler.is_exporting():
             raise ValueError("a training step cannot be exported: torch.export.export(task.model, (x,)) has the logits")
+        if torch.compiler.is_dynamo_compiling() and self.loss.needs != "logits":
+            return self._without_torch_compile(inputs, target, sample_weight)
+        if not tracing():
+            check_not_transformed()
         if not torch.is_grad_enabled():
             return self._without_gradients(inputs, whole(target), whole(sample_weight))
         if self._compiled is not None and not tracing():
@@ -208,6 +212,17 @@ class MarginTask(nn.Module):
                 )
             return self._compiled(self, inputs, target, sample_weight)
         return self.uncompiled(inputs, target, sample_weight)
+
+    def _without_torch_compile(self, inputs: Inputs, y: Tensor, sample_weight: Tensor | None) -> dict[str, Any]:
+        """`forward` under torch.compile(task), which cannot follow gradients that are taken inside it: as it is."""
+        torch._dynamo.graph_break(msg=COMPILE)  # what fullgraph=True is refused with
+        plain = torch.compiler.disable(self._told_to_compile, reason=COMPILE)
+        found: dict[str, Any] = plain(inputs, y, sample_weight)
+        return found
+
+    def _told_to_compile(self, inputs: Inputs, y: Tensor, sample_weight: Tensor | None) -> dict[str, Any]:
+        warnings.warn(COMPILE, stacklevel=3)
+        return self.forward(*inputs.args, target=y, sample_weight=sample_weight, **inputs.kwargs)
 
     def uncompiled(self, inputs: Inputs, y: Tensor, sample_weight: Tensor | None = None) -> dict[str, Any]:
         """`forward` with gradients, as it is without `compile`."""
@@ -282,8 +297,6 @@ class MarginTask(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             inputs, y, sample_weight = usable((inputs, y, sample_weight))
             looking = self.loss.needs == "taps"
-            if looking and tracing():
-                raise ValueError("a task under torch.compile has no loss without gradients: call the task itself")
             with watching_the_end(self.model, self._taps) if looking else nullcontext() as end:
 
                 def run() -> Tensor:

@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
+from support.gradients import gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -361,3 +363,35 @@ def test_labels_out_of_range_stay_an_error() -> None:
     compiled(x, y)
     with pytest.raises((ValueError, IndexError), match="target"):
         compiled(x, y + CLASSES)
+
+
+TORCH_COMPILE = "torch.compile cannot follow the gradients that a step takes, and runs it as it is; task.compile() can"
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: LargeMarginLoss(2.0, competitors="soft", cross_entropy_weight=1.0),
+        lambda: LargeMarginLoss(2.0, second_order=True),
+        lambda: MarginSensitivityLoss(0.2),
+        lambda: AdversarialMarginLoss(2.0, aggregation="avg"),
+    ],
+)
+def test_torch_compile_of_a_task_runs_it_as_it_is_and_says_so(loss) -> None:
+    """It compiled the model alone, whose graph then showed no batch dimension, and stopped at second derivatives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(4, (6,))
+    task = MarginTask(model, loss())
+    plain = torch.compile(task, backend="aot_eager")
+    with pytest.warns(UserWarning, match=re.escape(TORCH_COMPILE)):
+        found = plain(x, y)
+    expected = task(x, y)
+    assert torch.equal(found["loss"], expected["loss"])
+    for one, other in zip(gradients(found["loss"], model), gradients(expected["loss"], model), strict=True):
+        assert torch.equal(one, other)
+    with torch.no_grad(), pytest.warns(UserWarning, match=re.escape(TORCH_COMPILE)):
+        assert torch.equal(plain(x, y)["output"], model(x))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=re.escape(TORCH_COMPILE)):
+        torch.compile(task, backend="aot_eager", fullgraph=True)(x, y)

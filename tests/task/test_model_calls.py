@@ -380,25 +380,46 @@ class Batch:
     name: str = "a batch"
 
 
-@pytest.mark.parametrize("kind", ["user dict", "dataclass", "ordered dict"])
-def test_batches_of_any_container_are_looked_into(kind) -> None:
+class Encoding(UserDict):
+    """As a tokenizer's: a mapping that is no dict, with attributes of its own."""
+
+    def __init__(self, data: Any = None) -> None:
+        super().__init__(data)
+        self.encodings = object()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["user dict", "dataclass", "ordered dict", "in a list"])
+def test_batches_of_any_container_are_looked_into(kind, compiled) -> None:
     model, image, table, y = two()
-    make = {"user dict": UserDict, "ordered dict": OrderedDict, "dataclass": lambda found: Batch(**found)}[kind]
+    makes: dict[str, Any] = {"user dict": Encoding, "ordered dict": OrderedDict, "dataclass": lambda d: Batch(**d)}
+    make = makes.get(kind, lambda found: [Encoding(found), 3])
     given = make({"image": image, "table": table})
     loss = LargeMarginLoss(2.0)
-    layers = ("input[image]", "input[table]", "head")
+    layers = ("head",) if kind == "in a list" else ("input[image]", "input[table]", "head")
 
     def call(model: nn.Module, batch: Any) -> Tensor:
-        return model(batch.image, batch.table) if kind == "dataclass" else model(batch["image"], batch["table"])
+        if kind == "dataclass":
+            return model(batch.image, batch.table)
+        batch = batch[0] if kind == "in a list" else batch
+        return model(batch["image"], batch["table"])
 
     expected = MarginTask(model, loss, layers)(image=image, table=table, target=y)
     task = MarginTask(model, loss, layers, call=call)
+    if compiled:
+        task.compile(backend="aot_eager")
     found = task(given, y)
-    assert torch.equal(found["norm"], expected["norm"])
+    assert_same(task, found, expected, model, model)
+    torch.testing.assert_close(found["norm"], expected["norm"], rtol=1e-12, atol=1e-12)
+    # Another batch of the same kind is another batch, compiled or not.
+    other = make({"image": 2 * image, "table": table})
+    again = MarginTask(model, loss, layers)(image=2 * image, table=table, target=y)
+    assert_same(task, task(other, y), again, model, model)
     with torch.inference_mode():
         inside = make({"image": image.clone(), "table": table.clone()})
         assert torch.equal(task.evaluate(inside, y.clone())["norm"], expected["norm"])
-    assert (given.image if kind == "dataclass" else given["image"]) is image  # the caller's stays
+    held = given[0] if kind == "in a list" else given
+    assert (held.image if kind == "dataclass" else held["image"]) is image  # the caller's stays
 
 
 def test_a_tensor_that_is_given_twice_is_one() -> None:
