@@ -1,7 +1,10 @@
 """One version, in all of its places: what `make release` looks at before it builds anything."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from support import ROOT
@@ -61,3 +64,19 @@ def test_the_changelog_keeps_a_section_for_what_comes_next():
     sections = [line for line in lines if line.startswith("## ")]
     assert sections[0] == "## [Unreleased]"
     assert sections[-1] == "## [0.1.0] - 2026-11-29"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is not a git repository")
+def test_the_source_archive_has_every_file_of_the_repository(tmp_path):
+    """The pages show results of benchmarks, and the tests of the pages compare them."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    names = [name for name in listed.split("\0") if (ROOT / name).is_file()]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--formats", "tar"]
+    environment = {**os.environ, "MARGIN_KERNELS_NO_EXT": "1"}
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    with tarfile.open(tmp_path / "dist" / f"margin_kernels-{mk.__version__}.tar") as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert len(names) > 500 and not set(names) - held
