@@ -14,8 +14,8 @@ from torch import nn
 from margin_kernels.experiments import cli, config, data, models, sweeps
 from margin_kernels.experiments.evaluation import histogram
 from margin_kernels.experiments.evaluation.measure import boundary_norms
-from margin_kernels.experiments.report import figures, study_distances, study_images, study_page
-from margin_kernels.experiments.results import RECORDS, Records, Study
+from margin_kernels.experiments.report import figures, study_distances, study_images, study_page, table
+from margin_kernels.experiments.results import RECORDS, Records, Run, Study
 
 
 def lines_of(figure_list, monkeypatch, module):
@@ -134,6 +134,35 @@ def test_courses_are_the_means_over_the_seeds_at_each_tap(monkeypatch):
     assert "validation images" in caption and "budget full, 1 to 2 seeds" in caption
     unmeasured = Study("s", "full", [record("plain", "", 0)], {})
     assert not list(study_distances.courses(unmeasured, ""))
+
+
+@pytest.mark.parametrize("largest", [1.0, 100.0])
+def test_an_axis_that_is_not_linear_says_so(monkeypatch, largest):
+    """Distances that differ by more than a factor of 8."""
+    labels = []
+
+    def draw(name, caption, paint):
+        figure, axes = figures.plt.subplots()
+        paint(axes)
+        labels.append((axes.get_xlabel(), axes.get_ylabel()))
+        figures.plt.close(figure)
+
+    monkeypatch.setattr(figures, "draw", draw)
+    models_ = [
+        network(name, distances={"input": [0.3 * size, 0.6 * size]}, history=course_record("a", 0, [size]).history)
+        for name, size in (("small", 0.5), ("large", largest))
+    ]
+    figures.distance_course(models_, "input")
+    figures.distance_histogram(models_, "input")
+    (_, course), (histogram_, _) = labels
+    declared = " (asinh scale)" if largest == 100 else ""
+    assert course == f"mean signed distance{declared}"
+    assert histogram_ == f"signed distance to the boundary, l2{declared}"
+
+
+def network(label, history, **evaluation):
+    run = Run(config.Config(name=label), {}, 1, {}, {}, history)
+    return table.Compared(label, run, {"distance_p": 2.0, **evaluation})
 
 
 class Bright(nn.Module):

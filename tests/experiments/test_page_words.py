@@ -57,6 +57,28 @@ def test_intervals_of_shares_are_those_of_the_literature(hits, count, low, high)
     assert intervals.wilson(1 - hits / count, count) == pytest.approx((1 - found[1], 1 - found[0]))
 
 
+def test_figures_show_the_intervals_of_accuracies(monkeypatch):
+    drawn = []
+
+    def draw(name, caption, paint):
+        figure, axes = figures.plt.subplots()
+        paint(axes)
+        ((line, _, (bars,)),) = axes.containers
+        ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+        drawn.append((name, caption, line.get_ydata().tolist(), ends))
+        figures.plt.close(figure)
+
+    monkeypatch.setattr(figures, "draw", draw)
+    curves = {"curve_eps": [0.0, 0.1], "curves": {"ifgsm_gap": [0.9, 0.25]}, "counts": {"fgsm": 400, "ifgsm": 100}}
+    figures.accuracy_curve([network("a", **curves)], "ifgsm_gap")
+    ((name, caption, values, ends),) = drawn
+    assert name == "accuracy_ifgsm_gap" and "with 95 % intervals for other test images" in caption
+    expected = [intervals.wilson(0.9, 400), intervals.wilson(0.25, 100)]  # IFGSM attacks some of the images
+    assert values == pytest.approx([90, 25])
+    for end, (low, high) in zip(ends, expected, strict=True):
+        assert end == pytest.approx([100 * low, 100 * high])
+
+
 @pytest.mark.parametrize(("share", "count"), [(1.01, 10), (-0.1, 10), (math.nan, 10), (0.5, 0)])
 def test_what_is_no_share_has_no_interval(share, count):
     with pytest.raises(ValueError, match=r"a share must be between 0 and 1 and of at least one image, got .* of "):

@@ -26,6 +26,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..data import units
+from .intervals import counted, wilson
 from .table import Compared, norm_name
 
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7A7A7A")
@@ -33,6 +34,7 @@ STYLES = ("-", "--", "-", "-", "-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 BROAD = 6.0  # inches: wider figures would be too small beside others
+ASINH = "asinh scale"  # linear around 0, logarithmic far from it
 POINTS = 5000  # of one line or one cloud: about 100 kB of SVG
 
 SETTINGS: dict[Any, Any] = {
@@ -115,9 +117,11 @@ def accuracy_curve(models: list[Compared], key: str) -> Figure:
         for i, model in enumerate(models):
             evaluation = model.evaluation
             values = 100 * np.array(evaluation["curves"][key], dtype=float)  # null, what was not measured, is a gap
-            axes.plot(
-                evaluation["curve_eps"], values, label=model.label, marker=MARKERS[i % 8], markersize=4, **_style(i)
-            )
+            radii, asked = evaluation["curve_eps"], model.run.config.evaluation
+            # Without an attack all images are looked at that FGSM has.
+            images = [counted(evaluation, asked, method if eps else "fgsm") for eps in radii]
+            mark: dict[str, Any] = {"marker": MARKERS[i % 8], "markersize": 4, "capsize": 2, "elinewidth": 0.8}
+            axes.errorbar(radii, values, _bars(values, images), label=model.label, **mark, **_style(i))
         axes.set(
             title=f"{method.upper()} on the {words}",
             xlabel=f"eps (l_inf, {units(model.run.config.data for model in models)})",
@@ -127,7 +131,20 @@ def accuracy_curve(models: list[Compared], key: str) -> Figure:
         axes.set_xlim(left=0)
         axes.legend()
 
-    return draw(f"accuracy_{key}", f"White-box accuracy against the radius of {method.upper()} on the {words}.", paint)
+    caption = (
+        f"White-box accuracy against the radius of {method.upper()} on the {words}, with 95 % intervals for other test "
+        "images."
+    )
+    return draw(f"accuracy_{key}", caption, paint)
+
+
+def _bars(values: np.ndarray, counts: list[int]) -> np.ndarray:
+    """How far below and above each percentage of `counts` images its 95 % interval reaches, [2,P]; NaN stays."""
+    ends = [
+        (value, value) if math.isnan(value) else 100 * np.array(wilson(value / 100, count))
+        for value, count in zip(values, counts, strict=True)
+    ]
+    return np.abs(np.array(ends).T - values)
 
 
 def distance_histogram(models: list[Compared], tap: str) -> Figure:
@@ -186,7 +203,7 @@ def _histogram(
         axes.set_yticks(range(len(series)), [model.label for model in reversed(models)], va="bottom")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set(title=title, xlabel=axis)
+        axes.set(title=title, xlabel=axis if scale is None else _declared(axis))
 
     return draw(name, caption, paint)
 
@@ -199,12 +216,18 @@ def _scale(sizes: list[float]) -> float | None:
     return min(positive)
 
 
+def _declared(words: str) -> str:
+    """The words at an asinh axis."""
+    return f"{words} ({ASINH})" if words else ASINH
+
+
 def asinh_axis(axes: Axes, sizes: list[float]) -> None:
-    """An asinh y axis where the sizes of what is drawn ask for one."""
+    """An asinh y axis where the sizes of what is drawn ask for one, which its label then says."""
     scale = _scale(sizes)
     if scale is not None:
         axes.set_yscale("asinh", linear_width=scale)
         axes.set_yticks(*_asinh_ticks(*axes.get_ylim(), scale))
+        axes.set_ylabel(_declared(axes.get_ylabel()))
         axes.minorticks_off()
 
 
