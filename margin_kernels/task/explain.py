@@ -75,8 +75,9 @@ def explained(task: Any, inputs: Inputs, y: Tensor, sample_weight: Tensor | None
     made, captured = task._forward(inputs)
     same = captured.logits is made
     batch, captured = task._batches.at_taps(task.loss, made, captured, y, sample_weight)
-    task.loss.targets(*batch.given, **batch.weights)  # raises what a step would
     logits, label = batch.rows.logits, batch.label()
+    with torch.no_grad():  # raises what a step would
+        task.loss.logit_statistics(logits.detach(), batch.rows.target, **batch.weights)
     passes = task.loss.passes(task.passes)
     soft = (True,) if batch.rows.target.is_floating_point() else ()
     request = task.loss.request(logits.shape[-1], *soft)
