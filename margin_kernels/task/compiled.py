@@ -87,7 +87,7 @@ class CompiledStep:
         """As MarginTask.forward. The logits carry no gradient: a backward pass through them raises RuntimeError."""
         leaves = list(leaves_of((inputs, sample_weight)))
         # Numbers, words and flags are part of what is compiled.
-        plain = tuple(None if isinstance(leaf, Tensor) else _frozen(leaf) for leaf in leaves)
+        plain = tuple(... if isinstance(leaf, Tensor) else _frozen(leaf) for leaf in leaves)
         if any(isinstance(value, type) for value in plain):
             raise ValueError(
                 "a compiled task takes tensors, numbers, words and flags, alone or in tuples, lists, mappings and "
@@ -198,7 +198,9 @@ def _has_fixed_medians(task: Task) -> bool:
 
 def _frozen(value: Any) -> Any:
     """A plain value that can be compared: numbers, words, flags, and tuples and lists of them; else its type."""
-    if isinstance(value, (bool, int, float, str, type(None))):
+    if isinstance(value, (bool, int, float)):
+        return type(value).__name__, value  # 1, 1.0 and True are equal, and make other types of tensors
+    if isinstance(value, (str, type(None))):
         return value
     return tuple(map(_frozen, value)) if isinstance(value, (tuple, list)) else type(value)
 

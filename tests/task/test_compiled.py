@@ -365,6 +365,29 @@ def test_labels_out_of_range_stay_an_error() -> None:
         compiled(x, y + CLASSES)
 
 
+def test_plain_arguments_that_are_equal_and_of_other_types_are_told_apart() -> None:
+    """A step of 1 was taken for one of 1.0; and tensors are told from arguments that are left out."""
+
+    class Sides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(5, 4).double(), nn.Linear(5, 4).double()
+
+        def forward(self, a: Tensor | None = None, b: Tensor | None = None, by: float = 1) -> Tensor:
+            found = [layer(x) for layer, x in ((self.left, a), (self.right, b)) if x is not None]
+            return sum(found) * (torch.arange(1, 5) * by / (2 if isinstance(by, float) else 1))
+
+    torch.manual_seed(0)
+    model, x, y = Sides(), torch.randn(6, 5, dtype=torch.float64), torch.randint(4, (6,))
+    task = MarginTask(model, LargeMarginLoss(2.0), "output")
+    compiled = MarginTask(model, LargeMarginLoss(2.0), "output")
+    compiled.compile(backend="aot_eager")
+    for args in ((x, None), (None, x), (x, x), (x, None, 1.0), (x, None, 1)):
+        found, expected = compiled(*args, target=y), task(*args, target=y)
+        assert torch.equal(found["output"], expected["output"])
+        torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-12, atol=1e-12)
+
+
 TORCH_COMPILE = "torch.compile cannot follow the gradients that a step takes, and runs it as it is; task.compile() can"
 
 
