@@ -1,7 +1,7 @@
 """The table of several processes: losses by ways to train them, each cell exact or refused.
 
 A cell is exact where the parameters after three steps of SGD with momentum, and the losses, are those of one process
-that has the whole batch, in float64 to 1e-12. tests/distributed/test_table.py runs every cell; docs/processes.md shows
+that has the whole batch, in float64 to 1e-12. tests/distributed/test_*_table.py run every cell; docs/processes.md shows
 them.
 
     PYTHONPATH=tests python -m support.many_processes     writes the table into docs/processes.md
@@ -16,12 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import margin_kernels as mk
+from margin_kernels.distributed import fully_shard_task
+
+from .processes import NIGHTLY
 
 DOCS = Path(__file__).parents[2] / "docs" / "processes.md"
 ROWS, WIDTH, CLASSES, LAYERS = 12, 6, 5, ("input", "blocks.0", "blocks.1", "output")
@@ -240,6 +246,52 @@ def often(row: str, way: str) -> bool:
 def cells() -> list[tuple[str, str]]:
     """Every row with every column."""
     return [(row, way) for row in losses() for way in WAYS]
+
+
+def cells_of(sharded: bool) -> list[Any]:
+    """The cells of the columns that are sharded, or those of the others, as parameters of a test; by the number of
+    processes, which are started once for each."""
+    own = [cell for cell in cells() if WAYS[cell[1]].sharded == sharded]
+    own.sort(key=lambda cell: len(WAYS[cell[1]].counts))
+    return [pytest.param(*cell, marks=() if often(*cell) else NIGHTLY) for cell in own]
+
+
+def check_cell(processes: Callable[[int], Any], name: str, column: str) -> None:
+    """Trains in the processes of the fixture of that name, and beside them in this one."""
+    way = WAYS[column]
+    group = processes(len(way.counts))
+    if (name, column) in REFUSED:
+        errors = [error for _, error in group.outcomes(train, name, column)]
+        assert all(error is not None for error in errors)
+        assert any(REFUSED[name, column] in error for error in errors if error is not None), errors
+        return
+    found = group.run(train, name, column)
+    if way.micro > 1 and name in OVER_THE_BATCH:
+        # The joint batch of a micro-step is that of all processes: rows 0 to 2 and 6 to 8, then the others.
+        x = [torch.cat([torch.arange(12)[rows_of(rank, column)[i]] for rank in range(2)]) for i in range(way.micro)]
+        compare(found, steps(task_of(name), *x))
+        return
+    compare(found, expected(name))
+
+
+def train(rank: int, size: int, name: str, column: str) -> tuple[list[Tensor], list[float]]:
+    way = WAYS[column]
+    task = task_of(name, way.group, way.recomputed)
+    if way.compiled:
+        task.compile(backend="eager")
+    options = dict(way.options)
+    if way.mesh is not None:
+        options["mesh"] = init_device_mesh("cpu", way.mesh, mesh_dim_names=("replicate", "shard"))
+    wrapped = fully_shard_task(task, **options) if way.sharded else DistributedDataParallel(task, **options)
+    return steps(wrapped, *rows_of(rank, column))
+
+
+def rows_of(rank: int, column: str) -> list[slice]:
+    """The parts of the batch that one process takes in turn."""
+    way = WAYS[column]
+    rows = parts(way.counts, rank)
+    each = (rows.stop - rows.start) // way.micro
+    return [slice(rows.start + i * each, rows.start + (i + 1) * each) for i in range(way.micro)]
 
 
 def table() -> str:
