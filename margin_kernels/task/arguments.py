@@ -32,15 +32,17 @@ class Arguments:
     def split(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any) -> tuple[Inputs, Any]:
         """The model's arguments, and the target or None. Raises ValueError where the last argument may be either."""
         if target is not None:
-            if not tracing():
+            if self._beside_target != len(args) and not tracing():
                 self._beside_target = len(args)
         elif len(args) > 1:
-            if not tracing():
+            if self._any_number is not False or len(args) == self._beside_target:
                 self._check(model, len(args))
             args, target = args[:-1], args[-1]
         return Inputs(args, kwargs), target
 
     def _check(self, model: nn.Module, count: int) -> None:
+        if tracing():
+            return
         if self._any_number is None:
             self._any_number = _takes_any_number(self._reading.function(model))
         if self._any_number:
