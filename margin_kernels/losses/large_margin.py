@@ -71,7 +71,9 @@ class LargeMarginLoss(TapLoss):
 
         gap[n]      = -phi[n] = logsumexp_{i != y_n} z[n,i] - z[n,y_n]        within log(C - 1) of the largest gap
 
-    so that the split backward gives margin and cross-entropy together at the price of the cross-entropy.
+    so that the split backward gives margin and cross-entropy together at the price of the cross-entropy. phi is the
+    lower bound of the distance to the strongest rival, in logits, and phi + log(R) the upper one, R the number of
+    rivals. With soft_shift s the gap is -phi - s log(R), and a sample is on the right side where p_y > 1 / (1 + R^s).
 
     Args:
         gamma: margin that is asked for, > 0, in the units of the activations; one number or one for each layer. "auto",
@@ -83,6 +85,8 @@ class LargeMarginLoss(TapLoss):
         p: norm of the distances, in [1, inf]; float("inf") or "inf".
         competitors: "hard", the top_k largest scores of other classes (the paper), or "soft": `competitor` [N,1] then
             names the strongest rival, and top_k, aggregation, space and auxiliary stay at their defaults.
+        soft_shift: of the soft competitor, in [0, 1]: where between its bounds the gap lies. 0: phi; 1/2: the middle,
+            within log(R) / 2 of the hard gap. R counts the other classes of a sample whose logits are not -inf.
         top_k: competitors k, 1 <= k <= C - 1. The passes cost k activation-only backward passes.
         aggregation: over competitors, "max", "sum", "mean", or "mean_distance" (one term of the mean distance).
         alpha: the terms are clipped at alpha * gamma, > 0; None: no clip.
@@ -125,6 +129,7 @@ class LargeMarginLoss(TapLoss):
         "gamma": _gamma,
         "p": base.exponent,
         "competitors": base.one_of("hard", "soft"),
+        "soft_shift": base.fraction,
         "top_k": lambda name, value: base.count(name, value, base.COMPETITORS),
         "aggregation": base.one_of(*AGGREGATIONS),
         "alpha": optional(base.positive),
@@ -174,6 +179,7 @@ class LargeMarginLoss(TapLoss):
         gamma_factor: float = 1.0,
         warmup: int = 50,
         process_group: Any = None,
+        soft_shift: float = 0.0,
     ) -> None:
         super().__init__()
         self.keep(locals())
@@ -187,6 +193,11 @@ class LargeMarginLoss(TapLoss):
             )
         if self.label_smoothing > 0 and self.auxiliary == "pairwise":
             raise ValueError(f'label_smoothing must be 0 with auxiliary="pairwise", got {self.label_smoothing}')
+        if self.competitors == "hard" and self.soft_shift > 0:
+            raise ValueError(
+                f'soft_shift must be 0 with competitors="hard", whose gap is exact, got {self.soft_shift}: take '
+                'competitors="soft"'
+            )
         if self.competitors == "soft":
             for name, default in WITH_SOFT.items():
                 if getattr(self, name) != default:
@@ -299,6 +310,8 @@ class LargeMarginLoss(TapLoss):
         gap, nll, index, normalizer, valid, direction = EXTENSION.ranked_once(
             logits, targets.label, self.top_k, targets.ignored, soft
         )
+        if self.soft_shift > 0:
+            gap = self._shifted(gap, logits, valid)
         label = targets.safe(classes)
         rivals = index if soft else torch.where(valid.unsqueeze(1), index, label.unsqueeze(1))
         norm = gradients.norms(label, rivals, direction if soft else None)
@@ -377,13 +390,21 @@ class LargeMarginLoss(TapLoss):
         """competitor and gap [N,k] in the loss's space, nll [N] of logits [N,C]: all that needs no activations."""
         found = ranked(logits, targets, self.top_k, self.smoothed, self.backend)
         if self.competitors == "soft":
-            return found._replace(gap=-found.phi.unsqueeze(1))
+            gap = -found.phi.unsqueeze(1)
+            if self.soft_shift > 0:
+                gap = self._shifted(gap, rows_of(logits), targets.valid)
+            return found._replace(gap=gap)
         if self.space == "probability":
             wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
             scores = torch.softmax(logits, 1, dtype=wide)
             own = targets.safe(logits.shape[1]).unsqueeze(1)
             found = found._replace(gap=scores.gather(1, found.competitor) - scores.gather(1, own))
         return found
+
+    def _shifted(self, gap: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
+        """Soft gaps [N,1] of these rows, lower by soft_shift log(R); those of ignored rows as they are."""
+        rivals = (logits != -math.inf).sum(1).sub(1).clamp(min=1)  # a label that is masked has an infinite gap
+        return gap - (self.soft_shift * valid * rivals.to(gap.dtype).log()).unsqueeze(1)
 
     def _total(self, margin: Tensor, found: functional.Competitors, logits: Tensor, targets: Targets) -> Tensor:
         """margin_weight times the reduced margin terms, weighed already, and cross_entropy_weight times the auxiliary

@@ -90,6 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soft, summed": {**SOFT, "reduction": "sum", "layer_reduction": "sum"},
     "soft, nearly all degenerate": {**SOFT, "min_norm": 0.8},
     "soft, p = inf": {**SOFT, "p": "inf"},
+    "soft, shifted": {**SOFT, "soft_shift": 0.5, "alpha": 1.0},
     "soft, no margin": {**SOFT, "margin_weight": 0.0},
     "hard": {},
     "hard, two": {"top_k": 2, "aggregation": "sum", "alpha": 0.9},

@@ -1,5 +1,7 @@
 """Presets: the losses that they stand for, written out, on a task whose medians are fixed."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ def test_standard_is_cross_entropy_and_a_bounded_term_for_each_layer():
     hidden = model[1](model[0](x))
     logits = model[2](hidden)
     label = torch.nn.functional.one_hot(y, 4).bool()
-    phi = logits[label] - logits.masked_fill(label, -torch.inf).logsumexp(1)
+    phi = logits[label] - logits.masked_fill(label, -torch.inf).logsumexp(1) + math.log(3) / 2
     expected = torch.nn.functional.cross_entropy(logits, y)
     for tap, gamma in ((x, 0.3), (hidden, 0.7)):
         (slope,) = torch.autograd.grad(phi.sum(), tap, retain_graph=True)
@@ -62,6 +64,12 @@ def test_changes_take_the_place_of_a_preset(make):
     assert (loss.p, loss.margin_weight, loss.warmup, loss.gamma, loss.alpha) == (float("inf"), 0.5, 3, "auto", 1.0)
     with pytest.raises(TypeError, match="no_such"):
         make(no_such=1)
+
+
+def test_standard_with_hard_competitors_has_no_shift():
+    loss = presets.standard(competitors="hard", top_k=2)
+    assert (loss.competitors, loss.top_k, loss.soft_shift) == ("hard", 2, 0)
+    assert presets.standard(soft_shift=0.25).soft_shift == 0.25
 
 
 def test_the_default_layers_of_a_task_are_those_of_robust():

@@ -39,6 +39,7 @@ def oracle(loss: LargeMarginLoss, net: nn.Sequential, x: Tensor, y: Tensor) -> T
         taps, z = [hidden[i] for i in (0, 2, 4, 5)], hidden[-1][0]
         label = int(y[n])
         phi = z[label] - torch.stack([z[i].exp() for i in range(CLASSES) if i != label]).sum().log()
+        phi = phi + loss.soft_shift * math.log(CLASSES - 1)
         terms = []
         for h in taps:
             (g,) = torch.autograd.grad(phi, h, create_graph=True)
@@ -62,6 +63,7 @@ def oracle(loss: LargeMarginLoss, net: nn.Sequential, x: Tensor, y: Tensor) -> T
     [
         {},
         {"alpha": 0.6, "margin_weight": 0.3},
+        {"alpha": 0.6, "soft_shift": 0.5},
         {"class_weight": WEIGHTS},
         {"label_smoothing": 0.2},
         {"class_weight": WEIGHTS, "label_smoothing": 0.2, "reduction": "sum"},
@@ -147,6 +149,27 @@ def test_the_distance_is_a_lower_bound_of_the_hard_gap_within_log_of_the_rivals(
     torch.testing.assert_close(soft["distance"], -soft["gap"][..., None] / (1e-6 + soft["norm"]))
 
 
+def test_soft_shift_leads_from_the_lower_bound_to_the_upper_one() -> None:
+    net, (x, y) = small_net(), batch(scale=4.0)
+    hard = MarginTask(net, LargeMarginLoss(), LAYERS)(x, y)["gap"]
+    rows = {
+        s: MarginTask(net, LargeMarginLoss(competitors="soft", soft_shift=s), LAYERS)(x, y)["gap"] for s in (0, 0.5, 1)
+    }
+    assert (rows[0] > hard).all() and (rows[1] < hard).all()
+    torch.testing.assert_close(rows[0.5], (rows[0] + rows[1]) / 2)
+    assert ((rows[0.5] - hard).abs() <= math.log(CLASSES - 1) / 2).all()
+    # On the right side from p_y = 1 / (1 + R^s) on.
+    p = net(x).softmax(1).gather(1, y[:, None])
+    assert torch.equal(rows[0.5] < 0, p > 1 / (1 + math.sqrt(CLASSES - 1)))
+
+
+def test_soft_shift_is_refused_without_the_soft_competitor() -> None:
+    with pytest.raises(ValueError, match=r'soft_shift must be 0 with competitors="hard".*got 0\.5'):
+        LargeMarginLoss(soft_shift=0.5)
+    with pytest.raises(ValueError, match=r"soft_shift must be in \[0, 1\], got 1.5"):
+        LargeMarginLoss(competitors="soft", soft_shift=1.5)
+
+
 class Masked(nn.Module):
     """The logit of one class is -inf."""
 
@@ -159,11 +182,12 @@ class Masked(nn.Module):
         return z.masked_fill(torch.arange(CLASSES) == self.masked, -math.inf)
 
 
+@pytest.mark.parametrize("shift", [0, 0.5])
 @pytest.mark.parametrize("passes", ["loop", "split"])
-def test_a_masked_class_counts_for_nothing(passes) -> None:
+def test_a_masked_class_counts_for_nothing(passes, shift) -> None:
     """As in the network whose head has no such class."""
     model, (x, y) = Masked(3), batch(classes=3)
-    loss = LargeMarginLoss(1.5, competitors="soft", cross_entropy_weight=1.0)
+    loss = LargeMarginLoss(1.5, competitors="soft", cross_entropy_weight=1.0, soft_shift=shift)
     found = MarginTask(model, loss, ("input", "net.3"), passes)(x, y)
     smaller = small_net()
     smaller[4] = nn.Linear(3, 3).double()
@@ -171,8 +195,8 @@ def test_a_masked_class_counts_for_nothing(passes) -> None:
         smaller[4].weight.copy_(model.net[4].weight[:3])
         smaller[4].bias.copy_(model.net[4].bias[:3])
     expected = MarginTask(smaller, loss, ("input", "3"), passes)(x, y)
-    torch.testing.assert_close(found["norm"], expected["norm"], rtol=1e-12, atol=0)
-    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-12, atol=0)
+    for name in ("gap", "norm", "loss"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-15)
     one, other = gradients(found["loss"], model), gradients(expected["loss"], smaller)
     for g, e in zip(one[:4], other[:4], strict=True):
         torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-14)
@@ -180,10 +204,11 @@ def test_a_masked_class_counts_for_nothing(passes) -> None:
     assert (one[4][3] == 0).all() and one[5][3] == 0
 
 
-def test_a_masked_label_has_the_gradient_of_its_cross_entropy_alone() -> None:
+@pytest.mark.parametrize("shift", [0, 0.5])
+def test_a_masked_label_has_the_gradient_of_its_cross_entropy_alone(shift) -> None:
     model, (x, _) = Masked(3), batch()
     y = torch.full((len(x),), 3)
-    loss = LargeMarginLoss(1.5, competitors="soft", cross_entropy_weight=1.0)
+    loss = LargeMarginLoss(1.5, competitors="soft", cross_entropy_weight=1.0, soft_shift=shift)
     found = {}
     for passes in ("loop", "split"):
         out = MarginTask(model, loss, ("input", "net.3"), passes)(x, y)
@@ -228,10 +253,14 @@ def test_the_second_order_gradient_passes_gradcheck_in_the_parameters() -> None:
     assert torch.autograd.gradcheck(value, parameters, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("competitors", ["hard", "soft"])
-def test_ignored_samples_are_as_if_they_were_not_there(competitors) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"competitors": "hard"}, {"competitors": "soft"}, {"competitors": "soft", "soft_shift": 0.5}],
+    ids=["hard", "soft", "soft, shifted"],
+)
+def test_ignored_samples_are_as_if_they_were_not_there(options) -> None:
     net, (x, y) = small_net(), batch()
-    loss = LargeMarginLoss(3.0, competitors=competitors, cross_entropy_weight=0.5)
+    loss = LargeMarginLoss(3.0, cross_entropy_weight=0.5, **options)
     some = y.clone()
     some[[1, 4]] = IGNORED
     kept = some != IGNORED
@@ -264,7 +293,7 @@ def test_the_compiled_step_is_that_of_eager() -> None:
     for compiled in (False, True):
         net, (x, y) = small_net(), batch()
         y[3] = IGNORED
-        loss = LargeMarginLoss(3.0, competitors="soft", cross_entropy_weight=0.5, class_weight=WEIGHTS)
+        loss = LargeMarginLoss(3.0, competitors="soft", cross_entropy_weight=0.5, class_weight=WEIGHTS, soft_shift=0.5)
         task = MarginTask(net, loss, LAYERS)
         if compiled:
             task.compile(backend="aot_eager")
@@ -278,7 +307,7 @@ def test_the_compiled_step_is_that_of_eager() -> None:
 @pytest.mark.parametrize("name", ["reference", "cpu"])
 def test_backends_agree(name) -> None:
     net, (x, y) = small_net(), batch()
-    loss = LargeMarginLoss(3.0, competitors="soft", cross_entropy_weight=0.5, backend=name)
+    loss = LargeMarginLoss(3.0, competitors="soft", cross_entropy_weight=0.5, soft_shift=0.5, backend=name)
     out = MarginTask(net, loss, LAYERS)(x, y)
     expected = oracle(loss, net, x, y)
     torch.testing.assert_close(out["loss"], expected, rtol=1e-12, atol=1e-12)

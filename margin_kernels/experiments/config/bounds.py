@@ -66,6 +66,7 @@ RANGES = {
     "loss.cross_entropy_epochs": EPOCHS,
     "loss.gamma_factor": POSITIVE,
     "loss.label_smoothing": SHARE,
+    "loss.soft_shift": Range(0, 1),
     "loss.top_k": SOME,
     "loss.sensitivity.top_k": SOME,
     "loss.adversarial.top_k": SOME,

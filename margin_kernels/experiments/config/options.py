@@ -194,6 +194,7 @@ class LossConfig:
         warmup: steps with enough samples on the right side before the margin has its weight, of gamma auto
         p: norm of the distances, p >= 1 or inf
         competitors: hard (the top_k largest scores), or soft: all classes as one, which needs top_k 1
+        soft_shift: of the soft competitor, 0 (the lower bound of the hard gap) to 1 (the upper one)
         top_k: competitors per sample, 1 to C-1
         aggregation: max, sum, mean or mean_distance over the competitors
         alpha: clips each term at alpha * gamma
@@ -227,6 +228,7 @@ class LossConfig:
     warmup: int = 50
     p: float | Literal["inf"] = 2.0
     competitors: Literal["hard", "soft"] = "hard"
+    soft_shift: float = 0.0
     top_k: int = 1
     aggregation: Literal["max", "sum", "mean", "mean_distance"] = "max"
     alpha: float | None = None

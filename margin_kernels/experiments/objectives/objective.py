@@ -218,6 +218,7 @@ def _large_margin(model: nn.Module, config: LossConfig, taps: tuple[str, ...]) -
         cross_entropy_weight=config.cross_entropy_weight,
         auxiliary=config.auxiliary,
         competitors=config.competitors,
+        soft_shift=config.soft_shift,
         label_smoothing=config.label_smoothing,
         gamma_factor=config.gamma_factor,
         warmup=config.warmup,
