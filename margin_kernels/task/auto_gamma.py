@@ -40,9 +40,10 @@ class AutoGamma(nn.Module):
     All are floating point, so that AveragedModel(task, use_buffers=True) averages them, and keep their types whatever
     that of the task is. (Single numbers are float32: torch.compile drops what is written into a float64 [] on the CPU.)
 
-    A soft competitor's d > 0 says that the label has more than half of the probability, which many wrong labels rule
-    out: then cross-entropy goes on alone. (Counting the samples that are classified right instead, the margin begins on
-    the few that are above a half, and networks err more: digits with 60 % of wrong labels 13.1 %, cross-entropy 11.0.)
+    A soft competitor's d > 0 says that the label has more than 1 / (1 + R^soft_shift) of the probability, more than
+    half of it with soft_shift = 0, which many wrong labels rule out: then cross-entropy goes on alone. (Counting the
+    samples that are classified right instead, the margin begins on the few that are above a half, and networks err
+    more: digits with 60 % of wrong labels 13.1 %, cross-entropy 11.0.)
     """
 
     median: Tensor
