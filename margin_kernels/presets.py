@@ -37,8 +37,8 @@ def robust(**changes: Any) -> LargeMarginLoss:
 
         loss = nll + 2 min( max(gamma - d, 0), gamma ) / gamma          gamma = 1.5 times the running median of d
 
-    It costs about twice the cross-entropy, and some of the clean accuracy where classes overlap. margin_weight=0.1 with
-    gamma_factor=1 gains less and costs less. p="inf" is the norm of attacks on every pixel.
+    It costs more than twice the cross-entropy, and some of the clean accuracy where classes overlap. margin_weight=0.1
+    with gamma_factor=1 gains less and costs less. p="inf" is the norm of attacks on every pixel.
 
     Args:
         changes: options of LargeMarginLoss in the place of these.

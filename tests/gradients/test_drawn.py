@@ -49,6 +49,7 @@ def loss_of(seed: int) -> LargeMarginLoss | MarginSensitivityLoss:
         class_weight=[0.5 + choose.random() for _ in range(CLASSES)] if choose.random() < 0.3 else None,
         label_smoothing=choose.choice([0.0, 0.0, 0.0, 0.1]),
         ignore_index=choose.choice([-100, 0]),
+        soft_shift=choose.choice([0.0, 0.5]) if soft else 0.0,
     )
 
 

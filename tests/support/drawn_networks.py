@@ -7,6 +7,7 @@ score difference.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -302,7 +303,8 @@ def literal(
     q = float("inf") if p == 1 else (1.0 if p == float("inf") else p / (p - 1))
     distances = []
     for j in range(loss.top_k):
-        rival = masked.logsumexp(1) if loss.competitors == "soft" else z.gather(1, index[:, j : j + 1])[:, 0]
+        shift = loss.soft_shift * math.log(z.shape[1] - 1)
+        rival = masked.logsumexp(1) - shift if loss.competitors == "soft" else z.gather(1, index[:, j : j + 1])[:, 0]
         gap = torch.where(counted, rival - z.gather(1, label)[:, 0], 0.0)
         found = torch.autograd.grad(gap.sum(), [kept[t] for t in taps], retain_graph=True, create_graph=second_order)
         columns = []
